@@ -1,0 +1,60 @@
+# The only commands a newcomer needs. Each does its own set-up in .venv.
+PYTHON ?= python3
+# Any torch from 2.6 will do. This release is named because its CPU build, where the index has one, is a small download.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help setup demo test test-cpp lint bench sass soak clean
+help:
+	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
+	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
+	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
+	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
+	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
+	@echo "make lint    ruff, mypy, clang-format"
+
+$(VENV)/.tools: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" "cmake>=3.24" "ninja>=1.11" "pybind11>=2.12" wheel
+	touch $@
+
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup test-cpp
+	$(BIN)/python -m pytest tests -q
+
+test-cpp: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) tests/cpp/run.sh
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+bench: setup
+	$(BIN)/python -m bench --minutes 5
+
+sass: $(VENV)/.tools
+	mkdir -p build
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DSIDA_CUDA=ON > build/cuda.log
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda -j $(JOBS) --target sida_cuda_kernels sida_cuda_shapes
+	$(BIN)/python tools/sass_report.py --check
+
+soak: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DSIDA_CPP_TESTS=ON
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp -j $(JOBS) --target test_soak
+	build/cpp/test_soak --seconds 600
+
+clean:
+	rm -rf build $(VENV) *.egg-info sida_ext/*.so sida_ext/_build_info.json
