@@ -1,0 +1,31 @@
+// HostDevice: expert memory in RAM. Lanes are threads that read records straight into slots.
+#pragma once
+
+#include <memory>
+
+#include "device/device.h"
+
+namespace sida {
+
+class HostDevice final : public Device {
+ public:
+  // Reserves address space for `slots` slots; memory is committed when a slot is first filled.
+  HostDevice(std::shared_ptr<RecordSource> source, int64_t slots, int64_t slot_bytes);
+  ~HostDevice() override;
+
+  void start(int lanes, std::function<void(const JobDone&)> done) override;
+  void submit(const LaneJob& job) override;
+  bool stop(std::chrono::milliseconds limit) override;
+  int64_t lane_restarts() const override;
+  void* slot_base() const override;
+  int64_t slot_bytes() const override;
+  void free_memory() override;
+
+ private:
+  struct Shared;
+  static void run_lane(std::shared_ptr<Shared> shared, int lane);
+
+  std::shared_ptr<Shared> shared_;  // with the lanes: one that hangs in the system outlives this object
+};
+
+}  // namespace sida
