@@ -1,0 +1,64 @@
+// Eviction: which of the experts that may go goes first. An order kept up to date, so that a choice costs O(log n).
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <limits>
+#include <set>
+#include <string_view>
+
+namespace sida {
+
+enum class Eviction { fifo, lru, lfu, next_use };
+
+// Throws Error(invalid) that names the value and the choices.
+Eviction parse_eviction(std::string_view name);
+
+// When something is used next in the announced future: the batch's number, then the position of the layer in it.
+using UseTime = uint64_t;
+inline constexpr UseTime never = std::numeric_limits<UseTime>::max();
+inline constexpr int position_bits = 16;
+
+// What is known of an expert in a slot. Ticks count events: the greater, the later.
+struct Resident {
+  int32_t expert;
+  UseTime next_use;
+  int64_t frequency;  // demands so far
+  int64_t last_use;   // tick
+  int64_t loaded;     // tick
+};
+
+// The experts that may be evicted, the first to go first.
+//   fifo      loaded longest ago
+//   lru       used longest ago
+//   lfu       used least often; ties: longest ago
+//   next_use  announced for latest or not at all; ties: least often, then longest ago
+class EvictionOrder {
+ public:
+  explicit EvictionOrder(Eviction policy) : policy_(policy) {}
+
+  void insert(const Resident& resident);
+  void erase(const Resident& resident);  // as it was inserted
+  bool empty() const { return order_.empty(); }
+
+  // -1 if there is none.
+  int32_t first() const;
+  // The first to go among those that are used later than `time`; -1 if there is none.
+  int32_t first_used_after(UseTime time) const;
+
+ private:
+  struct Rank {
+    uint64_t first;
+    int64_t second, third;
+    int32_t expert;
+    UseTime next_use;
+    auto operator<=>(const Rank&) const = default;
+  };
+  Rank rank(const Resident& resident) const;
+
+  Eviction policy_;
+  std::set<Rank> order_;
+  std::multiset<UseTime> times_;  // of all in order_: tells at once that none is used late enough
+};
+
+}  // namespace sida

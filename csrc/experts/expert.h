@@ -1,0 +1,46 @@
+// What an expert is: its name, its matrices and where they lie inside its record.
+#pragma once
+
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/dtype.h"
+
+namespace sida {
+
+struct ExpertKey {
+  int32_t layer;  // index among the MoE layers of the whole model, encoder first
+  int32_t index;  // expert within the layer
+  auto operator<=>(const ExpertKey&) const = default;
+};
+
+// A record is wi, wo and, for int8, the fp32 scales of wi's and wo's rows, each part aligned to `part_alignment`,
+// the whole padded to `record_alignment` so that O_DIRECT can read it straight into a slot.
+struct ExpertFormat {
+  static constexpr int64_t part_alignment = 64;
+  static constexpr int64_t record_alignment = 4096;
+
+  int64_t d_model, d_ff;
+  DType dtype;
+  bool gated;
+
+  int64_t wi_rows() const { return gated ? 2 * d_ff : d_ff; }
+  int64_t wi_bytes() const { return wi_rows() * d_model * element_bytes(dtype); }
+  int64_t wo_bytes() const { return d_model * d_ff * element_bytes(dtype); }
+  int64_t wi_offset() const { return 0; }
+  int64_t wo_offset() const { return align(wi_bytes(), part_alignment); }
+  int64_t wi_scale_offset() const { return align(wo_offset() + wo_bytes(), part_alignment); }
+  int64_t wo_scale_offset() const { return align(wi_scale_offset() + scale_bytes(wi_rows()), part_alignment); }
+  int64_t used_bytes() const { return wo_scale_offset() + scale_bytes(d_model); }
+  int64_t record_bytes() const { return align(used_bytes(), record_alignment); }
+
+  bool operator==(const ExpertFormat&) const = default;
+
+  static constexpr int64_t align(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
+
+ private:
+  int64_t scale_bytes(int64_t rows) const { return dtype == DType::i8 ? rows * 4 : 0; }
+};
+
+}  // namespace sida

@@ -1,0 +1,484 @@
+#include "experts/residency.h"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+namespace sida {
+namespace {
+
+UseTime use_time(BatchId batch, size_t position) {
+  return batch << position_bits | position;
+}
+
+}  // namespace
+
+Residency::Residency(const ResidencyOptions& options)
+    : options_(options), budget_(0), evictable_(options.eviction), last_resort_(options.eviction) {
+  if (options.layers < 1 || options.experts < 1) {
+    fail(ErrorKind::invalid, "a model of ", options.layers, " MoE layers with ", options.experts,
+         " experts has nothing to serve");
+  }
+  if (options.copies < 1) fail(ErrorKind::invalid, "lanes is ", options.copies, ", expected at least 1");
+  if (options.prefetch_layers < 0) {
+    fail(ErrorKind::invalid, "prefetch_layers is ", options.prefetch_layers, ", expected 0 or more");
+  }
+  const size_t all = static_cast<size_t>(options.layers) * options.experts;
+  experts_.resize(all);
+  expert_in_slot_.assign(all, -1);
+  counters_.resize(options.layers);
+  for (size_t slot = 0; slot < all; ++slot) cold_.insert(cold_.end(), static_cast<int32_t>(slot));
+  set_budget(options.slots);
+}
+
+void Residency::check_experts(const char* event, int32_t layer, std::span<const int32_t> experts) const {
+  if (layer < 0 || layer >= options_.layers) {
+    fail(ErrorKind::invalid, event, ": there is no MoE layer ", layer, "; the store has ", options_.layers);
+  }
+  std::vector<bool> seen(options_.experts, false);
+  for (const int32_t index : experts) {
+    if (index < 0 || index >= options_.experts) {
+      fail(ErrorKind::invalid, event, ": there is no expert ", index, " in MoE layer ", layer, "; it has ",
+           options_.experts);
+    }
+    if (seen[index]) {
+      fail(ErrorKind::invalid, event, ": expert ", index, " of MoE layer ", layer, " stands there twice");
+    }
+    seen[index] = true;
+  }
+}
+
+BatchId Residency::announce(AnnouncedBatch batch) {
+  for (const auto& layer : batch.layers) check_experts("announce", layer.layer, layer.experts);
+  if (batch.layers.size() >= size_t{1} << position_bits) {
+    fail(ErrorKind::invalid, "announce: the batch has ", batch.layers.size(), " layers, expected less than ",
+         1 << position_bits);
+  }
+  const BatchId number = ++last_batch_;
+  for (size_t position = 0; position < batch.layers.size(); ++position) {
+    const auto& layer = batch.layers[position];
+    for (size_t rank = 0; rank < layer.experts.size(); ++rank) {
+      const int32_t expert = id(layer.layer, layer.experts[rank]);
+      experts_[expert].uses.push_back({use_time(number, position), static_cast<int32_t>(rank)});
+      reindex(expert);
+    }
+  }
+  batches_.emplace(number, Batch{std::move(batch)});
+  return number;
+}
+
+void Residency::retire(BatchId number) {
+  if (number == 0 || number > last_batch_) {
+    fail(ErrorKind::invalid, "retire: batch ", number, " was not announced; the latest is ", last_batch_);
+  }
+  const auto found = batches_.find(number);
+  if (found == batches_.end()) return;
+  pass_layers(number, found->second, found->second.announced.layers.size());
+  batches_.erase(found);
+}
+
+UseTime Residency::next_use(int32_t expert) const {
+  const auto& uses = experts_[expert].uses;
+  return uses.empty() ? never : uses.front().time;
+}
+
+void Residency::pass_layers(BatchId number, Batch& batch, size_t until) {
+  for (; batch.passed < until; ++batch.passed) {
+    const auto& layer = batch.announced.layers[batch.passed];
+    for (const int32_t index : layer.experts) {
+      const int32_t expert = id(layer.layer, index);
+      Expert& state = experts_[expert];
+      std::erase_if(state.uses, [&](const Use& use) { return use.time == use_time(number, batch.passed); });
+      if (state.state == State::absent && state.wanted == 0) ++count(expert).cancelled_prefetches;
+      reindex(expert);
+    }
+  }
+}
+
+DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, BatchId batch) {
+  check_experts("demand", layer, experts);
+  if (batch > last_batch_) {
+    fail(ErrorKind::invalid, "demand: batch ", batch, " was not announced; the latest is ", last_batch_);
+  }
+  LayerCounters& counters = counters_[layer];
+  ++counters.requested;
+  counters.unique += static_cast<int64_t>(experts.size());
+  Demand demand;
+  demand.layer = layer;
+  demand.batch = batch;
+  for (const int32_t index : experts) {
+    const int32_t expert = id(layer, index);
+    Expert& state = experts_[expert];
+    switch (state.state) {
+      case State::ready:
+        ++counters.hits;
+        break;
+      case State::loading:
+        ++counters.late;
+        break;
+      case State::absent:
+        ++counters.misses;
+        break;
+    }
+    if (state.prefetched) ++counters.useful_prefetches;
+    state.prefetched = false;
+    ++state.frequency;
+    state.last_use = ++tick_;
+    ++state.wanted;
+    demand.wanted.push_back(expert);
+    reindex(expert);
+  }
+  const auto announced = batches_.find(batch);
+  if (announced != batches_.end()) {
+    const auto& layers = announced->second.announced.layers;
+    const auto at = std::find_if(layers.begin() + static_cast<std::ptrdiff_t>(announced->second.passed), layers.end(),
+                                 [&](const auto& later) { return later.layer == layer; });
+    if (at != layers.end()) pass_layers(batch, announced->second, at - layers.begin() + 1);
+  }
+  if (options_.eviction == Eviction::next_use) {
+    // Where slots are few, what comes in last is what stays: it had better be what is used again soonest.
+    std::stable_sort(demand.wanted.begin(), demand.wanted.end(),
+                     [&](int32_t a, int32_t b) { return next_use(a) > next_use(b); });
+  }
+  demands_.emplace(++last_demand_, std::move(demand));
+  return last_demand_;
+}
+
+void Residency::set_waiting(DemandId number, bool waiting) {
+  Demand& demand = find(number);
+  if (demand.waiting == waiting) return;
+  demand.waiting = waiting;
+  for (const int32_t expert : demand.wanted) {
+    experts_[expert].awaited += waiting ? 1 : -1;
+    reindex(expert);
+  }
+}
+
+Wave Residency::take_ready(DemandId number) {
+  Demand& demand = find(number);
+  Wave wave;
+  const auto taken = std::stable_partition(demand.wanted.begin(), demand.wanted.end(),
+                                           [&](int32_t expert) { return experts_[expert].state != State::ready; });
+  for (auto at = taken; at != demand.wanted.end(); ++at) {
+    Expert& state = experts_[*at];
+    --state.wanted;
+    if (demand.waiting) --state.awaited;
+    ++state.pins;
+    ++pinned_;
+    demand.pinned.push_back(*at);
+    wave.experts.push_back(key(*at).index);
+    wave.slots.push_back(state.slot);
+    reindex(*at);
+  }
+  demand.wanted.erase(taken, demand.wanted.end());
+  return wave;
+}
+
+void Residency::unpin(int32_t expert) {
+  --experts_[expert].pins;
+  --pinned_;
+  reindex(expert);
+}
+
+void Residency::release(DemandId number, const Wave& wave) {
+  Demand& demand = find(number);
+  std::vector<int32_t> left = demand.pinned;
+  for (const int32_t index : wave.experts) {
+    const auto found = std::find(left.begin(), left.end(), id(demand.layer, index));
+    if (found == left.end()) {
+      fail(ErrorKind::invalid, "release: expert ", index, " of MoE layer ", demand.layer,
+           " was not handed out to this demand, or was released before");
+    }
+    left.erase(found);
+  }
+  demand.pinned = std::move(left);
+  for (const int32_t index : wave.experts) unpin(id(demand.layer, index));
+}
+
+void Residency::finish(DemandId number) {
+  const auto found = demands_.find(number);
+  if (found == demands_.end()) return;
+  const Demand demand = std::move(found->second);
+  demands_.erase(found);
+  for (const int32_t expert : demand.wanted) {
+    --experts_[expert].wanted;
+    if (demand.waiting) --experts_[expert].awaited;
+    reindex(expert);
+  }
+  for (const int32_t expert : demand.pinned) unpin(expert);
+}
+
+void Residency::copy_done(int32_t slot) {
+  const int32_t expert = expert_in_slot_.at(slot);
+  if (expert < 0 || experts_[expert].state != State::loading) {
+    fail(ErrorKind::internal, "copy_done: slot ", slot, " has no copy under way");
+  }
+  Expert& state = experts_[expert];
+  state.state = State::ready;
+  state.failed = false;
+  state.loaded = ++tick_;
+  if (state.wanted == 0) state.last_use = tick_;  // a prefetch is not the oldest the moment it arrives
+  --in_flight_;
+  ++count(expert).loads;
+  reindex(expert);
+}
+
+void Residency::copy_failed(int32_t slot, const Failure& failure) {
+  const int32_t expert = expert_in_slot_.at(slot);
+  if (expert < 0 || experts_[expert].state != State::loading) {
+    fail(ErrorKind::internal, "copy_failed: slot ", slot, " has no copy under way");
+  }
+  Expert& state = experts_[expert];
+  --in_flight_;
+  ++count(expert).failed_loads;
+  state.failed = true;
+  for (auto& [number, demand] : demands_) {
+    if (std::find(demand.wanted.begin(), demand.wanted.end(), expert) == demand.wanted.end()) continue;
+    if (!demand.failure) demand.failure = failure;
+  }
+  state.prefetched = false;
+  leave_slot(expert);
+  warm_.insert(slot);
+  reindex(expert);
+}
+
+void Residency::given_back(int32_t slot, int32_t slots) {
+  for (int32_t i = 0; i < slots; ++i) cold_.insert(slot + i);
+  committed_ -= slots;
+  returning_ -= slots;
+}
+
+void Residency::set_budget(int64_t slots) {
+  const auto all = static_cast<int64_t>(experts_.size());
+  if (slots < 1 || slots > all) {
+    fail(ErrorKind::invalid, "the budget is ", slots, " slots, expected 1 to ", all, ", the number of experts");
+  }
+  budget_ = slots;
+}
+
+void Residency::leave_slot(int32_t expert) {
+  Expert& state = experts_[expert];
+  expert_in_slot_[state.slot] = -1;
+  state.slot = -1;
+  state.state = State::absent;
+}
+
+int32_t Residency::evict(int32_t expert) {
+  Expert& state = experts_[expert];
+  const int32_t slot = state.slot;
+  ++count(expert).evictions;
+  if (state.prefetched) ++count(expert).wasted_prefetches;
+  state.prefetched = false;
+  leave_slot(expert);
+  reindex(expert);
+  return slot;
+}
+
+void Residency::reindex(int32_t expert) {
+  Expert& state = experts_[expert];
+  switch (state.standing) {
+    case Standing::none:
+      break;
+    case Standing::evictable:
+      evictable_.erase(state.resident);
+      break;
+    case Standing::last_resort:
+      last_resort_.erase(state.resident);
+      break;
+    case Standing::to_prefetch:
+      to_prefetch_.erase({state.prefetch.time, state.prefetch.rank, expert});
+      break;
+  }
+  state.standing = Standing::none;
+  if (state.state == State::ready && state.pins == 0 && state.awaited == 0) {
+    state.resident = {expert, next_use(expert), state.frequency, state.last_use, state.loaded};
+    state.standing = state.wanted == 0 ? Standing::evictable : Standing::last_resort;
+    (state.wanted == 0 ? evictable_ : last_resort_).insert(state.resident);
+  } else if (state.state == State::absent && state.wanted == 0 && !state.uses.empty() && !state.failed) {
+    state.prefetch = state.uses.front();
+    state.standing = Standing::to_prefetch;
+    to_prefetch_.insert({state.prefetch.time, state.prefetch.rank, expert});
+  }
+}
+
+// A shrunk budget takes empty slots first, then experts that nobody waits for or computes from.
+void Residency::shrink() {
+  while (committed_ - returning_ > budget_) {
+    if (!warm_.empty()) {
+      give_back_later(*warm_.rbegin());
+      warm_.erase(std::prev(warm_.end()));
+    } else if (!evictable_.empty()) {
+      give_back_later(evict(evictable_.first()));
+    } else if (!last_resort_.empty()) {
+      give_back_later(evict(last_resort_.first()));
+    } else {
+      return;
+    }
+  }
+}
+
+void Residency::give_back_later(int32_t slot) {
+  to_give_back_.insert(slot);
+  ++returning_;
+}
+
+int32_t Residency::take_free_slot() {
+  if (!warm_.empty()) {
+    const int32_t slot = *warm_.begin();
+    warm_.erase(warm_.begin());
+    return slot;
+  }
+  if (!may_commit()) return -1;
+  const int32_t slot = *cold_.begin();  // the lowest: memory in use lies close together
+  cold_.erase(cold_.begin());
+  ++committed_;
+  peak_committed_ = std::max(peak_committed_, committed_);
+  return slot;
+}
+
+Command Residency::start(int32_t expert, int32_t slot, bool prefetch) {
+  Expert& state = experts_[expert];
+  state.state = State::loading;
+  state.slot = slot;
+  state.prefetched = prefetch;
+  expert_in_slot_[slot] = expert;
+  ++in_flight_;
+  reindex(expert);
+  return {Command::Kind::start_copy, slot, 1, key(expert), prefetch};
+}
+
+int32_t Residency::next_missing(bool waiting) const {
+  for (const auto& [number, demand] : demands_) {
+    if (demand.waiting != waiting || demand.failure) continue;
+    for (const int32_t expert : demand.wanted) {
+      if (experts_[expert].state == State::absent) return expert;
+    }
+  }
+  return -1;
+}
+
+std::optional<Command> Residency::serve_demands(bool waiting, bool* blocked) {
+  const int32_t expert = next_missing(waiting);
+  *blocked = false;
+  if (expert < 0) return std::nullopt;
+  int32_t slot = take_free_slot();
+  if (slot < 0 && !evictable_.empty()) slot = evict(evictable_.first());
+  if (slot < 0 && waiting && !last_resort_.empty()) slot = evict(last_resort_.first());
+  *blocked = slot < 0;
+  if (slot < 0) return std::nullopt;
+  return start(expert, slot, /*prefetch=*/false);
+}
+
+// The last use that lies within the next `prefetch_layers` announced layers.
+UseTime Residency::near_until() const {
+  int left = options_.prefetch_layers;
+  for (const auto& [number, batch] : batches_) {
+    const auto ahead = static_cast<int64_t>(batch.announced.layers.size() - batch.passed);
+    if (left <= ahead) return left == 0 ? 0 : use_time(number, batch.passed + static_cast<size_t>(left) - 1);
+    left -= static_cast<int>(ahead);
+  }
+  return never;
+}
+
+// Which expert may go for a prefetch that is used at `time`; -1 if none, or not yet.
+// With next_use the choice is the one that Belady's rule makes at that time: what is used latest after it. If that
+// one is still to be used before, the prefetch waits for it, for every eviction that the rule would not make is one
+// more read later. Near uses do not wait where the rule is undecided: their copies must begin now to be there in time.
+int32_t Residency::prefetch_victim(UseTime time) const {
+  const bool near = time <= near_until();
+  if (options_.eviction != Eviction::next_use) return near ? evictable_.first_used_after(never - 1) : -1;
+  const int32_t victim = evictable_.first_used_after(time);
+  if (victim < 0) return -1;
+  const UseTime use = next_use(victim);
+  if (near && use == never) return victim;
+  for (const int32_t expert : expert_in_slot_) {
+    if (expert < 0) continue;
+    const Expert& other = experts_[expert];
+    const auto after = std::find_if(other.uses.begin(), other.uses.end(), [&](const Use& u) { return u.time > time; });
+    const UseTime later = after == other.uses.end() ? never : after->time;
+    const int64_t frequency = other.frequency + (after - other.uses.begin());  // as it will be then
+    if (later > use || (!near && later == use && frequency < experts_[victim].frequency)) return -1;
+  }
+  return victim;
+}
+
+std::optional<Command> Residency::prefetch() {
+  if (to_prefetch_.empty()) return std::nullopt;
+  const auto [time, rank, expert] = *to_prefetch_.begin();
+  int32_t slot = take_free_slot();
+  if (slot < 0) {
+    const int32_t victim = prefetch_victim(time);
+    if (victim >= 0) slot = evict(victim);
+  }
+  if (slot < 0) return std::nullopt;
+  return start(expert, slot, /*prefetch=*/true);
+}
+
+std::optional<Command> Residency::next_command() {
+  shrink();
+  if (!to_give_back_.empty()) {
+    const int32_t first = *to_give_back_.begin();
+    int32_t next = first;
+    while (!to_give_back_.empty() && *to_give_back_.begin() == next) {
+      to_give_back_.erase(to_give_back_.begin());
+      ++next;
+    }
+    return Command{Command::Kind::give_back, first, next - first};
+  }
+  if (in_flight_ >= options_.copies || committed_ - returning_ > budget_) return std::nullopt;
+  bool blocked = false;
+  for (const bool waiting : {true, false}) {
+    if (auto command = serve_demands(waiting, &blocked)) return command;
+    if (blocked) return std::nullopt;
+  }
+  return prefetch();
+}
+
+Residency::Demand& Residency::find(DemandId demand) {
+  const auto found = demands_.find(demand);
+  if (found == demands_.end()) fail(ErrorKind::invalid, "demand ", demand, " is not under way");
+  return found->second;
+}
+
+const Residency::Demand& Residency::find(DemandId demand) const {
+  return const_cast<Residency*>(this)->find(demand);
+}
+
+bool Residency::exhausted(DemandId demand) const {
+  return find(demand).wanted.empty();
+}
+
+const Failure* Residency::failure(DemandId demand) const {
+  const Demand& found = find(demand);
+  return found.failure ? &*found.failure : nullptr;
+}
+
+int32_t Residency::layer_of(DemandId demand) const {
+  return find(demand).layer;
+}
+BatchId Residency::batch_of(DemandId demand) const {
+  return find(demand).batch;
+}
+
+std::vector<int32_t> Residency::missing(DemandId demand) const {
+  std::vector<int32_t> indices;
+  for (const int32_t expert : find(demand).wanted) indices.push_back(key(expert).index);
+  return indices;
+}
+
+int64_t Residency::queued() const {
+  std::set<int32_t> absent;
+  for (const auto& [number, demand] : demands_) {
+    for (const int32_t expert : demand.wanted) {
+      if (experts_[expert].state == State::absent) absent.insert(expert);
+    }
+  }
+  return static_cast<int64_t>(absent.size());
+}
+
+void Residency::reset_counters() {
+  std::fill(counters_.begin(), counters_.end(), LayerCounters{});
+  peak_committed_ = committed_;
+}
+
+}  // namespace sida
