@@ -1,0 +1,63 @@
+// The table of activation names.
+#include "kernels/activation.h"
+
+#include <array>
+
+namespace sida {
+namespace {
+
+struct Name {
+  std::string_view name;
+  Activation activation;
+};
+
+// transformers has several names for one function: implementations that differ there in speed or rounding only.
+constexpr std::array<Name, 24> names{{
+    {"relu", Activation::relu},
+    {"gelu", Activation::gelu},
+    {"gelu_python", Activation::gelu},
+    {"gelu_new", Activation::gelu_new},
+    {"gelu_fast", Activation::gelu_new},
+    {"gelu_accurate", Activation::gelu_new},
+    {"gelu_pytorch_tanh", Activation::gelu_new},
+    {"gelu_python_tanh", Activation::gelu_new},
+    {"gelu_10", Activation::gelu_10},
+    {"quick_gelu", Activation::quick_gelu},
+    {"silu", Activation::silu},
+    {"swish", Activation::silu},
+    {"tanh", Activation::tanh},
+    {"sigmoid", Activation::sigmoid},
+    {"relu2", Activation::relu2},
+    {"relu6", Activation::relu6},
+    {"leaky_relu", Activation::leaky_relu},
+    {"hardswish", Activation::hardswish},
+    {"mish", Activation::mish},
+    {"laplace", Activation::laplace},
+    {"softplus", Activation::softplus},
+    {"sqrtsoftplus", Activation::sqrtsoftplus},
+    {"linear", Activation::linear},
+    {"identity", Activation::linear},
+}};
+
+}  // namespace
+
+bool parse_activation(std::string_view name, Activation* activation, bool* gated) {
+  constexpr std::string_view prefix = "gated-";
+  const bool has_prefix = name.starts_with(prefix);
+  if (has_prefix) name.remove_prefix(prefix.size());
+  for (const Name& known : names) {
+    if (known.name != name) continue;
+    *activation = known.activation;
+    *gated = has_prefix;
+    return true;
+  }
+  return false;
+}
+
+std::string activation_names() {
+  std::string text;
+  for (const Name& known : names) text.append(known.name).append(", ");
+  return text + "each also as gated-...";
+}
+
+}  // namespace sida

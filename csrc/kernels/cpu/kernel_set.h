@@ -1,0 +1,313 @@
+// The table of kernels for one `Simd`, made by including this after a simd_*.h.
+#pragma once
+
+#include "kernels/cpu/kernel_tile.h"
+#include "kernels/cpu/simd_math.h"
+
+namespace sida::cpu {
+
+template <class S>
+struct KernelSet {
+  using F = typename S::F;
+  using I = typename S::I;
+  static constexpr int64_t group = 2 * S::lanes;
+
+  static_assert(S::tile_tokens <= 6, "with_tokens and project_typed know tiles of one to six tokens");
+
+  // A block's tiles: tile i covers tokens [first(i), first(i + 1)).
+  struct Tiles {
+    int64_t tokens, count;
+    explicit Tiles(int64_t n) : tokens(n), count((n + S::tile_tokens - 1) / S::tile_tokens) {}
+    int64_t first(int64_t i) const { return tokens * i / count; }
+  };
+
+  static bool is_paired(DType w_dtype) { return w_dtype == DType::bf16; }
+
+  // Two vectors in natural order into the panel's order, and stored.
+  static void store_group(float* to, F low, F high, bool paired) {
+    if (paired) {
+      I even, odd;
+      for (int i = 0; i < S::lanes; ++i) {
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
+      }
+      const F first = __builtin_shuffle(low, high, even);
+      high = __builtin_shuffle(low, high, odd);
+      low = first;
+    }
+    store<S>(to, low);
+    store<S>(to + S::lanes, high);
+  }
+
+  static void pack(const Pack& args) {
+    const Tiles tiles(args.panel.tokens);
+    const int64_t element = args.x_dtype == DType::f32 ? 4 : 2;
+    const int64_t whole = args.panel.width / group * group;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t begin = tiles.first(i), n = tiles.first(i + 1) - begin;
+      for (int64_t t = 0; t < n; ++t) {
+        const char* row =
+            static_cast<const char*>(args.x) + args.entries[begin + t] / args.top_k * args.x_row_stride * element;
+        float* to = args.panel.data + begin * args.panel.padded_width + t * group;
+        for (int64_t k = 0; k < whole; k += group, row += group * element, to += n * group) {
+          store_group(to, load_as_float<S>(args.x_dtype, row), load_as_float<S>(args.x_dtype, row + S::lanes * element),
+                      is_paired(args.w_dtype));
+        }
+        if (whole < args.panel.width) {
+          char tail[group * 4] = {};
+          __builtin_memcpy(tail, row, (args.panel.width - whole) * element);
+          store_group(to, load_as_float<S>(args.x_dtype, tail),
+                      load_as_float<S>(args.x_dtype, tail + S::lanes * element), is_paired(args.w_dtype));
+        }
+      }
+    }
+  }
+
+  // Calls body.operator()<N>() for n tokens in tiles of R rows.
+  template <int R, class Body>
+  [[gnu::always_inline]] static void with_tokens(int64_t n, Body&& body) {
+    const auto call = [&]<int N>() {
+      // The widest tile decides R; tiles are as wide as that or one token less.
+      constexpr bool is_widest = R == S::tile_rows(N), is_narrower = N < S::tile_tokens && R == S::tile_rows(N + 1);
+      if constexpr (N <= S::tile_tokens && (R == 1 || is_widest || is_narrower)) body.template operator()<N>();
+    };
+    switch (n) {
+      case 1:
+        return call.template operator()<1>();
+      case 2:
+        return call.template operator()<2>();
+      case 3:
+        return call.template operator()<3>();
+      case 4:
+        return call.template operator()<4>();
+      case 5:
+        return call.template operator()<5>();
+      default:
+        return call.template operator()<6>();
+    }
+  }
+
+  // Few tokens, bound by memory: R whole rows at a time, for all tiles of tokens, which ask for the next rows
+  // meanwhile.
+  template <DType dtype, int R>
+  static void stream_rows(const Project& args, const Tiles& tiles, int64_t row) {
+    const int64_t row_bytes = args.row_stride * Weights<S, dtype>::bytes;
+    const char* const w = static_cast<const char*>(args.w) + row * row_bytes;
+    const bool has_next = row + R < args.rows + args.rows_after;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t begin = tiles.first(i), n = tiles.first(i + 1) - begin;
+      with_tokens<R>(n, [&]<int N>() {
+        Tile<S, dtype, R, N>::run(w, row_bytes, args.x.width, args.x.data + begin * args.x.padded_width,
+                                  {has_next ? R * row_bytes : 0, i, tiles.count},
+                                  args.sums + begin * args.sums_stride + row, args.sums_stride);
+      });
+    }
+  }
+
+  // Many tokens, bound by arithmetic: a block of rows times one segment of columns stays in the L2 cache while all
+  // tokens pass by; a tile's tokens stay in L1 while the block's rows pass by. Each tile asks for a piece of a row of
+  // the block after this one.
+  template <DType dtype, int R>
+  static void block_rows(const Project& args, const Tiles& tiles, int64_t first_row, int64_t rows) {
+    constexpr int64_t bytes = Weights<S, dtype>::bytes;
+    const int64_t row_bytes = args.row_stride * bytes, width = args.x.width;
+    const char* const matrix = static_cast<const char*>(args.w);
+    const int64_t pieces = tiles.count / R;  // pieces of a row that make up for rows / R * tiles.count tiles
+    for (int64_t begin = 0; begin < width; begin += S::segment) {
+      const int64_t columns = width - begin < S::segment ? width - begin : S::segment;
+      const bool goes_down = begin + columns >= width;
+      const int64_t next_row = goes_down ? first_row + rows : first_row, next_begin = goes_down ? 0 : begin + columns;
+      int64_t next_rows = args.rows + args.rows_after - next_row;
+      if (next_rows > rows) next_rows = rows;
+      const int64_t next_columns = width - next_begin < S::segment ? width - next_begin : S::segment;
+      const int64_t row_lines = (next_columns * bytes + 63) / 64, lines = (row_lines + pieces - 1) / pieces;
+      const char* const next = matrix + next_row * row_bytes + next_begin * bytes;
+      int64_t piece = 0;
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t token = tiles.first(i), n = tiles.first(i + 1) - token;
+        with_tokens<R>(n, [&]<int N>() {
+          const float* const x = args.x.data + token * args.x.padded_width + begin * N;
+          for (int64_t row = first_row; row < first_row + rows; row += R, ++piece) {
+            const bool asks = piece < next_rows * pieces;
+            Tile<S, dtype, R, N>::run_segment(
+                matrix + row * row_bytes + begin * bytes, row_bytes, columns, x,
+                asks ? next + piece / pieces * row_bytes + piece % pieces * lines * 64 : nullptr, asks ? lines : 0,
+                args.sums + token * args.sums_stride + row, args.sums_stride, begin == 0);
+          }
+        });
+      }
+    }
+  }
+
+  template <DType dtype, int R>
+  static void project_tiled(const Project& args, const Tiles& tiles) {
+    int64_t row = 0;
+    if (tiles.count >= R) {
+      constexpr int64_t block = (48 + R - 1) / R * R;
+      while (row + R <= args.rows) {
+        const int64_t left = (args.rows - row) / R * R, rows = left < block ? left : block;
+        block_rows<dtype, R>(args, tiles, row, rows);
+        row += rows;
+      }
+    } else {
+      for (; row + R <= args.rows; row += R) stream_rows<dtype, R>(args, tiles, row);
+    }
+    for (; row < args.rows; ++row) stream_rows<dtype, 1>(args, tiles, row);
+  }
+
+  template <DType dtype>
+  static void project_typed(const Project& args) {
+    const Tiles tiles(args.x.tokens);
+    const int64_t widest = (tiles.tokens + tiles.count - 1) / tiles.count;
+    switch (widest) {
+      case 1:
+        return project_tiled<dtype, S::tile_rows(1)>(args, tiles);
+      case 2:
+        return project_tiled<dtype, S::tile_rows(2)>(args, tiles);
+      case 3:
+        return project_tiled<dtype, S::tile_rows(3)>(args, tiles);
+      case 4:
+        return project_tiled<dtype, S::tile_rows(4)>(args, tiles);
+      case 5:
+        return project_tiled<dtype, S::tile_rows(5)>(args, tiles);
+      default:
+        return project_tiled<dtype, S::tile_rows(6)>(args, tiles);
+    }
+  }
+
+  static void project(const Project& args) {
+    switch (args.w_dtype) {
+      case DType::f32:
+        return project_typed<DType::f32>(args);
+      case DType::bf16:
+        return project_typed<DType::bf16>(args);
+      case DType::f16:
+        return project_typed<DType::f16>(args);
+      case DType::i8:
+        return project_typed<DType::i8>(args);
+    }
+  }
+
+  // Loads `count` <= lanes floats, zeros after them.
+  static F load_some(const float* from, int64_t count) {
+    if (count >= S::lanes) return load<S>(from);
+    F value{};
+    if (count > 0) __builtin_memcpy(&value, from, count * sizeof(float));
+    return value;
+  }
+
+  template <Activation activation>
+  static F hidden(const Activate& args, const float* sums, const float* up_sums, int64_t row) {
+    const int64_t left = args.rows - row;
+    if (left <= 0) return F{};
+    F value = load_some(sums + row, left);
+    if (args.scale != nullptr) value *= load_some(args.scale + row, left);
+    value = Math<S>::template apply<activation>(value);
+    if (up_sums != nullptr) {
+      F up = load_some(up_sums + row, left);
+      if (args.up_scale != nullptr) up *= load_some(args.up_scale + row, left);
+      value *= up;
+    }
+    // Lanes past the last row must be zero whatever the activation of zero is.
+    for (int64_t i = left; i < S::lanes; ++i) value[i] = 0.0f;
+    return value;
+  }
+
+  template <Activation activation>
+  static void activate_as(const Activate& args) {
+    const Tiles tiles(args.h.tokens);
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t begin = tiles.first(i), n = tiles.first(i + 1) - begin;
+      for (int64_t t = 0; t < n; ++t) {
+        const float* const sums = args.sums + (begin + t) * args.sums_stride;
+        const float* const up = args.up_sums == nullptr ? nullptr : args.up_sums + (begin + t) * args.sums_stride;
+        float* const to = args.h.data + begin * args.h.padded_width + args.row_begin * n + t * group;
+        for (int64_t row = 0; row < args.rows; row += group) {
+          store_group(to + row * n, hidden<activation>(args, sums, up, row),
+                      hidden<activation>(args, sums, up, row + S::lanes), is_paired(args.w_dtype));
+        }
+      }
+    }
+  }
+
+  static void activate(const Activate& args) {
+    using enum Activation;
+    switch (args.activation) {
+      case relu:
+        return activate_as<relu>(args);
+      case gelu:
+        return activate_as<gelu>(args);
+      case gelu_new:
+        return activate_as<gelu_new>(args);
+      case silu:
+        return activate_as<silu>(args);
+      case gelu_10:
+        return activate_as<gelu_10>(args);
+      case quick_gelu:
+        return activate_as<quick_gelu>(args);
+      case tanh:
+        return activate_as<tanh>(args);
+      case sigmoid:
+        return activate_as<sigmoid>(args);
+      case relu2:
+        return activate_as<relu2>(args);
+      case relu6:
+        return activate_as<relu6>(args);
+      case leaky_relu:
+        return activate_as<leaky_relu>(args);
+      case hardswish:
+        return activate_as<hardswish>(args);
+      case mish:
+        return activate_as<mish>(args);
+      case laplace:
+        return activate_as<laplace>(args);
+      case softplus:
+        return activate_as<softplus>(args);
+      case sqrtsoftplus:
+        return activate_as<sqrtsoftplus>(args);
+      case linear:
+        return activate_as<linear>(args);
+    }
+  }
+
+  // Stores the first `count` <= lanes elements of value, rounded to dtype.
+  static void store_some(DType dtype, char* to, F value, int64_t count) {
+    if (count >= S::lanes) return store_rounded<S>(dtype, to, value);
+    char all[S::lanes * 4];
+    store_rounded<S>(dtype, all, value);
+    __builtin_memcpy(to, all, count * (dtype == DType::f32 ? 4 : 2));
+  }
+
+  static void finish(const float* sums, int64_t rows, const float* scale, float gate, DType out_dtype, void* out) {
+    const int64_t element = out_dtype == DType::f32 ? 4 : 2;
+    for (int64_t row = 0; row < rows; row += S::lanes) {
+      F value = load_some(sums + row, rows - row);
+      if (scale != nullptr) value *= load_some(scale + row, rows - row);
+      store_some(out_dtype, static_cast<char*>(out) + row * element, value * gate, rows - row);
+    }
+  }
+
+  static void combine(const float* partials, int64_t top_k, int64_t width, DType out_dtype, void* out) {
+    const int64_t element = out_dtype == DType::f32 ? 4 : 2;
+    for (int64_t i = 0; i < width; i += S::lanes) {
+      F value = load_some(partials + i, width - i);
+      for (int64_t k = 1; k < top_k; ++k) value += load_some(partials + k * width + i, width - i);
+      store_some(out_dtype, static_cast<char*>(out) + i * element, value, width - i);
+    }
+  }
+
+  static constexpr int64_t common_rows() {
+    int64_t rows = 1;
+    for (int tokens = 1; tokens <= S::tile_tokens; ++tokens) {
+      int64_t multiple = rows;
+      while (multiple % S::tile_rows(tokens) != 0) multiple += rows;
+      rows = multiple;
+    }
+    return rows;
+  }
+
+  static constexpr Kernels table{S::name, group,    S::tile_tokens, common_rows(), pack,
+                                 project, activate, finish,         combine};
+};
+
+}  // namespace sida::cpu

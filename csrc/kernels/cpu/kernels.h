@@ -1,0 +1,81 @@
+// The functions that every instruction set provides, behind one table of pointers.
+//
+// This header is included by the translation units that are compiled for AVX2, AVX-512, ...: nothing in it, and
+// nothing that those units include, may define an inline function with external linkage. The linker keeps one copy of
+// such a function and might keep the one that a plain CPU cannot execute.
+#pragma once
+
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "kernels/moe_ffn.h"
+
+namespace sida::cpu {
+
+// Tokens are held in fp32 panels in the order in which a tile reads them. n tokens of width k form
+// ceil(n / tile_tokens) tiles of nearly equal width N; a tile is [padded k / group][N][group], so tile i begins
+// at float first_token(i) * padded k. Columns past k are zero. Within a group of 2 * lanes elements the order is
+// that in which the weights unfold: natural, or for bfloat16 even elements first (see kernel_tile.h).
+struct Panel {
+  float* data;
+  int64_t tokens, width, padded_width;
+};
+
+struct Pack {
+  DType x_dtype, w_dtype;
+  const void* x;
+  int64_t x_row_stride;
+  const int64_t* entries;  // [panel.tokens]: token * top_k + k
+  int64_t top_k;
+  Panel panel;
+};
+
+// sums[t * sums_stride + r] = w[r] . x[t], before scales
+struct Project {
+  DType w_dtype;
+  const void* w;       // first row
+  int64_t row_stride;  // elements
+  int64_t rows;
+  int64_t rows_after;  // of the same matrix, that the caller will want next: worth a prefetch
+  Panel x;
+  float* sums;
+  int64_t sums_stride;
+};
+
+// Rows [row_begin, row_begin + rows) of h = activation(sums * scale) [* (up_sums * up_scale)], for all tokens.
+// row_begin is a multiple of `group`.
+struct Activate {
+  Activation activation;
+  DType w_dtype;
+  float* sums;     // [tokens, sums_stride], sums_stride at least `rows` rounded up to `group`
+  float* up_sums;  // gated, else null
+  int64_t sums_stride;
+  const float* scale;  // at row_begin; null: 1
+  const float* up_scale;
+  int64_t row_begin, rows;
+  Panel h;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t group;        // elements of a panel's group
+  int64_t tile_tokens;  // most tokens in a tile
+  int64_t tile_rows;    // a multiple of every tile's rows
+  void (*pack)(const Pack&);
+  void (*project)(const Project&);
+  void (*activate)(const Activate&);
+  // out[r] = (sums[r] * scale[r]) * gate, rounded to out_dtype; scale null: 1
+  void (*finish)(const float* sums, int64_t rows, const float* scale, float gate, DType out_dtype, void* out);
+  // out[i] = sum over k of partials[k * width + i] in the order of k, rounded to out_dtype
+  void (*combine)(const float* partials, int64_t top_k, int64_t width, DType out_dtype, void* out);
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+// The table of the instruction set in force; see instruction_set() in moe_ffn.h.
+const Kernels& kernels();
+
+}  // namespace sida::cpu

@@ -1,0 +1,12 @@
+// The kernels compiled for the plainest CPU of the architecture.
+#include "kernels/cpu/simd_generic.h"
+
+#include "kernels/cpu/kernel_set.h"
+
+namespace sida::cpu {
+
+const Kernels* scalar_kernels() {
+  return &KernelSet<Simd>::table;
+}
+
+}  // namespace sida::cpu

@@ -1,0 +1,49 @@
+// Eight lanes: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/cpu/simd.h"
+
+namespace sida::cpu {
+namespace {
+
+struct Simd {
+  static constexpr const char* name = "avx2";
+  static constexpr int lanes = 8;
+  using Types = VectorOf<lanes>;
+  using F = Types::F;
+  using I = Types::I;
+
+  static constexpr int64_t segment = 1024;
+
+  // 16 registers: the sums, the tokens' vectors (or the rows', whichever are fewer) and one operand.
+  static constexpr int tile_tokens = 6;
+  static constexpr int tile_rows(int tokens) { return tokens == 1 ? 6 : tokens <= 3 ? 4 : tokens == 4 ? 3 : 2; }
+
+  // Hides from the compiler that the value could be loaded again.
+  static F in_register(F value) {
+    asm volatile("" : "+x"(value));
+    return value;
+  }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
+  // between registers and spills some.
+  static void accumulate(F& sum, F a, F b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+  // The same with b in memory: no register for it.
+  static void accumulate_from(F& sum, F a, const float* b) {
+    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
+  }
+  static F load_f16(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))); }
+  static void store_f16(void* to, F value) {
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F load_i8(const void* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+  }
+  // Adds the upper half to the lower one.
+  static Float4 fold(F value) { return _mm256_castps256_ps128(value) + _mm256_extractf128_ps(value, 1); }
+};
+
+}  // namespace
+}  // namespace sida::cpu

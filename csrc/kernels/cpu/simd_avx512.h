@@ -1,0 +1,52 @@
+// Sixteen lanes: AVX-512 F, BW, VL and DQ.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/cpu/simd.h"
+
+namespace sida::cpu {
+namespace {
+
+struct Simd {
+  static constexpr const char* name = "avx512";
+  static constexpr int lanes = 16;
+  using Types = VectorOf<lanes>;
+  using F = Types::F;
+  using I = Types::I;
+
+  static constexpr int64_t segment = 4096;
+
+  // 32 registers: 24 sums, the tokens' vectors and one row of weights.
+  static constexpr int tile_tokens = 4;
+  static constexpr int tile_rows(int tokens) { return tokens == 4 ? 6 : 8; }
+
+  // Hides from the compiler that the value could be loaded again.
+  static F in_register(F value) {
+    asm volatile("" : "+v"(value));
+    return value;
+  }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
+  // between registers and spills some.
+  static void accumulate(F& sum, F a, F b) { asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+  // The same with b in memory: no register for it.
+  static void accumulate_from(F& sum, F a, const float* b) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
+  }
+  static F load_f16(const void* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))); }
+  static void store_f16(void* to, F value) {
+    _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static F load_i8(const void* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+  }
+  // Adds the upper half to the lower one, twice.
+  static Float4 fold(F value) {
+    const __m256 half = _mm512_castps512_ps256(value) + _mm512_extractf32x8_ps(value, 1);
+    return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+  }
+};
+
+}  // namespace
+}  // namespace sida::cpu

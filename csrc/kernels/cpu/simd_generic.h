@@ -1,0 +1,41 @@
+// Four lanes without intrinsics: what the compiler makes of them is SSE2 on x86-64.
+#pragma once
+
+#include "kernels/cpu/simd.h"
+
+namespace sida::cpu {
+namespace {
+
+struct Simd {
+  static constexpr const char* name = "scalar";
+  static constexpr int lanes = 4;
+  using Types = VectorOf<lanes>;
+  using F = Types::F;
+  using I = Types::I;
+
+  static constexpr int64_t segment = 512;
+
+  // Rows of a tile of `tokens` tokens: 16 registers hold the sums, one row of weights and one token.
+  static constexpr int tile_tokens = 2;
+  static constexpr int tile_rows(int tokens) { return tokens == 1 ? 6 : 4; }
+
+  static F in_register(F value) { return value; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  // sum += a * b
+  static void accumulate(F& sum, F a, F b) { sum = fma(a, b, sum); }
+  static void accumulate_from(F& sum, F a, const float* b) { sum = fma(a, load<Simd>(b), sum); }
+  static F load_f16(const void* from) { return widen_f16<Simd>(*static_cast<const Types::HalfWordsAnywhere*>(from)); }
+  static void store_f16(void* to, F value) {
+    Types::HalfWords half;
+    for (int i = 0; i < lanes; ++i) half[i] = narrow_f16(value[i]);
+    *static_cast<Types::HalfWordsAnywhere*>(to) = half;
+  }
+  static F load_i8(const void* from) {
+    const Types::Bytes bytes = *static_cast<const Types::BytesAnywhere*>(from);
+    return __builtin_convertvector(__builtin_convertvector(bytes, I), F);
+  }
+  static Float4 fold(F value) { return value; }
+};
+
+}  // namespace
+}  // namespace sida::cpu
