@@ -1,0 +1,134 @@
+// What happens to a block's fp32 sums, once they lie in shared memory as [block_t tokens][block_w weight rows]:
+// scale, activation and a store to the hidden buffer in the first phase; scale, gate and a scatter in the second.
+#pragma once
+
+#include "kernels/cuda/activation.cuh"
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/work.cuh"
+
+namespace sida::cuda {
+
+// Eight neighbouring columns of one token: every thread's share at a time.
+struct Unit {
+  int token, column, count;  // within the tile; within the result; how many columns are inside the matrix
+  int tile_row;              // the weight tile's row of the first column
+};
+
+template <int block_w, Phase phase>
+__device__ inline Unit locate_unit(const LayerParams& p, const Work& work, int unit) {
+  const int units_of_token = columns_of_tile<block_w, phase>(p.gated) / 8;
+  const int local = unit % units_of_token * 8;
+  const bool gated = phase == Phase::hidden && p.gated;
+  const int tile_row = gated ? local / 16 * 32 + local % 16 : local;
+  const int column = weight_row<block_w, phase>(p, work.weight_tile, tile_row).column;
+  const int columns = phase == Phase::hidden ? p.d_ff : p.d_model;
+  const int inside = max(0, min(8, columns - column));
+  return {unit / units_of_token, column, SIDA_PLANTED(epilogue_no_column_guard) ? 8 : inside, tile_row};
+}
+
+// Eight sums of a token times the scales of their rows.
+__device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int slot, int matrix_row, int tile_row,
+                                   int count, float (&value)[8]) {
+  const float* scale = nullptr;
+  if (w.scale != nullptr) {
+    scale = w.scale + slot * w.scale_slot_stride + (SIDA_PLANTED(epilogue_scale_of_tile) ? tile_row : matrix_row);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    value[i] = sums[i];
+    if (scale != nullptr && i < count) value[i] *= scale[i];
+  }
+}
+
+template <int block_w, int block_t, int row_floats>
+__device__ inline void store_hidden(const LayerParams& p, const Work& work, const float* sums, DType hidden_dtype) {
+  const int units = block_t * columns_of_tile<block_w, Phase::hidden>(p.gated) / 8;
+  for (int i = static_cast<int>(threadIdx.x); i < units; i += static_cast<int>(blockDim.x)) {
+    const Unit unit = locate_unit<block_w, Phase::hidden>(p, work, i);
+    if (unit.token >= work.tokens.count || unit.column >= p.hidden_row_stride) continue;
+    const float* own = sums + unit.token * row_floats + unit.tile_row;
+    float value[8];
+    scaled_sums(own, p.wi, work.tokens.slot, unit.column, unit.tile_row, unit.count, value);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] = activate(value[j], p.activation);
+    if (p.gated) {
+      float up[8];
+      scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column, unit.tile_row + 16, unit.count, up);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] *= up[j];
+    }
+    // Rows are padded to whole units, and the padding is zero: the second phase may read whole units too.
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j >= unit.count) value[j] = 0.0f;
+    }
+    const int64_t shift = SIDA_PLANTED(epilogue_misaligned_store) ? 1 : 0;
+    store_eight(p.hidden, (work.tokens.first + unit.token) * p.hidden_row_stride + unit.column + shift, hidden_dtype, 8,
+                true, value);
+  }
+}
+
+// Scales, gates and scatters eight finished sums to their token's row.
+__device__ inline void store_gated(const LayerParams& p, int position, int column, int count, DType dtype,
+                                   const float (&sum)[8]) {
+  const int row = p.plan.row_of_position[position];
+  const float gate = p.gate[SIDA_PLANTED(epilogue_gate_by_position) ? position : row];
+  float value[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) value[j] = sum[j] * gate;
+  if (p.top_k == 1) {
+    store_eight(p.out, static_cast<int64_t>(row) * p.d_model + column, dtype, count, p.vector_out, value);
+  } else {
+    store_eight(p.partials, static_cast<int64_t>(row) * p.d_model + column, DType::f32, count, p.vector_out, value);
+  }
+}
+
+// Adds the slices' sums in the order of the slices: whichever block comes last does it, so no order of arrival shows.
+template <int block_w, int block_t>
+__device__ inline void add_slices(const LayerParams& p, const Work& work, DType dtype) {
+  const int64_t slice = p.positions * p.split_row_stride;
+  for (int i = static_cast<int>(threadIdx.x); i < block_t * block_w / 8; i += static_cast<int>(blockDim.x)) {
+    const Unit unit = locate_unit<block_w, Phase::output>(p, work, i);
+    if (unit.token >= work.tokens.count || unit.count == 0) continue;
+    const int position = work.tokens.first + unit.token;
+    const float* own = p.split_sums + position * p.split_row_stride + unit.column;
+    float sum[8] = {};
+    for (int step = 0; step < p.splits; ++step) {
+      const int split = SIDA_PLANTED(split_by_arrival) ? (work.split + step) % p.splits : step;
+      const Eight<float> part = *reinterpret_cast<const Eight<float>*>(own + split * slice);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] += part.element[j];
+    }
+    store_gated(p, position, unit.column, unit.count, dtype, sum);
+  }
+}
+
+// `flag`: an int of shared memory that nothing else uses.
+template <int block_w, int block_t, int row_floats>
+__device__ inline void store_output(const LayerParams& p, const Work& work, const float* sums, DType dtype, int* flag) {
+  const int64_t slice = p.positions * p.split_row_stride;
+  for (int i = static_cast<int>(threadIdx.x); i < block_t * block_w / 8; i += static_cast<int>(blockDim.x)) {
+    const Unit unit = locate_unit<block_w, Phase::output>(p, work, i);
+    if (unit.token >= work.tokens.count || unit.count == 0) continue;
+    const int position = work.tokens.first + unit.token;
+    float value[8];
+    scaled_sums(sums + unit.token * row_floats + unit.tile_row, p.wo, work.tokens.slot, unit.column, unit.tile_row,
+                unit.count, value);
+    if (p.splits == 1) {
+      store_gated(p, position, unit.column, unit.count, dtype, value);
+    } else {
+      store_eight(p.split_sums, work.split * slice + position * p.split_row_stride + unit.column, DType::f32, 8, true,
+                  value);
+    }
+  }
+  if (p.splits == 1) return;
+  if (!SIDA_PLANTED(split_no_fence)) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = atomicAdd(&p.tickets[work.token_tile * work.weight_tiles + work.weight_tile], 1);
+  if (!SIDA_PLANTED(split_no_barrier)) __syncthreads();
+  if (*flag != p.splits - 1) return;
+  __threadfence();
+  add_slices<block_w, block_t>(p, work, dtype);
+}
+
+}  // namespace sida::cuda

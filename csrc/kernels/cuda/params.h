@@ -1,0 +1,79 @@
+// What the kernels of one layer are told: plain structs, passed by value, device pointers inside.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/moe_ffn.h"
+
+namespace sida::cuda {
+
+// Up to block_t neighbouring positions of one expert.
+struct alignas(16) TokenTile {
+  int32_t slot;   // of the expert
+  int32_t first;  // position of its first row
+  int32_t count;  // of rows, at least 1
+  int32_t unused;
+};
+
+// dispatch_plan's result. A *row* is a (token, choice) pair, token * top_k + choice; a *position* is its place after
+// sorting by expert, rows of one expert in their own order.
+struct Plan {
+  int32_t* tile_count;       // [1]
+  TokenTile* tiles;          // [max_tiles]
+  int32_t* row_of_position;  // [tokens * top_k]
+};
+
+struct PlanParams {
+  const int32_t* expert_index;    // [rows]
+  const int32_t* slot_of_expert;  // [num_experts]
+  int32_t rows, num_experts, num_slots, block_t, warps;
+  Plan plan;
+  int32_t* tickets;  // zeroed for the split reduction
+  int32_t ticket_count;
+  // Error words, null or two of them, set to INT32_MAX by the host: the lowest row whose expert_index (or whose
+  // expert's slot) is out of range, and the lowest row whose expert is not resident.
+  int32_t* error_rows;
+};
+
+enum class Phase { hidden, output };
+
+// Both products of a layer: hidden = activation(wi x), out = gate * (wo hidden).
+struct LayerParams {
+  int32_t top_k, d_model, d_ff;
+  bool gated;
+  Activation activation;
+  DType x_dtype, w_dtype;
+  bool vector_x, vector_wi, vector_wo, vector_out;  // 16-byte accesses are aligned (the fp32 path alone asks)
+  const void* x;
+  int64_t x_row_stride;
+  const float* gate;  // [rows]
+  ExpertMatrix wi, wo;
+  Plan plan;
+  void* hidden;               // [positions, hidden_row_stride], x's type on tensor cores, else fp32
+  int64_t hidden_row_stride;  // d_ff rounded up to 8
+  int32_t splits;             // of d_ff in the output phase
+  float* split_sums;          // [splits, positions, split_row_stride]; null if splits == 1
+  int64_t split_row_stride;   // d_model rounded up to 8
+  int64_t positions;          // tokens * top_k
+  int32_t* tickets;           // [max_tiles, output tiles]
+  void* out;                  // [tokens, d_model]
+  float* partials;            // [rows, d_model]; null if and only if top_k == 1
+};
+
+struct CombineParams {
+  const float* partials;  // [tokens, top_k, d_model]
+  void* out;              // [tokens, d_model]
+  DType x_dtype;
+  int64_t tokens;
+  int32_t top_k, d_model;
+};
+
+struct RouteParams {
+  const void* logits;    // [sequences, length, experts] contiguous
+  DType dtype, rounded;  // of the logits; that the probabilities are rounded to before the maximum is taken
+  int32_t length, experts, capacity, warps;
+  int32_t* expert_index;  // [sequences, length]; -1 beyond the capacity
+  float* gate;            // [sequences, length]
+};
+
+}  // namespace sida::cuda
