@@ -1,0 +1,289 @@
+// PYBIND11_MODULE(_C): the engine's objects. Every call that may wait for a lock gives the GIL up first.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/layers.h"
+#include "bindings/python_errors.h"
+#include "experts/measure.h"
+#include "experts/policy_trace.h"
+#include "experts/store.h"
+#include "experts/transfer.h"
+#include "kernels/activation.h"
+#include "kernels/moe_ffn.h"
+
+namespace py = pybind11;
+
+namespace sida {
+namespace {
+
+DType dtype_from(const std::string& name) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16, float16 or int8");
+}
+
+using WithoutLock = py::call_guard<py::gil_scoped_release>;
+
+// The bytes of a contiguous buffer of whole 4096-byte blocks.
+RecordChecksum checksum_of(const py::buffer& record) {
+  const py::buffer_info info = record.request();
+  const int64_t bytes = info.size * info.itemsize;
+  if (!PyBuffer_IsContiguous(info.view(), 'C') || bytes % ExpertFormat::record_alignment != 0) {
+    fail(ErrorKind::invalid, "record has ", bytes, " bytes, expected a contiguous buffer of a multiple of ",
+         ExpertFormat::record_alignment);
+  }
+  return record_checksum(info.ptr, bytes);
+}
+
+py::bytes prologue(const std::string& header) {
+  std::string out(store_magic);
+  const auto append = [&](uint32_t value) {
+    for (int shift = 0; shift < 32; shift += 8) out.push_back(static_cast<char>(value >> shift & 0xff));
+  };
+  append(static_cast<uint32_t>(header.size()));
+  append(crc32c(header.data(), static_cast<int64_t>(header.size())));
+  return py::bytes(out);
+}
+
+// One record, read and verified, in memory of its own (aligned for O_DIRECT).
+py::object read_record(const ExpertStore& store, int32_t layer, int32_t index) {
+  const int64_t bytes = store.layout().format.record_bytes();
+  void* memory = std::aligned_alloc(ExpertFormat::record_alignment, bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  const std::unique_ptr<void, decltype(&std::free)> owner(memory, std::free);
+  {
+    const py::gil_scoped_release released;
+    store.read({layer, index}, memory);
+  }
+  return py::bytearray(static_cast<const char*>(memory), static_cast<size_t>(bytes));
+}
+
+py::dict to_dict(const ExpertFormat& format) {
+  py::dict fields;
+  fields["d_model"] = format.d_model;
+  fields["d_ff"] = format.d_ff;
+  fields["dtype"] = dtype_name(format.dtype);
+  fields["gated"] = format.gated;
+  return fields;
+}
+
+py::dict to_dict(const LayerCounters& layer) {
+  py::dict fields;
+  fields["requested"] = layer.requested;
+  fields["unique"] = layer.unique;
+  fields["hits"] = layer.hits;
+  fields["late"] = layer.late;
+  fields["misses"] = layer.misses;
+  fields["evictions"] = layer.evictions;
+  fields["loads"] = layer.loads;
+  fields["failed_loads"] = layer.failed_loads;
+  fields["bytes_read"] = layer.bytes_read;
+  fields["useful_prefetches"] = layer.useful_prefetches;
+  fields["wasted_prefetches"] = layer.wasted_prefetches;
+  fields["cancelled_prefetches"] = layer.cancelled_prefetches;
+  fields["stall_seconds"] = layer.stall_seconds;
+  return fields;
+}
+
+py::dict stats_of(const TransferEngine& engine) {
+  EngineStats stats;
+  {
+    const py::gil_scoped_release released;
+    stats = engine.stats();
+  }
+  py::list layers;
+  for (size_t i = 0; i < stats.layers.size(); ++i) {
+    py::dict fields = to_dict(stats.layers[i]);
+    fields["stalls"] = stats.stalls[i];
+    layers.append(fields);
+  }
+  py::dict fields;
+  fields["layers"] = layers;
+  fields["peak_slots"] = stats.peak_slots;
+  fields["read_seconds"] = stats.read_seconds;
+  fields["direct"] = stats.direct;
+  return fields;
+}
+
+using Wanted = std::vector<std::pair<int32_t, std::vector<int32_t>>>;
+
+AnnouncedBatch batch_from(const Wanted& wanted) {
+  AnnouncedBatch batch;
+  for (const auto& [layer, experts] : wanted) batch.layers.push_back({layer, experts});
+  return batch;
+}
+
+BatchId announce(TransferEngine& engine, const Wanted& wanted) {
+  AnnouncedBatch batch = batch_from(wanted);
+  const py::gil_scoped_release released;
+  return engine.announce(std::move(batch));
+}
+
+RoutingTrace trace_from(int32_t layers, int32_t experts, const std::vector<Wanted>& batches) {
+  RoutingTrace trace{layers, experts, {}};
+  for (const Wanted& wanted : batches) trace.batches.push_back(batch_from(wanted));
+  return trace;
+}
+
+py::tuple policy_result(const PolicyResult& result) {
+  return py::make_tuple(result.wanted, result.loads, result.wasted_prefetches);
+}
+
+py::tuple run_policy_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches,
+                        const std::string& eviction, int64_t slots, int lookahead,
+                        const std::vector<Wanted>& predicted) {
+  const RoutingTrace trace = trace_from(layers, experts, batches);
+  const RoutingTrace tables = trace_from(layers, experts, predicted);
+  PolicyResult result;
+  {
+    const py::gil_scoped_release released;
+    result = run_policy(trace, {.eviction = parse_eviction(eviction), .slots = slots, .lookahead = lookahead},
+                        tables.batches);
+  }
+  return policy_result(result);
+}
+
+py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, int64_t slots) {
+  const RoutingTrace trace = trace_from(layers, experts, batches);
+  PolicyResult result;
+  {
+    const py::gil_scoped_release released;
+    result = run_optimal(trace, slots);
+  }
+  return policy_result(result);
+}
+
+py::tuple take_trace(TransferEngine& engine) {
+  int64_t dropped = 0;
+  py::list events;
+  for (const TraceEvent& event : engine.trace().take(&dropped)) {
+    const char* kind = event.kind == TraceEvent::Kind::copy    ? "copy"
+                       : event.kind == TraceEvent::Kind::stall ? "stall"
+                                                               : "compute";
+    events.append(
+        py::make_tuple(kind, event.lane, event.layer, event.expert, event.batch, event.begin_ns, event.end_ns));
+  }
+  return py::make_tuple(events, dropped);
+}
+
+}  // namespace
+}  // namespace sida
+
+using namespace sida;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The expert engine of sida_ext.";
+  store_error_class() = py::object(py::module_::import("sida_ext.errors").attr("StoreError")).release().ptr();
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      set_python_error(error);
+    }
+  });
+  m.attr("torch_version") = SIDA_TORCH_VERSION;
+
+  py::class_<ExpertFormat>(m, "ExpertFormat")
+      .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated) {
+             return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated};
+           }),
+           py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false)
+      .def_property_readonly("record_bytes", &ExpertFormat::record_bytes)
+      .def_property_readonly("wi_offset", &ExpertFormat::wi_offset)
+      .def_property_readonly("wo_offset", &ExpertFormat::wo_offset)
+      .def_property_readonly("wi_scale_offset", &ExpertFormat::wi_scale_offset)
+      .def_property_readonly("wo_scale_offset", &ExpertFormat::wo_scale_offset)
+      .def("__repr__", [](const ExpertFormat& format) {
+        return "ExpertFormat(" + py::str(to_dict(format)).cast<std::string>() + ")";
+      });
+
+  m.attr("store_prologue_bytes") = store_prologue_bytes;
+  m.def("store_prologue", &prologue, py::arg("header"));
+  m.def("record_checksum", &checksum_of, py::arg("record"));
+
+  py::class_<ExpertStore, std::shared_ptr<ExpertStore>>(m, "ExpertStore")
+      .def(py::init([](const std::string& path) { return ExpertStore::open(path); }), py::arg("path"))
+      .def_property_readonly("header_json", &ExpertStore::header_json)
+      .def_property_readonly("path", &ExpertStore::path)
+      .def(
+          "set_layout",
+          [](ExpertStore& store, const ExpertFormat& format, int32_t layers, int32_t experts, int64_t data_offset,
+             std::vector<RecordChecksum> checksums, std::vector<std::string> layer_names) {
+            store.set_layout({format, layers, experts, data_offset, std::move(checksums), std::move(layer_names)});
+          },
+          py::arg("format"), py::arg("layers"), py::arg("experts"), py::arg("data_offset"), py::arg("checksums"),
+          py::arg("layer_names"))
+      .def("read", &read_record, py::arg("layer"), py::arg("index"));
+
+  py::class_<Faults>(m, "Faults", "What tests make go wrong in the reads of a TransferEngine.")
+      .def(py::init([](uint64_t seed, int64_t delay_us_max, int64_t fail_every, int64_t delay_us_min,
+                       int64_t short_every, int64_t interrupt_every, int64_t flip_every, int64_t die_every) {
+             return Faults{seed,        delay_us_max,    fail_every, delay_us_min,
+                           short_every, interrupt_every, flip_every, die_every};
+           }),
+           py::kw_only(), py::arg("seed") = 0, py::arg("delay_us_max") = 0, py::arg("fail_every") = 0,
+           py::arg("delay_us_min") = 0, py::arg("short_every") = 0, py::arg("interrupt_every") = 0,
+           py::arg("flip_every") = 0, py::arg("die_every") = 0);
+
+  py::class_<TransferEngine, std::shared_ptr<TransferEngine>>(m, "TransferEngine")
+      .def(py::init([](std::shared_ptr<ExpertStore> store, int64_t slots, int lanes, const std::string& eviction,
+                       int64_t wait_deadline_ms, const Faults& faults) {
+             const py::gil_scoped_release released;
+             return std::make_shared<TransferEngine>(
+                 std::move(store),
+                 EngineOptions{slots, lanes, eviction, std::chrono::milliseconds(wait_deadline_ms), faults});
+           }),
+           py::arg("store"), py::kw_only(), py::arg("slots"), py::arg("lanes"), py::arg("eviction"),
+           py::arg("wait_deadline_ms"), py::arg("faults"))
+      .def("announce", &announce, py::arg("wanted"))
+      .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
+      .def_property_readonly("budget", [](const TransferEngine& engine) { return engine.budget(); })
+      .def_property_readonly("capacity", [](const TransferEngine& engine) { return engine.capacity(); })
+      .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
+      .def("stats", &stats_of)
+      .def("reset_stats", &TransferEngine::reset_stats, WithoutLock())
+      .def(
+          "set_trace", [](TransferEngine& engine, bool on) { engine.trace().set_on(on); }, py::arg("on"))
+      .def("take_trace", &take_trace)
+      .def("close", &TransferEngine::close, WithoutLock());
+
+  py::class_<DiskRate>(m, "DiskRate")
+      .def_readonly("bytes_per_second", &DiskRate::bytes_per_second)
+      .def_readonly("direct", &DiskRate::direct);
+  m.def("measure_disk_rate", &measure_disk_rate, py::arg("folder"), py::arg("bytes") = int64_t{1} << 30,
+        py::arg("readers") = 4, WithoutLock());
+  m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
+        WithoutLock());
+
+  m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
+        py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
+  m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
+
+  m.def(
+      "register_layer",
+      [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {
+        Activation function;
+        bool gated;
+        if (!parse_activation(activation, &function, &gated)) {
+          fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
+        }
+        if (gated != engine->format().gated) {
+          fail(ErrorKind::invalid, "activation is '", activation, "', but the expert store holds ",
+               engine->format().gated ? "gated" : "plain", " experts");
+        }
+        return register_layer({std::move(engine), index, num_experts, function});
+      },
+      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"));
+  m.def("unregister_layer", &unregister_layer, py::arg("handle"));
+  m.def("set_current_batch", &set_current_batch, py::arg("batch"));
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("instruction_sets", &cpu::instruction_sets);
+}
