@@ -1,0 +1,44 @@
+"""Serve Mixture-of-Experts transformers whose experts do not fit where they are computed (SiDA-MoE).
+
+Importing the package touches no device and starts no thread.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from sida_ext._load import check_build
+
+check_build()
+
+from sida_ext.classification import SwitchTransformersForSequenceClassification  # noqa: E402
+from sida_ext.errors import PredictorError, StoreError  # noqa: E402
+from sida_ext.pipeline import stream  # noqa: E402
+from sida_ext.predictor import DecoderPredictor, HashPredictor, HashTable, Predictor, TokenTablePredictor  # noqa: E402
+from sida_ext.runtime import Runtime  # noqa: E402
+from sida_ext.stats import LayerStats, Stats  # noqa: E402
+from sida_ext.store import pack  # noqa: E402
+from sida_ext.switch import from_pretrained, swap_experts  # noqa: E402
+
+try:
+    __version__ = version("sida_ext")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DecoderPredictor",
+    "HashPredictor",
+    "HashTable",
+    "LayerStats",
+    "Predictor",
+    "PredictorError",
+    "Runtime",
+    "Stats",
+    "StoreError",
+    "SwitchTransformersForSequenceClassification",
+    "TokenTablePredictor",
+    "from_pretrained",
+    "pack",
+    "stream",
+    "swap_experts",
+]

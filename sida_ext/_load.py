@@ -1,0 +1,30 @@
+"""Checks, before it is loaded, that the extension was built for the torch that is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+BUILD_INFO = Path(__file__).with_name("_build_info.json")
+
+
+def check_build(path: Path = BUILD_INFO, found: str = torch.__version__) -> dict:
+    """What the extension was built with.
+
+    Raises:
+        ImportError: it was never built, or for another torch; a load would end in a missing symbol.
+    """
+    try:
+        info = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ImportError(
+            f"sida_ext's extension was not built ({path} is missing); run: pip install --no-build-isolation ."
+        ) from None
+    if info["torch"] != found:
+        raise ImportError(
+            f"sida_ext was built against torch {info['torch']}, but torch {found} is installed; build it again against "
+            "this one: pip install --force-reinstall --no-deps --no-build-isolation ."
+        )
+    return info

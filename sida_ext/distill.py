@@ -1,0 +1,213 @@
+"""Trains a HashPredictor for a model: traces of its router, truncated distillation, calibration, report."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .evaluation import cost_share, evaluate
+from .hash_predictor import HashPredictor
+from .moe_facts import StackFacts, stack_facts
+from .objective import (
+    HELD_OUT,
+    TRAIN,
+    VALIDATION,
+    TrainingOptions,
+    predictor_loss,
+    split_of,
+    truncated_distillation,
+)
+from .report import write_report
+from .token_table import TokenTablePredictor
+from .traces import Trace, TraceStore, collect_traces
+from .trainer import Trainer
+
+__all__ = [
+    "TrainingOptions",
+    "collect_traces",
+    "predictor_loss",
+    "tokenized_batches",
+    "train_predictor",
+    "truncated_distillation",
+]
+
+Texts = Iterable[str | Sequence[str]]
+
+
+def train_predictor(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Texts,
+    out: str | os.PathLike[str],
+    options: TrainingOptions | None = None,
+    *,
+    held_out_texts: Texts | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    keep_traces: bool = False,
+) -> HashPredictor:
+    """Trains a predictor of the encoder's routing and writes it, with its report and a token table, to folder `out`.
+
+    Work in progress lives in OUT/training: traces and a checkpoint. After Ctrl-C or a crash the same call goes on where
+    it stopped (Ctrl-C is re-raised once the checkpoint is on disk). A predictor that `out` already holds is replaced
+    only when the new one is complete.
+
+    Args:
+        model: holds a Switch encoder, plain or with swapped experts.
+        tokenizer: called with a sentence, gives `input_ids`; the model's own.
+        texts: documents, each a string or a sequence of sentences.
+        out: folder of the predictor.
+        options: see TrainingOptions.
+        held_out_texts: documents to report on; then none of `texts` is held out for that.
+        resume: False deletes unfinished work in `out` first.
+        progress: shows progress bars with the current loss.
+        keep_traces: keeps OUT/training when done.
+
+    Returns:
+        The predictor in eval mode.
+
+    Raises:
+        ValueError: texts too few to split, tokens unknown to the model, unfinished work of another model or text.
+    """
+    options = options or TrainingOptions()
+    if held_out_texts is not None:
+        options = replace(options, held_out=0.0)
+    elif options.held_out == 0:
+        raise ValueError("held_out is 0 and there are no held_out_texts; a report needs text that was not trained on")
+    facts = stack_facts(model)
+    started = time.perf_counter()
+    work = Path(out) / "training"
+    if not resume and work.exists():
+        shutil.rmtree(work)
+    store = _collect(model, facts, tokenizer, texts, held_out_texts, work / "traces", options, progress)
+    trained, validation, held_out = (_Part(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
+    predictor = HashPredictor.for_model(model, options.variant, options.seed, **options.net)
+    trainer = Trainer(predictor, trained, validation, options, work / "checkpoint")
+    history = trainer.run(progress)
+    predictor = trainer.finish()
+    table = TokenTablePredictor.for_model(model)
+    for trace in trained():
+        table.update(trace.input_ids, trace.top1, trace.gate)
+    judged = evaluate(predictor, held_out())
+    predictor.held_out_top1 = judged.summary()["mean_top1"]
+    report = {
+        "model_fingerprint": facts.fingerprint,
+        "options": asdict(options),
+        "network": {**predictor.description(), "parameters": predictor.parameter_count()},
+        "tokens": {
+            name: sum(t.input_ids.numel() for t in part())
+            for name, part in (("train", trained), ("validation", validation), ("held_out", held_out))
+        },
+        "history": history,
+        "training_seconds": trainer.seconds,
+        "total_seconds": time.perf_counter() - started,
+        "held_out": {
+            "predictor": judged.summary(),
+            "token_table": evaluate(table, held_out()).summary(),
+        },
+        "cost": cost_share(predictor, model),
+    }
+    table.save_pretrained(Path(out) / "token_table")
+    predictor.save_pretrained(out)
+    write_report(out, report)
+    if not keep_traces:
+        shutil.rmtree(work)
+    return predictor
+
+
+def tokenized_batches(
+    tokenizer: Any, texts: Texts, max_length: int = 512, sentences: int = 32
+) -> Iterator[dict[str, Tensor]]:
+    """Batches for `collect_traces`; an item of `texts` is a document: one string, or a sequence of its sentences.
+
+    Sentences are sorted by length within windows of 64 batches, so little is padding. Empty sentences are skipped.
+    """
+    window: list[tuple[list[int], int]] = []
+
+    def flush() -> Iterator[dict[str, Tensor]]:
+        window.sort(key=lambda pair: len(pair[0]))
+        for start in range(0, len(window), sentences):
+            part = window[start : start + sentences]
+            longest = max(len(ids) for ids, _ in part)
+            input_ids = torch.zeros(len(part), longest, dtype=torch.int64)
+            mask = torch.zeros_like(input_ids)
+            for row, (ids, _) in enumerate(part):
+                input_ids[row, : len(ids)] = torch.tensor(ids)
+                mask[row, : len(ids)] = 1
+            document = torch.tensor([number for _, number in part])
+            yield {"input_ids": input_ids, "attention_mask": mask, "document": document}
+        window.clear()
+
+    for number, text in enumerate(texts):
+        for sentence in [text] if isinstance(text, str) else text:
+            if not isinstance(sentence, str):
+                raise TypeError(f"document {number} holds a {type(sentence).__name__}; expected text")
+            if not sentence.strip():
+                continue
+            ids = tokenizer(sentence, truncation=True, max_length=max_length)["input_ids"]
+            if ids:
+                window.append((list(ids), number))
+            if len(window) >= 64 * sentences:
+                yield from flush()
+    yield from flush()
+
+
+def _collect(
+    model: nn.Module,
+    facts: StackFacts,
+    tokenizer: Any,
+    texts: Texts,
+    held_out_texts: Texts | None,
+    folder: Path,
+    options: TrainingOptions,
+    progress: bool,
+) -> TraceStore:
+    """Traces all texts into `folder`, going on after the batches that are already there."""
+    identity = {"model_fingerprint": facts.fingerprint, "max_length": options.max_length}
+    store = TraceStore(folder, identity)
+    batches = tokenized_batches(tokenizer, texts, options.max_length)
+    if held_out_texts is not None:
+        given = tokenized_batches(tokenizer, held_out_texts, options.max_length)
+        batches = itertools.chain(batches, ({**batch, "document": -1 - batch["document"]} for batch in given))
+    store.skip(batches)
+    if store.complete:
+        return store
+    with tqdm(desc="tracing the router", unit="token", unit_scale=True, disable=not progress) as bar:
+        bar.update(store.tokens)
+        with contextlib.closing(store.extend(collect_traces(model, batches))) as tokens:
+            for count in tokens:
+                bar.update(count)
+    if not store.tokens:
+        raise ValueError("the texts hold no sentence; there is nothing to learn from")
+    return store
+
+
+class _Part:
+    """One part of the split, as a callable that streams it: `part()` yields a Trace for each shard that has rows."""
+
+    def __init__(self, store: TraceStore, options: TrainingOptions, part: int) -> None:
+        self.store, self.options, self.part = store, options, part
+
+    def __call__(self) -> Iterator[Trace]:
+        for number in range(len(self.store)):
+            trace = self.shard(number)
+            if trace.rows:
+                yield trace
+
+    def shard(self, number: int) -> Trace:
+        trace = self.store.shard(number)
+        return trace.select((split_of(trace.document, self.options) == self.part).nonzero()[:, 0])
+
+    def __len__(self) -> int:
+        return len(self.store)

@@ -1,0 +1,72 @@
+"""What this machine is: versions, instruction sets, devices, measured rates. ``python -m sida_ext.info``."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+__all__ = ["collect", "show"]
+
+
+def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
+    """Facts by section. Measuring streams more memory than a cache holds and reads a file of 1 GiB past the page cache;
+    it takes a few seconds.
+
+    Args:
+        path: folder whose disk is measured; None: the store cache.
+    """
+    import torch
+    import transformers
+
+    import sida_ext
+    from sida_ext import _C
+    from sida_ext._load import check_build
+    from sida_ext.budget import available_memory, format_bytes
+    from sida_ext.store import default_cache
+
+    build = check_build()
+    found: dict[str, Any] = {
+        "versions": {
+            "sida_ext": sida_ext.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "built": "CPU; CUDA kernels compiled, not connected" if build["cuda"] else "CPU",
+        },
+        "cpu": {
+            "instruction set in force": _C.instruction_set(),
+            "instruction sets of this CPU": ", ".join(_C.instruction_sets()),
+            "threads": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory available": format_bytes(available_memory()),
+        },
+        "devices": {"cpu": "expert memory in RAM"},
+    }
+    if measure:
+        folder = path if path is not None else default_cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        disk = _C.measure_disk_rate(str(folder))
+        found["measured"] = {
+            "memory bandwidth, GB/s": round(_C.measure_memory_bandwidth(torch.get_num_threads()) / 1e9, 1),
+            f"disk read rate of {folder}, GB/s": round(disk.bytes_per_second / 1e9, 2),
+            "disk read past the page cache": disk.direct,
+        }
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for section, facts in found.items():
+        table.add_row(f"[bold]{section}[/]", "")
+        for name, value in facts.items():
+            table.add_row(f"  {name}", str(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    show(collect())

@@ -1,0 +1,117 @@
+"""Typed functions over ``torch.ops.sida``, side by side with their fake (meta) implementations.
+
+The schemas are in ``csrc/bindings/ops.cpp``. Importing this module loads the compiled extension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sida_ext import _C  # noqa: F401  (registers the ops)
+
+__all__ = ["moe_ffn", "moe_layer", "route_top1"]
+
+
+def moe_ffn(
+    x: Tensor,
+    expert_index: Tensor,
+    gate: Tensor,
+    wi: Tensor,
+    wo: Tensor,
+    slot_of_expert: Tensor,
+    wi_scale: Tensor | None = None,
+    wo_scale: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    missing: str = "error",
+) -> Tensor:
+    """Expert feed-forward of one MoE layer: ``out[t] = sum_k gate[t, k] * wo[s] @ act(wi[s] @ x[t])``,
+    ``s = slot_of_expert[expert_index[t, k]]``, summed in the order of k in fp32 and rounded once.
+
+    Args:
+        x: [T, d_model] float32, bfloat16 or float16, rows contiguous.
+        expert_index: [T, K] of an integer type; -1: no expert, contributes 0.
+        gate: [T, K] float32.
+        wi: [S, d_ff, d_model] float32, bfloat16, float16 or int8, rows contiguous, slots may be strided; for a
+            ``gated-*`` activation [S, 2 * d_ff, d_model], gate rows first.
+        wo: [S, d_model, d_ff], dtype of ``wi``.
+        slot_of_expert: [E] int32, -1: not resident.
+        wi_scale, wo_scale: float32, one factor for each row of ``wi`` and ``wo`` ([S, rows]); int8 only.
+        activation: relu, gelu, gelu_new, silu or another element-wise activation of transformers; ``gated-`` before it.
+        missing: ``"error"`` raises ValueError for an expert that is not resident and wanted; ``"skip"``: it
+            contributes 0, so that a layer can run in waves.
+
+    Returns:
+        [T, d_model] of x's dtype. Weights are converted in registers; no copy of them is made. The bits of a row do not
+        depend on other rows, on the slots or on the number of threads.
+
+    Raises:
+        ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
+    """
+    return torch.ops.sida.moe_ffn(
+        x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, missing=missing
+    )
+
+
+@torch.library.register_fake("sida::moe_ffn")
+def _moe_ffn_fake(
+    x, expert_index, gate, wi, wo, slot_of_expert, wi_scale=None, wo_scale=None, activation="relu", *, missing="error"
+):
+    torch._check(x.dim() == 2 and expert_index.dim() == 2, lambda: "moe_ffn: x and expert_index must have 2 dimensions")
+    torch._check(x.shape[0] == expert_index.shape[0], lambda: "moe_ffn: x and expert_index differ in tokens")
+    return x.new_empty(x.shape)
+
+
+def route_top1(
+    router_logits: Tensor, capacity: int, *, probs_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Top-1 routing with expert capacity, as in transformers 5.x: softmax in fp32, rounded to ``probs_dtype`` before
+    the argmax; each sequence keeps the first ``capacity`` tokens of an expert, in token order, padding included.
+
+    Args:
+        router_logits: [B, S, E] float32, bfloat16 or float16.
+        capacity: tokens that one expert takes from one sequence.
+        probs_dtype: dtype of the router's input (float32, bfloat16, float16); None: that of ``router_logits``.
+
+    Returns:
+        ``expert_index`` [B, S] int32, -1 for a token over capacity, and ``gate`` [B, S] float32, the probability of
+        the chosen expert (of a dropped token too).
+    """
+    return torch.ops.sida.route_top1(router_logits, capacity, probs_dtype=probs_dtype)
+
+
+@torch.library.register_fake("sida::route_top1")
+def _route_top1_fake(router_logits, capacity, *, probs_dtype=None):
+    torch._check(router_logits.dim() == 3, lambda: "route_top1: router_logits must have 3 dimensions")
+    shape = router_logits.shape[:2]
+    return (
+        router_logits.new_empty(shape, dtype=torch.int32),
+        router_logits.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def moe_layer(x: Tensor, expert_index: Tensor, gate: Tensor, handle: int) -> Tensor:
+    """Demand the experts of ``expert_index``, compute :func:`moe_ffn` with them in waves as they arrive, release them.
+
+    Args:
+        x: [T, d_model] float32, bfloat16 or float16.
+        expert_index: [T, K] of an integer type, values in [-1, experts of the layer).
+        gate: [T, K] float32.
+        handle: from :meth:`sida_ext.Runtime.layer_handle`.
+
+    Returns:
+        [T, d_model] of x's dtype; the same bits for every budget and timing.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`moe_ffn`; StoreError, OSError: an expert could not be loaded;
+        TimeoutError: a wait passed the runtime's deadline; RuntimeError: the runtime was closed.
+    """
+    return torch.ops.sida.moe_layer(x, expert_index, gate, handle)
+
+
+@torch.library.register_fake("sida::moe_layer")
+def _moe_layer_fake(x, expert_index, gate, handle):
+    torch._check(x.dim() == 2 and expert_index.dim() == 2, lambda: "moe_layer: x and expert_index must be 2-D")
+    torch._check(x.shape[0] == expert_index.shape[0], lambda: "moe_layer: x and expert_index differ in tokens")
+    return x.new_empty(x.shape)

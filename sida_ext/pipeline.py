@@ -1,0 +1,302 @@
+"""``stream``: the hash-building thread runs ahead of the inference thread.
+
+The hash-building thread takes batches from the caller's iterable, predicts their hash tables, decides the order in
+which they run and announces them to the engine; the caller's thread computes them. Between the two stands one bounded
+queue; an end, an error and the consumer's leaving all pass through it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sida_ext.predictor import HashTable, Predictor, check_table
+from sida_ext.runtime import Runtime, runtime_of
+from sida_ext.switch import SparseMLP, moe_layers
+
+__all__ = ["stream"]
+
+ORDERS = ("given", "overlap")
+# How long the end of a stream waits for a predictor that is still at work.
+JOIN_SECONDS = 10.0
+
+
+@dataclass
+class _Item:
+    """One batch on its way; ``error`` is set instead when the hash-building thread failed."""
+
+    position: int = -1
+    batch: dict[str, Any] | None = None
+    table: HashTable | None = None
+    number: int = 0
+    error: BaseException | None = None
+
+
+class _Queue:
+    """A bounded queue whose two ends know of each other's end."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._closed = False  # the consumer has left
+        self._ended = False  # the producer has put its last item
+
+    def put(self, item: _Item) -> bool:
+        """Wait for room; False when the consumer has left, which takes nothing any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._limit)
+            if self._closed:
+                return False
+            self._items.append(item)
+            self._changed.notify_all()
+            return True
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def get(self, timeout: float | None) -> _Item | None:
+        """The next item; None at the end. Raises TimeoutError after ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._items and not self._ended:
+                # Short waits, so that Ctrl-C is taken on every platform.
+                left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
+                if left <= 0:
+                    raise TimeoutError(
+                        f"stream: no batch and no hash table came within {timeout} s; the caller's iterable or the "
+                        "predictor is slower than the timeout"
+                    )
+                self._changed.wait(left)
+            if not self._items:
+                return None
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    def close(self) -> list[_Item]:
+        """The consumer leaves; returns what it did not take."""
+        with self._changed:
+            self._closed = True
+            left = list(self._items)
+            self._items.clear()
+            self._changed.notify_all()
+            return left
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+
+class _HashBuilder:
+    """What the hash-building thread does; everything that it learns goes through the queue."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        layers: list[str],
+        num_experts: int,
+        predictor: Predictor,
+        queue: _Queue,
+        lookahead: int,
+        order: str,
+    ) -> None:
+        self.runtime, self.layers, self.num_experts = runtime, layers, num_experts
+        self.predictor, self.queue, self.lookahead, self.order = predictor, queue, lookahead, order
+        self.started = threading.Event()
+        self._last: set[tuple[int, int]] = set()
+
+    def run(self, batches: Iterable[dict[str, Any]]) -> None:
+        # One thread of its own and no team: a predictor is small, and a second team of workers would spin on the
+        # processors that the model computes with.
+        torch.set_num_threads(1)
+        self.started.set()
+        try:
+            with torch.no_grad():
+                self._run(batches)
+        except BaseException as error:
+            # Not swallowed: the inference thread raises it in the caller, after the batches before it.
+            self.queue.put(_Item(error=error))
+        finally:
+            self.queue.end()
+
+    def _run(self, batches: Iterable[dict[str, Any]]) -> None:
+        window: list[_Item] = []
+        room = self.lookahead if self.order == "overlap" else 1
+        try:
+            for position, batch in enumerate(batches):
+                if self.queue.closed:
+                    return
+                window.append(self._predict(position, batch))
+                if len(window) >= room and not self._send(window):
+                    return
+        finally:
+            # After a failure too: the batches before it are computed before it is raised.
+            while window and self._send(window):
+                pass
+
+    def _predict(self, position: int, batch: dict[str, Any]) -> _Item:
+        if not isinstance(batch, dict):
+            raise TypeError(f"batch {position} is {type(batch).__name__}, expected a dict of the model's arguments")
+        input_ids = batch.get("input_ids")
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            raise ValueError(f"batch {position} has no input_ids of shape [B, S], which the predictor reads")
+        begin = time.perf_counter_ns()
+        table = self.predictor.predict(input_ids, batch.get("attention_mask"))
+        self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
+        check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
+        return _Item(position=position, batch=batch, table=table)
+
+    def _experts(self, item: _Item) -> dict[str, list[int]]:
+        assert item.table is not None  # for the type checker: items of a window are predicted
+        return {name: item.table.experts_of(layer) for layer, name in enumerate(self.layers)}
+
+    def _send(self, window: list[_Item]) -> bool:
+        """Announce one batch of the window and put it in the queue: the oldest, or the one that shares most experts
+        with the batch before it. A batch is never overtaken by more than a window of others."""
+        choice = 0
+        if (
+            self.order == "overlap"
+            and len(window) > 1
+            and window[0].position > window[-1].position - 2 * self.lookahead
+        ):
+            shared = [
+                len(
+                    self._last
+                    & {(layer, e) for layer, name in enumerate(self.layers) for e in self._experts(item)[name]}
+                )
+                for item in window
+            ]
+            choice = shared.index(max(shared))
+        item = window.pop(choice)
+        wanted = self._experts(item)
+        self._last = {(layer, e) for layer, name in enumerate(self.layers) for e in wanted[name]}
+        item.number = self.runtime.announce(wanted)
+        if not self.queue.put(item):
+            self.runtime.retire(item.number)
+            return False
+        return True
+
+
+def _without_predictor(batches: Iterable[dict[str, Any]]) -> Iterator[_Item]:
+    for position, batch in enumerate(batches):
+        if not isinstance(batch, dict):
+            raise TypeError(f"batch {position} is {type(batch).__name__}, expected a dict of the model's arguments")
+        yield _Item(position=position, batch=batch)
+
+
+def _from_queue(queue: _Queue, timeout: float | None) -> Iterator[_Item]:
+    while (item := queue.get(timeout)) is not None:
+        if item.error is not None:
+            raise item.error
+        yield item
+
+
+def _compute(model: PreTrainedModel, runtime: Runtime, items: Iterator[_Item]) -> Iterator[Any]:
+    """Outputs in the caller's order, whatever order the items come in."""
+    finished: dict[int, Any] = {}
+    turn = 0
+    for item in items:
+        try:
+            with torch.no_grad(), runtime.batch(item.number, item.table):
+                finished[item.position] = model(**item.batch)  # type: ignore[arg-type]
+        finally:
+            if item.number:
+                runtime.retire(item.number)
+        while turn in finished:
+            yield finished.pop(turn)
+            turn += 1
+
+
+def stream(
+    model: PreTrainedModel,
+    batches: Iterable[dict[str, Any]],
+    predictor: Predictor | None = None,
+    lookahead: int = 4,
+    order: str = "given",
+    *,
+    timeout: float | None = None,
+) -> Iterator[Any]:
+    """Run batches through a model whose experts are offloaded, predicting the experts of the next ones meanwhile.
+
+    Args:
+        model: from :func:`sida_ext.from_pretrained` or :func:`sida_ext.swap_experts`.
+        batches: dicts of the model's arguments, with ``input_ids`` [B, S] and, where there is padding,
+            ``attention_mask``. Taken by the hash-building thread, at most ``lookahead`` (with ``order="overlap"`` twice
+            that) ahead of the batch that computes.
+        predictor: names the experts; None: the model's own (``predictor=`` of ``from_pretrained``); without one the
+            batches run one after the other and experts are loaded when they are demanded.
+        lookahead: announced batches that wait at the most.
+        order: ``"given"``, or ``"overlap"``: batches inside a window of ``lookahead`` run in an order in which
+            neighbours share experts.
+        timeout: seconds to wait for the next hash table; None: as long as the iterable and the predictor take.
+
+    Yields:
+        The model's outputs, one for each batch, always in the caller's order, computed without gradients.
+
+    Raises:
+        Whatever the iterable, the predictor or the model raise, after the outputs before it; PredictorError for an
+        answer that is no hash table of the batch.
+    """
+    runtime = runtime_of(model)
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}")
+    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
+        raise ValueError(f"lookahead is {lookahead!r}, expected a number of batches of at least 1")
+    predictor = predictor if predictor is not None else runtime.predictor
+    if predictor is not None and not callable(getattr(predictor, "predict", None)):
+        raise TypeError(f"predictor is {type(predictor).__name__}, expected an object with a predict method")
+    layers = [layer for layer in moe_layers(model).values() if isinstance(layer, SparseMLP)]
+    if predictor is None:
+        if any(layer.routing != "router" for layer in layers):
+            raise ValueError("routing='predicted' needs a predictor, and neither stream nor the model was given one")
+        if order == "overlap":
+            raise ValueError("order='overlap' needs a predictor, and neither stream nor the model was given one")
+        return _compute(model, runtime, _without_predictor(batches))
+    covered = [layer.name for layer in layers if layer.table_layer is not None]
+    return _stream(model, runtime, covered, batches, predictor, lookahead, order, timeout)
+
+
+def _stream(
+    model: PreTrainedModel,
+    runtime: Runtime,
+    layers: list[str],
+    batches: Iterable[dict[str, Any]],
+    predictor: Predictor,
+    lookahead: int,
+    order: str,
+    timeout: float | None,
+) -> Iterator[Any]:
+    queue = _Queue(lookahead)
+    builder = _HashBuilder(runtime, layers, runtime.header.num_experts, predictor, queue, lookahead, order)
+    thread = threading.Thread(target=builder.run, args=(batches,), name="sida-hash-builder", daemon=True)
+    threads = torch.get_num_threads()
+    thread.start()
+    builder.started.wait(JOIN_SECONDS)
+    # torch gives the number last set to every thread that is born later; the builder's is its own.
+    torch.set_num_threads(threads)
+    try:
+        yield from _compute(model, runtime, _from_queue(queue, timeout))
+    finally:
+        for item in itertools.chain(queue.close()):
+            if item.number:
+                runtime.retire(item.number)
+        thread.join(JOIN_SECONDS)
+        if thread.is_alive():
+            warnings.warn(
+                f"stream: the hash-building thread did not end within {JOIN_SECONDS:.0f} s; the caller's iterable or "
+                f"{type(predictor).__name__}.predict is still at work, and will be left to end by itself",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,251 @@
+"""Runtime: the engine of one model; budget, batches, statistics and life cycle. Knows nothing of transformers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sida_ext import _C
+from sida_ext.budget import format_bytes, parse_memory
+from sida_ext.stats import Stats
+from sida_ext.store import StoreHeader, open_store
+from sida_ext.timeline import Event, write_chrome_trace
+
+__all__ = ["Runtime", "runtime_of"]
+
+EVICTIONS = ("next_use", "lru", "lfu", "fifo")
+
+
+@dataclass
+class _Batch:
+    """What one thread computes now: the announced batch and, for predicted routing, its hash table."""
+
+    number: int = 0
+    table: Any = None
+
+
+def _shut_down(engine: _C.TransferEngine, handles: dict[str, int], folder: Any, process: int) -> None:
+    if os.getpid() != process:  # a fork has neither the lanes nor a right to the folder
+        return
+    for handle in handles.values():
+        _C.unregister_layer(handle)
+    handles.clear()
+    try:
+        engine.close()
+    finally:
+        if folder is not None:
+            folder.cleanup()
+
+
+class Runtime:
+    """Expert memory of one model: a bounded set of slots over an expert store.
+
+    Args:
+        store: path of the expert store.
+        expert_memory: the budget: bytes, ``"2GiB"``, ``"25%"`` of the experts, or ``"auto"``.
+        lanes: reads under way at once; None: 4.
+        eviction: next_use, lru, lfu or fifo.
+        wait_deadline: seconds after which a wait for an expert raises TimeoutError.
+        faults: injected faults, for tests: see ``_C.Faults``.
+        folder: a temporary folder to remove when the runtime is closed.
+
+    Raises:
+        ValueError: a budget below one expert (the message says the smallest that works), an unknown eviction.
+        StoreError, OSError: the store cannot be used.
+
+    Thread-safe: several threads may compute layers at once; each demand is served on its own.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str],
+        *,
+        expert_memory: str | int = "auto",
+        lanes: int | None = None,
+        eviction: str = "next_use",
+        wait_deadline: float = 60.0,
+        faults: _C.Faults | None = None,
+        folder: Any = None,
+    ) -> None:
+        self.store_path = Path(store)
+        if eviction not in EVICTIONS:
+            raise ValueError(f"eviction is {eviction!r}, expected one of {', '.join(EVICTIONS)}")
+        expert_store, self.header = open_store(store)
+        self._engine = _C.TransferEngine(
+            expert_store,
+            slots=self._slots(expert_memory),
+            lanes=4 if lanes is None else lanes,
+            eviction=eviction,
+            wait_deadline_ms=round(wait_deadline * 1000),
+            faults=faults if faults is not None else _C.Faults(),
+        )
+        self.eviction = eviction
+        self._handles: dict[str, int] = {}
+        self._thread = threading.local()
+        self._tracing = False
+        self._predictions: list[Event] = []
+        self.predictor: Any = None  # what stream() takes when it is given none
+        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._handles, folder, os.getpid())
+
+    header: StoreHeader
+
+    def _slots(self, expert_memory: str | int) -> int:
+        record = self.header.record_bytes
+        wanted = parse_memory(expert_memory, self.header.experts_bytes)
+        slots = min(wanted // record, self.header.total_experts)
+        if slots < 1:
+            raise ValueError(
+                f"expert_memory is {expert_memory!r}, {format_bytes(wanted)}; the smallest that works is one expert of "
+                f"this store, {record} bytes ({format_bytes(record)})"
+            )
+        return slots
+
+    def layer_handle(self, name: str, activation: str) -> int:
+        """Handle for ``torch.ops.sida.moe_layer`` of the store's MoE layer ``name`` (its module path)."""
+        if name not in self.header.layers:
+            raise ValueError(
+                f"{self.store_path} has no MoE layer {name!r}, only {', '.join(self.header.layers)}; it was packed "
+                "from another model"
+            )
+        if name not in self._handles:
+            index = self.header.layers.index(name)
+            self._handles[name] = _C.register_layer(self._engine, index, self.header.num_experts, activation)
+        return self._handles[name]
+
+    @property
+    def expert_memory(self) -> int:
+        """The budget in bytes: a whole number of slots."""
+        return self._engine.budget * self.header.record_bytes
+
+    @property
+    def slots(self) -> int:
+        """The budget in experts."""
+        return self._engine.budget
+
+    def set_budget(self, expert_memory: str | int) -> None:
+        """Change the budget while the model runs: grows at once, shrinks as pinned experts are released."""
+        self._engine.set_budget(self._slots(expert_memory))
+
+    def announce(self, wanted: Mapping[str, Sequence[int]]) -> int:
+        """Tell the engine which experts a queued batch will want; returns the batch's number.
+
+        Args:
+            wanted: MoE layer name -> distinct experts, most wanted first, in the order in which layers run.
+        """
+        layers = [(self.header.layers.index(name), list(experts)) for name, experts in wanted.items()]
+        return self._engine.announce(layers)
+
+    def retire(self, batch: int) -> None:
+        """The announced batch is done, or will never be computed."""
+        self._engine.retire(batch)
+
+    @contextmanager
+    def batch(self, number: int, table: Any = None) -> Iterator[None]:
+        """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``."""
+        before = self.current
+        self._thread.batch = _Batch(number, table)
+        _C.set_current_batch(number)
+        try:
+            yield
+        finally:
+            self._thread.batch = before
+            _C.set_current_batch(before.number)
+
+    @property
+    def open_tables(self) -> list[Any]:
+        """Blocks that this thread's running forwards opened for hash tables of their own, innermost last."""
+        if not hasattr(self._thread, "open_tables"):
+            self._thread.open_tables = []
+        return self._thread.open_tables
+
+    @property
+    def current(self) -> _Batch:
+        return getattr(self._thread, "batch", None) or _Batch()
+
+    def stats(self) -> Stats:
+        """Counters since the start or the last :meth:`reset_stats`; see :class:`sida_ext.stats.Stats`."""
+        return Stats.from_engine(self._engine.stats(), self.header.layers)
+
+    def reset_stats(self) -> None:
+        self._engine.reset_stats()
+
+    def start_trace(self) -> None:
+        """Record what happens when, from now on: reads by lane, computation by layer, stalls, predictions."""
+        self._predictions.clear()
+        self._engine.take_trace()
+        self._tracing = True
+        self._engine.set_trace(True)
+
+    def record_prediction(self, name: str, begin: int, end: int) -> None:
+        """Add a prediction's interval (``time.perf_counter_ns``) to a trace that is being recorded."""
+        if self._tracing:
+            self._predictions.append(Event("predict", "predictor", name, begin, end))
+
+    def take_trace(self) -> list[Event]:
+        """End the recording and return it, in order of time.
+
+        Raises:
+            RuntimeError: more happened than a trace holds; record a shorter run.
+        """
+        self._engine.set_trace(False)
+        self._tracing = False
+        raw, dropped = self._engine.take_trace()
+        if dropped:
+            raise RuntimeError(f"the trace holds {len(raw)} events and {dropped} did not fit; record a shorter run")
+        events = list(self._predictions)
+        for kind, lane, layer, expert, batch, begin, end in raw:
+            name = self.header.layers[layer]
+            if kind == "copy":
+                events.append(Event(kind, f"lane {lane}", f"{name} expert {expert}", begin, end, batch))
+            else:
+                events.append(
+                    Event(kind, "compute", f"{name}" + (f", {expert} experts" if expert else ""), begin, end, batch)
+                )
+        return sorted(events, key=lambda event: event.begin)
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """End the recording and write it for ui.perfetto.dev or chrome://tracing."""
+        write_chrome_trace(self.take_trace(), path)
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """End every wait, stop the lanes, give the expert memory back. A second call does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        # Experts are read-only, so copies of a model share them and their budget.
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a model whose experts are in an expert store cannot be pickled: its slots and lanes belong to this "
+            "process; pickle the arguments and call sida_ext.from_pretrained in the other one (store: "
+            f"{self.store_path})"
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.slots} slots of {format_bytes(self.header.record_bytes)}"
+        return f"Runtime({str(self.store_path)!r}, {state}, eviction={self.eviction!r})"
+
+
+def runtime_of(model: Any) -> Runtime:
+    """The runtime of a model with swapped experts; raises ValueError for any other object."""
+    runtime = getattr(model, "sida", None)
+    if not isinstance(runtime, Runtime):
+        raise ValueError(f"{type(model).__name__} has no expert runtime; load it with sida_ext.from_pretrained")
+    return runtime

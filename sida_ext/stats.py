@@ -1,0 +1,82 @@
+"""Typed counters of a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["LayerStats", "Stats"]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What was demanded, and what it took. An expert that a batch wants in a layer counts once, however many of its
+    tokens go there."""
+
+    requested: int  # layers computed
+    unique: int  # experts wanted: hits + late + misses
+    hits: int  # in memory when they were wanted
+    late: int  # wanted while they were being read
+    misses: int  # neither
+    evictions: int
+    loads: int  # reads that ended well
+    failed_loads: int
+    bytes_read: int
+    useful_prefetches: int  # read ahead and then wanted
+    wasted_prefetches: int  # read ahead and evicted unused
+    cancelled_prefetches: int  # predicted, and overtaken by the computation before their read began
+    stall_seconds: float  # the computation waited with nothing to do
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the wanted experts that were in memory; 1 if none was wanted."""
+        return self.hits / self.unique if self.unique else 1.0
+
+
+@dataclass(frozen=True)
+class LayerStats(Counters):
+    """Counters of one MoE layer, and quantiles of its latest waits (at most 4096), in seconds."""
+
+    name: str
+    stall_p50: float
+    stall_p95: float
+    stall_p99: float
+
+
+@dataclass(frozen=True)
+class Stats(Counters):
+    """Counters of all layers together."""
+
+    layers: tuple[LayerStats, ...]
+    peak_slots: int  # experts in memory at once, reads under way included
+    read_seconds: float  # of all lanes together, checks included
+    direct: bool  # reads go past the page cache
+
+    @classmethod
+    def from_engine(cls, raw: dict[str, Any], names: Sequence[str]) -> Stats:
+        counters = [field.name for field in fields(Counters)]
+        layers = tuple(
+            LayerStats(
+                **{name: layer[name] for name in counters},
+                name=layer_name,
+                stall_p50=_quantile(layer["stalls"], 0.50),
+                stall_p95=_quantile(layer["stalls"], 0.95),
+                stall_p99=_quantile(layer["stalls"], 0.99),
+            )
+            for layer_name, layer in zip(names, raw["layers"], strict=True)
+        )
+        return cls(
+            **{name: sum(layer[name] for layer in raw["layers"]) for name in counters},
+            layers=layers,
+            peak_slots=raw["peak_slots"],
+            read_seconds=raw["read_seconds"],
+            direct=raw["direct"],
+        )
+
+
+def _quantile(samples: Sequence[float], share: float) -> float:
+    """The smallest sample that is not below ``share`` of them; 0 without samples."""
+    if not samples:
+        return 0.0
+    return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]

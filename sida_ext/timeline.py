@@ -1,0 +1,93 @@
+"""What happened when: a Chrome/Perfetto trace and a picture of lanes, compute, predictor and stalls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Event", "draw", "write_chrome_trace"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One interval; times in nanoseconds of ``time.perf_counter_ns``."""
+
+    kind: str  # "copy", "stall", "compute" or "predict"
+    row: str  # the line of the timeline that it belongs to
+    name: str
+    begin: int
+    end: int
+    batch: int = 0
+
+
+COLOURS = {"compute": "#3b6fb6", "copy": "#5aa469", "stall": "#c8553d", "predict": "#b58db6"}
+
+
+def write_chrome_trace(events: Sequence[Event], path: str | os.PathLike[str]) -> None:
+    """Write the JSON that ui.perfetto.dev and chrome://tracing open; times in microseconds from the first event."""
+    start = min((event.begin for event in events), default=0)
+    rows = {row: number for number, row in enumerate(sorted({event.row for event in events}))}
+    entries: list[dict] = [
+        {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": row}}
+        for row, number in rows.items()
+    ]
+    entries += [
+        {
+            "ph": "X",
+            "pid": 1,
+            "tid": rows[event.row],
+            "name": event.name,
+            "cat": event.kind,
+            "ts": (event.begin - start) / 1e3,
+            "dur": (event.end - event.begin) / 1e3,
+            "args": {"batch": event.batch},
+        }
+        for event in events
+    ]
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
+    partial.replace(path)
+
+
+def draw(
+    runs: Sequence[tuple[str, Sequence[Event]]], path: str | os.PathLike[str], seconds: float | None = None
+) -> None:
+    """Draw one panel for each run, all on one time axis.
+
+    Args:
+        runs: (title, events) of each run.
+        path: the PNG to write.
+        seconds: how much of each run's start to show; None: all.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(12, 0.9 + sum(0.7 + 0.28 * len({e.row for e in events}) for _, events in runs)))
+    heights = [1 + len({event.row for event in events}) for _, events in runs]
+    panels = figure.subplots(len(runs), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for panel, (title, events) in zip(panels, runs, strict=True):
+        start = min((event.begin for event in events), default=0)
+        rows = sorted({event.row for event in events}, reverse=True)
+        for level, row in enumerate(rows):
+            for kind, colour in COLOURS.items():
+                bars = [
+                    ((event.begin - start) / 1e6, max((event.end - event.begin) / 1e6, 1e-3))
+                    for event in events
+                    if event.row == row
+                    and event.kind == kind
+                    and (seconds is None or (event.begin - start) / 1e9 < seconds)
+                ]
+                panel.broken_barh(bars, (level - 0.4, 0.8), facecolors=colour)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    if seconds is not None:
+        panels[-1].set_xlim(0, seconds * 1e3)
+    panels[-1].set_xlabel("milliseconds")
+    figure.legend(handles=[Patch(color=c, label=k) for k, c in COLOURS.items()], loc="upper right", ncols=4)
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
