@@ -1,0 +1,23 @@
+# Tests of csrc/experts and csrc/device.
+add_library(sida_engine_test_tools STATIC ${CMAKE_CURRENT_LIST_DIR}/store_file.cpp ${CMAKE_CURRENT_LIST_DIR}/residency_model.cpp)
+target_include_directories(sida_engine_test_tools PUBLIC ${CMAKE_CURRENT_LIST_DIR})
+target_link_libraries(sida_engine_test_tools PUBLIC sida_experts)
+
+function(sida_engine_test name)
+  add_executable(${name} ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${name}.cpp ${ARGN})
+  target_link_libraries(${name} PRIVATE sida_engine_test_tools)
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES TIMEOUT 300)
+endfunction()
+
+sida_engine_test(test_simulator ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp)
+sida_engine_test(test_transfer)
+sida_engine_test(test_faults)
+sida_engine_test(test_store)
+sida_engine_test(test_slab)
+
+include(${CMAKE_CURRENT_LIST_DIR}/mutants/mutations.cmake)
+sida_engine_test(test_mutants ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp ${PROJECT_BINARY_DIR}/residency_mutants.cpp)
+sida_engine_test(test_policy_trace)
+sida_engine_test(test_soak)
+sida_engine_test(test_residency)

@@ -1,0 +1,15 @@
+# C++ tests of the CPU kernels, once for each instruction set that this machine may have.
+foreach(test test_kernels_plan test_kernels_moe_ffn test_kernels_math)
+  add_executable(${test} ${CMAKE_CURRENT_LIST_DIR}/${test}.cpp)
+  target_link_libraries(${test} PRIVATE sida_kernels)
+  target_include_directories(${test} PRIVATE ${CMAKE_CURRENT_LIST_DIR})
+endforeach()
+add_test(NAME kernels_plan COMMAND test_kernels_plan)
+foreach(set scalar avx2 avx512 neon)
+  foreach(test moe_ffn math)
+    add_test(NAME kernels_${test}_${set} COMMAND test_kernels_${test})
+    set_tests_properties(kernels_${test}_${set} PROPERTIES ENVIRONMENT SIDA_CPU=${set})
+    # The program exits with 77 where the CPU lacks the set.
+    set_tests_properties(kernels_${test}_${set} PROPERTIES SKIP_RETURN_CODE 77)
+  endforeach()
+endforeach()

@@ -1,0 +1,362 @@
+// A random call of moe_ffn with guarded, misaligned, strided buffers, and its float64 reference.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/moe_ffn.h"
+
+namespace sida::test {
+
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (std::isnan(value)) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline double from_f16(uint16_t half) {
+  const int exponent = (half >> 10) & 31, fraction = half & 1023;
+  const double sign = half & 0x8000 ? -1.0 : 1.0;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(fraction, -24);
+  return sign * std::ldexp(1024 + fraction, exponent - 25);
+}
+
+// The nearest float16, by search over the values: slow and obvious.
+inline uint16_t to_f16(double value) {
+  if (std::isnan(value)) return 0x7e00;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double magnitude = std::fabs(value);
+  if (magnitude >= 65520.0) return sign | 0x7c00;
+  uint16_t low = 0, high = 0x7bff;  // positive finite float16 values ascend with their bits
+  while (low < high) {
+    const uint16_t middle = (low + high + 1) / 2;
+    if (from_f16(middle) <= magnitude)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  const double below = magnitude - from_f16(low),
+               above = low == 0x7bff ? 65536.0 - magnitude : from_f16(low + 1) - magnitude;
+  const bool up = above < below || (above == below && (low & 1));
+  return sign | static_cast<uint16_t>(low + up);
+}
+
+inline double element(const void* data, DType dtype, int64_t index) {
+  const char* const at = static_cast<const char*>(data) + index * element_bytes(dtype);
+  uint16_t half;
+  switch (dtype) {
+    case DType::f32: {
+      float value;
+      std::memcpy(&value, at, 4);
+      return value;
+    }
+    case DType::bf16:
+      std::memcpy(&half, at, 2);
+      return from_bf16(half);
+    case DType::f16:
+      std::memcpy(&half, at, 2);
+      return from_f16(half);
+    case DType::i8:
+      return *reinterpret_cast<const int8_t*>(at);
+  }
+  return NAN;
+}
+
+inline void set_element(void* data, DType dtype, int64_t index, float value) {
+  char* const at = static_cast<char*>(data) + index * element_bytes(dtype);
+  uint16_t half;
+  switch (dtype) {
+    case DType::f32:
+      std::memcpy(at, &value, 4);
+      break;
+    case DType::bf16:
+      half = to_bf16(value);
+      std::memcpy(at, &half, 2);
+      break;
+    case DType::f16:
+      half = to_f16(value);
+      std::memcpy(at, &half, 2);
+      break;
+    case DType::i8:
+      *reinterpret_cast<int8_t*>(at) = static_cast<int8_t>(value);
+      break;
+  }
+}
+
+// Half a unit in the last place at `value`.
+inline double half_unit(DType dtype, double value) {
+  const int digits = dtype == DType::f32 ? 24 : dtype == DType::bf16 ? 8 : 11;
+  const int lowest = dtype == DType::f16 ? -24 : -149;
+  if (!std::isfinite(value)) return 0.0;
+  if (value == 0.0) return std::ldexp(0.5, lowest);
+  return std::ldexp(0.5, std::max(std::ilogb(value) - digits + 1, lowest));
+}
+
+inline double reference_activation(Activation activation, double x) {
+  const auto gelu = [](double v) { return v * 0.5 * std::erfc(-v / std::sqrt(2.0)); };
+  const auto sigmoid = [](double v) { return 1.0 / (1.0 + std::exp(-v)); };
+  const auto softplus = [](double v) { return v > 20.0 ? v : std::log1p(std::exp(v)); };
+  switch (activation) {
+    case Activation::relu:
+      return x < 0 ? 0 : x;
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::gelu_new:
+      return x * sigmoid(2.0 * std::sqrt(2.0 / M_PI) * (x * (1.0 + 0.044715 * x * x)));
+    case Activation::silu:
+      return x * sigmoid(x);
+    case Activation::gelu_10: {
+      const double g = gelu(x);
+      return g < -10 ? -10 : g > 10 ? 10 : g;
+    }
+    case Activation::quick_gelu:
+      return x * sigmoid(1.702 * x);
+    case Activation::sigmoid:
+      return sigmoid(x);
+    case Activation::tanh:
+      return std::tanh(x);
+    case Activation::relu2:
+      return x < 0 ? 0 : x * x;
+    case Activation::relu6:
+      return x < 0 ? 0 : x > 6 ? 6 : x;
+    case Activation::leaky_relu:
+      return x < 0 ? 0.01 * x : x;
+    case Activation::mish:
+      return x * std::tanh(softplus(x));
+    case Activation::hardswish: {
+      const double r = x + 3 < 0 ? 0 : x + 3 > 6 ? 6 : x + 3;
+      return x * r / 6;
+    }
+    case Activation::laplace:
+      return 0.5 * std::erfc(-(x - 0.707107) / (0.282095 * std::sqrt(2.0)));
+    case Activation::linear:
+      return x;
+    case Activation::softplus:
+      return softplus(x);
+    case Activation::sqrtsoftplus:
+      return std::sqrt(softplus(x));
+  }
+  return NAN;
+}
+
+constexpr int activation_count = static_cast<int>(Activation::sqrtsoftplus) + 1;
+
+// Bytes with a guard of known bytes before and after, the payload starting `misalign` bytes off a 64-byte line.
+class Guarded {
+ public:
+  explicit Guarded(int64_t bytes = 0, int misalign = 0)
+      : bytes_(bytes), storage_(bytes + 3 * guard, static_cast<char>(pattern)) {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data()) + guard;
+    offset_ = (address + 63) / 64 * 64 + misalign - reinterpret_cast<uintptr_t>(storage_.data());
+    if (bytes > 0) std::memset(data(), 0, bytes);
+  }
+  char* data() { return storage_.data() + offset_; }
+  const char* data() const { return storage_.data() + offset_; }
+  int64_t bytes() const { return bytes_; }
+  bool is_intact() const {
+    for (int64_t i = 0; i < static_cast<int64_t>(storage_.size()); ++i) {
+      const bool inside = i >= offset_ && i < offset_ + bytes_;
+      if (!inside && storage_[i] != static_cast<char>(pattern)) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int64_t guard = 128;
+  static constexpr int pattern = 0xA5;
+  int64_t bytes_, offset_;
+  std::vector<char> storage_;
+};
+
+// A ParallelFor over threads of its own, as many as asked for; indices are taken in any order.
+inline ParallelFor threads(int count) {
+  static thread_local int wanted = 1;
+  wanted = count;
+  return {count, [](int64_t tasks, void (*body)(void*, int64_t), void* context) {
+            std::atomic<int64_t> next{0};
+            const auto take = [&] {
+              for (int64_t i = next++; i < tasks; i = next++) body(context, i);
+            };
+            std::vector<std::thread> pool;
+            for (int t = 1; t < wanted; ++t) pool.emplace_back(take);
+            take();
+            for (std::thread& thread : pool) thread.join();
+          }};
+}
+
+struct Shape {
+  int64_t tokens, top_k, d_model, d_ff, experts, slots;
+  DType x_dtype, w_dtype;
+  Activation activation;
+  bool gated;
+  int misalign = 0;  // bytes, in units of the element where hardware asks for it
+  int64_t slot_padding = 0, row_padding = 0;
+};
+
+struct Call {
+  Shape shape;
+  Guarded x, wi, wo, wi_scale, wo_scale, out, partials;
+  std::vector<int32_t> expert_index, slot_of_expert;
+  std::vector<float> gate;
+  int64_t x_stride, wi_row, wo_row, wi_slot, wo_slot;
+
+  Call(const Shape& s, uint64_t seed) : shape(s) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> normal;
+    const int64_t wi_rows = s.gated ? 2 * s.d_ff : s.d_ff;
+    x_stride = s.d_model + s.row_padding;
+    wi_row = s.d_model + s.row_padding;
+    wo_row = s.d_ff + s.row_padding;
+    wi_slot = wi_rows * wi_row + s.slot_padding;
+    wo_slot = s.d_model * wo_row + s.slot_padding;
+    const auto fill = [&](Guarded& to, DType dtype, int64_t count, float deviation) {
+      to = Guarded(count * element_bytes(dtype), s.misalign);
+      for (int64_t i = 0; i < count; ++i) {
+        const float value = dtype == DType::i8 ? static_cast<float>(static_cast<int>(random() % 255) - 127)
+                                               : normal(random) * deviation;
+        set_element(to.data(), dtype, i, value);
+      }
+    };
+    fill(x, s.x_dtype, s.tokens == 0 ? 0 : (s.tokens - 1) * x_stride + s.d_model, 1.0f);
+    // The last row of the last slot ends the buffer: a read past it hits the guard (or AddressSanitizer).
+    fill(wi, s.w_dtype, s.slots * wi_slot - s.slot_padding - s.row_padding, 1.0f / std::sqrt(float(s.d_model)));
+    fill(wo, s.w_dtype, s.slots * wo_slot - s.slot_padding - s.row_padding, 1.0f / std::sqrt(float(s.d_ff)));
+    if (s.w_dtype == DType::i8) {
+      wi_scale = Guarded(s.slots * wi_rows * 4);
+      wo_scale = Guarded(s.slots * s.d_model * 4);
+      for (int64_t i = 0; i < s.slots * wi_rows; ++i)
+        set_element(wi_scale.data(), DType::f32, i, 0.001f + 0.0005f * (random() % 8));
+      for (int64_t i = 0; i < s.slots * s.d_model; ++i)
+        set_element(wo_scale.data(), DType::f32, i, 0.001f + 0.0005f * (random() % 8));
+    }
+    // Slots in random order; where there are fewer than experts, the others are not resident.
+    slot_of_expert.assign(s.experts, -1);
+    std::vector<int32_t> order(s.experts);
+    for (int64_t e = 0; e < s.experts; ++e) order[e] = static_cast<int32_t>(e);
+    std::shuffle(order.begin(), order.end(), random);
+    for (int64_t i = 0; i < std::min(s.slots, s.experts); ++i) slot_of_expert[order[i]] = static_cast<int32_t>(i);
+    for (int64_t i = 0; i < s.tokens * s.top_k; ++i) {
+      expert_index.push_back(random() % 8 == 0 ? -1 : static_cast<int32_t>(random() % s.experts));
+      gate.push_back(normal(random));
+    }
+    reset();
+  }
+
+  void reset() {
+    out = Guarded(shape.tokens * shape.d_model * element_bytes(shape.x_dtype), shape.misalign);
+    partials = shape.top_k > 1 ? Guarded(shape.tokens * shape.top_k * shape.d_model * 4) : Guarded();
+  }
+
+  MoeFfnArgs args() {
+    const auto scales = [](Guarded& of) { return of.bytes() ? reinterpret_cast<const float*>(of.data()) : nullptr; };
+    const int64_t wi_rows = shape.gated ? 2 * shape.d_ff : shape.d_ff;
+    return {shape.tokens,
+            shape.top_k,
+            shape.d_model,
+            shape.d_ff,
+            shape.experts,
+            shape.slots,
+            shape.x_dtype,
+            shape.w_dtype,
+            x.data(),
+            x_stride,
+            expert_index.data(),
+            gate.data(),
+            {wi.data(), wi_slot, wi_row, scales(wi_scale), wi_rows},
+            {wo.data(), wo_slot, wo_row, scales(wo_scale), shape.d_model},
+            slot_of_expert.data(),
+            shape.activation,
+            shape.gated,
+            out.data(),
+            shape.top_k > 1 ? reinterpret_cast<float*>(partials.data()) : nullptr};
+  }
+
+  void run(int thread_count) {
+    const MoeFfnArgs all = args();
+    const ParallelFor parallel = threads(thread_count);
+    cpu::moe_ffn(all, parallel);
+    if (shape.top_k > 1) cpu::moe_ffn_combine(all, parallel);
+  }
+
+  std::vector<char> bits() const { return {out.data(), out.data() + out.bytes()}; }
+
+  bool is_intact() const {
+    return x.is_intact() && wi.is_intact() && wo.is_intact() && out.is_intact() && partials.is_intact() &&
+           wi_scale.is_intact() && wo_scale.is_intact();
+  }
+
+  double weight(const Guarded& of, const Guarded& scale, int64_t slot, int64_t slot_stride, int64_t row_stride,
+                int64_t rows, int64_t row, int64_t column) const {
+    const double value = element(of.data(), shape.w_dtype, slot * slot_stride + row * row_stride + column);
+    return shape.w_dtype == DType::i8 ? value * element(scale.data(), DType::f32, slot * rows + row) : value;
+  }
+
+  // The float64 result of every output element and how far a correct kernel may be from it.
+  void reference(std::vector<double>& expected, std::vector<double>& allowed) const {
+    const Shape& s = shape;
+    expected.assign(s.tokens * s.d_model, 0.0);
+    allowed.assign(s.tokens * s.d_model, 0.0);
+    const int64_t wi_rows = s.gated ? 2 * s.d_ff : s.d_ff;
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t k = 0; k < s.top_k; ++k) {
+        const int32_t expert = expert_index[t * s.top_k + k];
+        if (expert < 0 || slot_of_expert[expert] < 0) continue;
+        const int64_t slot = slot_of_expert[expert];
+        std::vector<double> h(s.d_ff), h_error(s.d_ff);
+        for (int64_t f = 0; f < s.d_ff; ++f) {
+          const auto product = [&](int64_t row, double& magnitude) {
+            double sum = 0.0;
+            magnitude = 0.0;
+            for (int64_t d = 0; d < s.d_model; ++d) {
+              const double p = weight(wi, wi_scale, slot, wi_slot, wi_row, wi_rows, row, d) *
+                               element(x.data(), s.x_dtype, t * x_stride + d);
+              sum += p;
+              magnitude += std::fabs(p);
+            }
+            return sum;
+          };
+          double magnitude, up_magnitude = 0.0;
+          const double z = product(f, magnitude), error = 1e-5 * magnitude;
+          const double a = reference_activation(s.activation, z);
+          h[f] = a;
+          h_error[f] = std::max(std::fabs(reference_activation(s.activation, z + error) - a),
+                                std::fabs(reference_activation(s.activation, z - error) - a));
+          if (s.gated) {
+            const double up = product(s.d_ff + f, up_magnitude);
+            h[f] = a * up;
+            h_error[f] = h_error[f] * std::fabs(up) + std::fabs(a) * 1e-5 * up_magnitude;
+          }
+        }
+        const double g = gate[t * s.top_k + k];
+        for (int64_t d = 0; d < s.d_model; ++d) {
+          double sum = 0.0, magnitude = 0.0, carried = 0.0;
+          for (int64_t f = 0; f < s.d_ff; ++f) {
+            const double w = weight(wo, wo_scale, slot, wo_slot, wo_row, s.d_model, d, f);
+            sum += w * h[f];
+            magnitude += std::fabs(w * h[f]);
+            carried += std::fabs(w) * h_error[f];
+          }
+          expected[t * s.d_model + d] += g * sum;
+          allowed[t * s.d_model + d] += std::fabs(g) * (1e-5 * magnitude + carried);
+        }
+      }
+    }
+    for (size_t i = 0; i < expected.size(); ++i) allowed[i] += half_unit(s.x_dtype, expected[i]);
+  }
+};
+
+}  // namespace sida::test

@@ -1,0 +1,87 @@
+// What a layer does with the engine, for tests: demands experts and checks the bytes of each wave before it releases
+// it.
+#pragma once
+
+#include <chrono>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "experts/transfer.h"
+#include "store_file.h"
+
+namespace sida::test {
+
+// Ends the demand however the test goes on.
+struct Demanded {
+  TransferEngine& engine;
+  DemandId id;
+  Demanded(TransferEngine& engine, int32_t layer, const std::vector<int32_t>& experts, BatchId batch = 0)
+      : engine(engine), id(engine.demand(layer, experts, batch)) {}
+  ~Demanded() { engine.finish(id); }
+  Demanded(const Demanded&) = delete;
+  Demanded& operator=(const Demanded&) = delete;
+};
+
+inline const void* slot_of(const TransferEngine& engine, int32_t slot) {
+  return static_cast<const char*>(engine.slot_base()) + slot * engine.format().record_bytes();
+}
+
+// Number of waves. Fails the test if an expert comes twice, not at all, or with another's bytes.
+inline int serve(TransferEngine& engine, const StoreFile& file, int32_t layer, const std::vector<int32_t>& experts,
+                 BatchId batch = 0) {
+  const Demanded demand(engine, layer, experts, batch);
+  std::set<int32_t> left(experts.begin(), experts.end());
+  int waves = 0;
+  while (true) {
+    const Wave wave = engine.next_wave(demand.id);
+    if (wave.experts.empty()) break;
+    ++waves;
+    for (size_t i = 0; i < wave.experts.size(); ++i) {
+      CHECK_EQ(left.erase(wave.experts[i]), 1u);
+      CHECK(file.holds(slot_of(engine, wave.slots[i]), {layer, wave.experts[i]}));
+    }
+    engine.release(demand.id, wave);
+  }
+  CHECK(left.empty());
+  return waves;
+}
+
+inline std::vector<int32_t> range(int32_t begin, int32_t end) {
+  std::vector<int32_t> all;
+  for (int32_t i = begin; i < end; ++i) all.push_back(i);
+  return all;
+}
+
+inline LayerCounters total(const EngineStats& stats) {
+  LayerCounters sum;
+  for (const LayerCounters& layer : stats.layers) {
+    sum.requested += layer.requested;
+    sum.unique += layer.unique;
+    sum.hits += layer.hits;
+    sum.late += layer.late;
+    sum.misses += layer.misses;
+    sum.evictions += layer.evictions;
+    sum.loads += layer.loads;
+    sum.failed_loads += layer.failed_loads;
+    sum.bytes_read += layer.bytes_read;
+    sum.useful_prefetches += layer.useful_prefetches;
+    sum.wasted_prefetches += layer.wasted_prefetches;
+    sum.cancelled_prefetches += layer.cancelled_prefetches;
+    sum.stall_seconds += layer.stall_seconds;
+  }
+  return sum;
+}
+
+// Waits until `holds` is true; false after 20 s.
+template <class Condition>
+bool eventually(const Condition& holds) {
+  for (int i = 0; i < 20'000; ++i) {
+    if (holds()) return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return false;
+}
+
+}  // namespace sida::test
