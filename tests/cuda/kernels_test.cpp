@@ -1,0 +1,208 @@
+// Property tests of the CUDA kernels, executed by the harness: every shipped instance, shapes that are no multiples of
+// any tile, against a float64 reference, and twice under different schedules with bit-identical results.
+#include <cstdlib>
+#include <map>
+#include <set>
+
+#include "cpp/check.h"
+#include "layer_case.h"
+
+namespace sida::cuda_test {
+namespace {
+
+int effort() {
+  const char* const text = std::getenv("SIDA_HARNESS_EFFORT");
+  return text == nullptr ? 1 : std::atoi(text);
+}
+
+// Fails with the case's name if the result is wrong or differs between schedules; returns the tile that was used.
+cuda::Choice check_case(const LayerCase& layer) {
+  try {
+    const Outcome first = run(layer, layer.seed);
+    const Outcome second = run(layer, layer.seed + 1000);
+    if (!first.wrong.empty()) test::report(__FILE__, __LINE__, layer.name() + ": " + first.wrong);
+    if (first.bytes != second.bytes)
+      test::report(__FILE__, __LINE__, layer.name() + ": result depends on the schedule");
+    return first.choice;
+  } catch (const harness::KernelError& error) {
+    test::report(__FILE__, __LINE__, layer.name() + ": " + error.what());
+    return {};
+  }
+}
+
+template <class Value>
+Value pick(std::mt19937_64& random, std::initializer_list<Value> from) {
+  return *(from.begin() + random() % from.size());
+}
+
+// A case for tiles of `block_t` tokens, with everything else random.
+LayerCase random_case(std::mt19937_64& random, DType x, DType w, int block_t) {
+  LayerCase layer;
+  layer.x = x;
+  layer.w = w;
+  layer.top_k = pick<int64_t>(random, {1, 1, 1, 2, 3});
+  layer.gated = random() % 2 == 0;
+  layer.activation =
+      pick(random, {Activation::relu, Activation::gelu, Activation::gelu_new, Activation::silu, Activation::gelu_10,
+                    Activation::quick_gelu, Activation::sigmoid, Activation::tanh, Activation::relu2, Activation::relu6,
+                    Activation::leaky_relu, Activation::mish, Activation::hardswish, Activation::laplace,
+                    Activation::softplus, Activation::sqrtsoftplus, Activation::linear});
+  layer.strided = random() % 2 == 0;
+  layer.waves = random() % 3 == 0;
+  layer.absent = random() % 3 == 0;
+  layer.seed = random() % 100000;
+  // Multiples of 16 where int8 goes to tensor cores, of 8 for 16-bit types, anything for the fp32 path.
+  layer.d_model = pick<int64_t>(random, {16, 48, 64, 80, 144, 208});
+  layer.d_ff = pick<int64_t>(random, {16, 64, 112, 160, 272});
+  if (w != DType::i8 && random() % 2 == 0) layer.d_model += 8;
+  if (w != DType::i8 && random() % 2 == 0) layer.d_ff += 8;
+  if (block_t == 16) {
+    layer.experts = pick<int64_t>(random, {1, 3, 8, 40});
+    layer.tokens = pick<int64_t>(random, {1, 2, 3, 9, 16, 37});
+    layer.tokens = std::max<int64_t>(1, std::min(layer.tokens, layer.experts * 16 / layer.top_k));
+    layer.skewed = random() % 3 == 0;
+    layer.multiprocessors = pick(random, {1, 20, 108});
+  } else {
+    layer.experts = pick<int64_t>(random, {1, 2});
+    layer.tokens =
+        (block_t == 64 ? 17 + static_cast<int64_t>(random() % 60) : 97 + static_cast<int64_t>(random() % 90)) *
+            layer.experts / layer.top_k +
+        layer.experts;
+    layer.multiprocessors = 1;
+    layer.d_model = std::min<int64_t>(layer.d_model, 144);
+    layer.d_ff = std::min<int64_t>(layer.d_ff, 160);
+  }
+  return layer;
+}
+
+void check_instances(DType x, DType w, cuda::Path path, std::initializer_list<int> tiles) {
+  std::mt19937_64 random(static_cast<uint64_t>(x) * 10 + static_cast<uint64_t>(w) + 77);
+  for (const int block_t : tiles) {
+    int seen = 0;
+    const int wanted = (block_t == 16 ? 5 : block_t == 64 ? 3 : 2) * effort();
+    for (int i = 0; i < wanted * 4 && seen < wanted; ++i) {
+      const cuda::Choice choice = check_case(random_case(random, x, w, block_t));
+      CHECK(choice.path == path);
+      if (choice.block_t == block_t) ++seen;
+    }
+    CHECK_EQ(seen, wanted);
+  }
+}
+
+SIDA_TEST(bf16_activations_and_weights) {
+  check_instances(DType::bf16, DType::bf16, cuda::Path::tensor_core, {16, 64, 128});
+}
+SIDA_TEST(bf16_activations_int8_weights) {
+  check_instances(DType::bf16, DType::i8, cuda::Path::tensor_core, {16, 64, 128});
+}
+SIDA_TEST(f16_activations_and_weights) {
+  check_instances(DType::f16, DType::f16, cuda::Path::tensor_core, {16, 64, 128});
+}
+SIDA_TEST(f16_activations_int8_weights) {
+  check_instances(DType::f16, DType::i8, cuda::Path::tensor_core, {16, 64, 128});
+}
+SIDA_TEST(f32_activations_and_weights) {
+  check_instances(DType::f32, DType::f32, cuda::Path::f32, {16, 64});
+}
+SIDA_TEST(f32_activations_bf16_weights) {
+  check_instances(DType::f32, DType::bf16, cuda::Path::f32, {16, 64});
+}
+SIDA_TEST(f32_activations_int8_weights) {
+  check_instances(DType::f32, DType::i8, cuda::Path::f32, {16});
+}
+SIDA_TEST(mixed_types) {
+  check_instances(DType::bf16, DType::f16, cuda::Path::f32, {16});
+  check_instances(DType::f16, DType::f32, cuda::Path::f32, {16});
+}
+
+SIDA_TEST(odd_sizes_take_the_fp32_path) {
+  std::mt19937_64 random(5);
+  for (int i = 0; i < 12 * effort(); ++i) {
+    LayerCase layer = random_case(random, pick(random, {DType::f32, DType::bf16, DType::f16}),
+                                  pick(random, {DType::f32, DType::bf16, DType::i8}), 16);
+    layer.d_model = pick<int64_t>(random, {1, 5, 37, 67});
+    layer.d_ff = pick<int64_t>(random, {1, 3, 41, 131});
+    const cuda::Choice choice = check_case(layer);
+    CHECK(choice.path == cuda::Path::f32);
+    CHECK(std::strlen(choice.reason) > 0);
+  }
+}
+
+#ifdef SIDA_HARNESS  // what only the harness can count
+SIDA_TEST(three_launches_for_top_1) {
+  LayerCase layer;
+  CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm<decode>,expert_gemm<decode>");
+  layer.x = layer.w = DType::f32;
+  CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm_f32<16>,expert_gemm_f32<16>");
+  layer.top_k = 2;
+  CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm_f32<16>,expert_gemm_f32<16>,combine");
+}
+
+SIDA_TEST(fragments_are_loaded_without_bank_conflicts) {
+  for (const DType w : {DType::bf16, DType::i8}) {
+    for (const int64_t tokens : {5, 60, 400}) {
+      LayerCase layer;
+      layer.w = w;
+      layer.tokens = tokens;
+      layer.experts = 2;
+      layer.multiprocessors = 1;
+      harness::bank_conflicts();
+      const Outcome outcome = run(layer, 1);
+      const harness::BankConflicts found = harness::bank_conflicts();
+      CHECK_EQ(outcome.choice.block_t, tokens == 5 ? 16 : tokens == 60 ? 64 : 128);
+      CHECK(found.phases > 100);
+      CHECK_EQ(found.conflicts, 0);
+    }
+  }
+}
+#endif
+
+// The same rows give the same bits whether their experts came in one wave or in two.
+SIDA_TEST(waves_do_not_change_a_bit) {
+  for (const DType w : {DType::bf16, DType::i8}) {
+    LayerCase layer;
+    layer.w = w;
+    layer.tokens = 23;
+    layer.d_model = 144;
+    layer.d_ff = 512;
+    const Outcome at_once = run(layer, 3);
+    layer.waves = true;
+    const Outcome in_two = run(layer, 4);
+    CHECK(at_once.choice.splits > 1);
+    CHECK(at_once.bytes == in_two.bytes);
+  }
+}
+
+// A NaN reaches every output of its own token, through every activation, and no other token's.
+SIDA_TEST(nan_propagates) {
+  for (const DType x : {DType::bf16, DType::f16, DType::f32}) {
+    for (const Activation activation : {Activation::relu, Activation::gelu, Activation::gelu_new, Activation::silu}) {
+      LayerCase layer;
+      layer.x = layer.w = x;
+      layer.activation = activation;
+      layer.nan = true;
+      check_case(layer);
+    }
+  }
+}
+
+SIDA_TEST(d_ff_is_split_only_where_it_pays) {
+  LayerCase layer;
+  layer.d_ff = 512;
+  layer.tokens = 1;
+  layer.experts = 1;
+  const Outcome outcome = run(layer, 1);
+  CHECK_EQ(outcome.choice.splits, 2);
+  CHECK_EQ(outcome.wrong, "");
+}
+
+}  // namespace
+}  // namespace sida::cuda_test
+
+int main(int argc, char** argv) {
+  if (const char* const why = sida::harness::unavailable()) {
+    std::puts(why);
+    return 77;
+  }
+  return sida::test::run_all(argc, argv);
+}

@@ -1,0 +1,328 @@
+// Fills a layer's buffers, runs its waves and judges the result.
+#include "layer_case.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <sstream>
+
+#include "harness/half.h"
+
+namespace sida::cuda_test {
+namespace {
+
+using harness::global_allocate;
+
+double stored(double value, DType dtype, void* target, int64_t index) {
+  switch (dtype) {
+    case DType::f32: {
+      const auto narrow = static_cast<float>(value);
+      static_cast<float*>(target)[index] = narrow;
+      return narrow;
+    }
+    case DType::bf16: {
+      const uint16_t bits = harness::float_to_bf16(static_cast<float>(value));
+      static_cast<uint16_t*>(target)[index] = bits;
+      return harness::bf16_to_float(bits);
+    }
+    case DType::f16: {
+      const uint16_t bits = harness::float_to_f16(static_cast<float>(value));
+      static_cast<uint16_t*>(target)[index] = bits;
+      return harness::f16_to_float(bits);
+    }
+    case DType::i8: {
+      const auto narrow = static_cast<int8_t>(std::clamp(std::lround(value), -127L, 127L));
+      static_cast<int8_t*>(target)[index] = narrow;
+      return narrow;
+    }
+  }
+  return 0;
+}
+
+double loaded(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::f32:
+      return static_cast<const float*>(data)[index];
+    case DType::bf16:
+      return harness::bf16_to_float(static_cast<const uint16_t*>(data)[index]);
+    case DType::f16:
+      return harness::f16_to_float(static_cast<const uint16_t*>(data)[index]);
+    case DType::i8:
+      return static_cast<const int8_t*>(data)[index];
+  }
+  return 0;
+}
+
+// Half the spacing of the type's values, relative to the value.
+double roundoff(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:
+      return std::ldexp(1, -8);
+    case DType::f16:
+      return std::ldexp(1, -11);
+    default:
+      return std::ldexp(1, -24);
+  }
+}
+
+double activate(double v, Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return std::max(v, 0.0);
+    case Activation::gelu:
+      return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+    case Activation::gelu_new:
+      return 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    case Activation::silu:
+      return v / (1 + std::exp(-v));
+    case Activation::gelu_10:
+      return std::clamp(0.5 * v * (1 + std::erf(v / std::sqrt(2.0))), -10.0, 10.0);
+    case Activation::quick_gelu:
+      return v / (1 + std::exp(-1.702 * v));
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-v));
+    case Activation::tanh:
+      return std::tanh(v);
+    case Activation::relu2:
+      return v > 0 ? v * v : 0;
+    case Activation::relu6:
+      return std::clamp(v, 0.0, 6.0);
+    case Activation::leaky_relu:
+      return v < 0 ? 0.01 * v : v;
+    case Activation::mish:
+      return v * std::tanh(std::log1p(std::exp(v)));
+    case Activation::hardswish:
+      return v * std::clamp(v + 3, 0.0, 6.0) / 6;
+    case Activation::laplace:
+      return 0.5 * (1 + std::erf((v - 0.707107) / (0.282095 * std::sqrt(2.0))));
+    case Activation::softplus:
+      return std::log1p(std::exp(v));
+    case Activation::sqrtsoftplus:
+      return std::sqrt(std::log1p(std::exp(v)));
+    case Activation::linear:
+      return v;
+  }
+  return v;
+}
+
+// A device array made of host values; inputs are read-only for the kernels.
+template <class Value>
+Value* upload(const std::vector<Value>& values, bool read_only = true) {
+  auto* const device = static_cast<Value*>(global_allocate(values.size() * sizeof(Value)));
+  harness::global_fill(device, values.data(), values.size() * sizeof(Value));
+  if (read_only) harness::global_read_only(device, values.size() * sizeof(Value));
+  return device;
+}
+
+// Matrices of one kind for every slot, in the layout that the kernels see and in float64.
+struct Matrices {
+  int64_t slots, rows, columns;
+  std::vector<double> value;  // [slots, rows, columns], dequantised
+  ExpertMatrix matrix{};
+
+  Matrices(std::mt19937_64& random, int64_t slots_, int64_t rows_, int64_t columns_, DType dtype, bool strided)
+      : slots(slots_), rows(rows_), columns(columns_), value(static_cast<size_t>(slots * rows * columns)) {
+    std::normal_distribution<double> normal;
+    std::uniform_real_distribution<double> uniform(0.5, 1.5);
+    // Gaps keep the 16-byte alignment that an expert store gives its rows.
+    const int64_t gap = strided ? 16 : 0;
+    matrix.row_stride = columns + gap;
+    matrix.slot_stride = rows * matrix.row_stride + (strided ? 48 : 0);
+    const double spread = 1 / std::sqrt(static_cast<double>(columns));
+    // The gaps stay uninitialised: a kernel that reads them is stopped.
+    const auto bytes = static_cast<size_t>(slots * matrix.slot_stride * element_bytes(dtype));
+    void* const device = global_allocate(bytes);
+    std::vector<float> scale(static_cast<size_t>(slots * rows));
+    for (float& s : scale) s = static_cast<float>(uniform(random) * spread / 40);
+    std::vector<unsigned char> row_bytes(static_cast<size_t>(columns * element_bytes(dtype)));
+    for (int64_t s = 0; s < slots; ++s) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < columns; ++c) {
+          const double wanted = normal(random) * (dtype == DType::i8 ? 40 : spread);
+          const double got = stored(wanted, dtype, row_bytes.data(), c);
+          value[static_cast<size_t>((s * rows + r) * columns + c)] =
+              dtype == DType::i8 ? got * scale[static_cast<size_t>(s * rows + r)] : got;
+        }
+        auto* const target = static_cast<unsigned char*>(device) +
+                             (s * matrix.slot_stride + r * matrix.row_stride) * element_bytes(dtype);
+        harness::global_fill(target, row_bytes.data(), row_bytes.size());
+      }
+    }
+    harness::global_read_only(device, bytes);
+    matrix.data = device;
+    if (dtype == DType::i8) {
+      matrix.scale = upload(scale);
+      matrix.scale_slot_stride = rows;
+    }
+  }
+
+  const double* row(int64_t slot, int64_t row) const { return value.data() + (slot * rows + row) * columns; }
+};
+
+}  // namespace
+
+std::string LayerCase::name() const {
+  std::ostringstream text;
+  text << "x " << dtype_name(x) << ", w " << dtype_name(w) << ", tokens " << tokens << ", top_k " << top_k
+       << ", d_model " << d_model << ", d_ff " << d_ff << ", experts " << experts << ", gated " << gated
+       << ", activation " << static_cast<int>(activation) << ", strided " << strided << ", waves " << waves
+       << ", absent " << absent << ", skewed " << skewed << ", multiprocessors " << multiprocessors << ", seed "
+       << seed;
+  return text.str();
+}
+
+Outcome run(const LayerCase& layer, uint64_t schedule) {
+  harness::global_reset();
+  harness::seed(schedule);
+  std::mt19937_64 random(layer.seed);
+  std::normal_distribution<double> normal;
+
+  const int64_t rows = layer.tokens * layer.top_k;
+  const int64_t x_row_stride = layer.strided ? layer.d_model + 24 : layer.d_model;
+  std::vector<double> x(static_cast<size_t>(layer.tokens * layer.d_model));
+  auto* const x_device = static_cast<unsigned char*>(
+      global_allocate(static_cast<size_t>(layer.tokens * x_row_stride * element_bytes(layer.x))));
+  std::vector<unsigned char> row_bytes(static_cast<size_t>(layer.d_model * element_bytes(layer.x)));
+  for (int64_t t = 0; t < layer.tokens; ++t) {
+    for (int64_t c = 0; c < layer.d_model; ++c) {
+      x[static_cast<size_t>(t * layer.d_model + c)] =
+          stored(layer.nan && t == 1 && c == 2 ? NAN : normal(random), layer.x, row_bytes.data(), c);
+    }
+    harness::global_fill(x_device + t * x_row_stride * element_bytes(layer.x), row_bytes.data(), row_bytes.size());
+  }
+  harness::global_read_only(x_device, static_cast<size_t>(layer.tokens * x_row_stride * element_bytes(layer.x)));
+
+  std::vector<int32_t> expert_index(static_cast<size_t>(rows)), slot_of_expert(static_cast<size_t>(layer.experts));
+  std::vector<float> gate(static_cast<size_t>(rows));
+  for (int64_t i = 0; i < rows; ++i) {
+    auto expert = static_cast<int32_t>(random() % static_cast<uint64_t>(layer.experts));
+    if (layer.skewed && random() % 4 != 0) expert = static_cast<int32_t>(layer.experts / 2);
+    if (layer.absent && random() % 5 == 0) expert = -1;
+    expert_index[static_cast<size_t>(i)] = expert;
+    gate[static_cast<size_t>(i)] = static_cast<float>(0.2 + 0.8 * (static_cast<double>(random() % 1000) / 1000));
+  }
+  const int64_t slots = layer.experts + (layer.strided ? 1 : 0);
+  for (int64_t e = 0; e < layer.experts; ++e) {
+    slot_of_expert[static_cast<size_t>(e)] = static_cast<int32_t>(layer.strided ? layer.experts - e : e);
+  }
+  if (layer.absent && layer.experts > 1) slot_of_expert[1] = -1;
+
+  Matrices wi(random, slots, layer.d_ff * (layer.gated ? 2 : 1), layer.d_model, layer.w, layer.strided);
+  Matrices wo(random, slots, layer.d_model, layer.d_ff, layer.w, layer.strided);
+
+  MoeFfnArgs args{};
+  args.tokens = layer.tokens;
+  args.top_k = layer.top_k;
+  args.d_model = layer.d_model;
+  args.d_ff = layer.d_ff;
+  args.num_experts = layer.experts;
+  args.num_slots = slots;
+  args.x_dtype = layer.x;
+  args.w_dtype = layer.w;
+  args.x = x_device;
+  args.x_row_stride = x_row_stride;
+  args.expert_index = upload(expert_index);
+  args.gate = upload(gate);
+  args.wi = wi.matrix;
+  args.wo = wo.matrix;
+  args.activation = layer.activation;
+  args.gated = layer.gated;
+  // Rows without a resident expert must keep what they hold: not zeros here, so that a write of zeros shows.
+  std::vector<unsigned char> before(static_cast<size_t>(layer.tokens * layer.d_model * element_bytes(layer.x)));
+  for (int64_t i = 0; i < layer.tokens * layer.d_model; ++i) stored(7, layer.x, before.data(), i);
+  args.out = upload(before, false);
+  if (layer.top_k > 1) args.partials = upload(std::vector<float>(static_cast<size_t>(rows * layer.d_model)), false);
+
+  const cuda::Architecture architecture{80, layer.multiprocessors, 99 * 1024};
+  auto* const error_rows = upload(std::vector<int32_t>(2, std::numeric_limits<int32_t>::max()), false);
+  std::vector<std::vector<int32_t>> waves{slot_of_expert};
+  if (layer.waves) {
+    waves.push_back(slot_of_expert);
+    for (int64_t e = 0; e < layer.experts; ++e) waves[e % 2 == 0 ? 0 : 1][static_cast<size_t>(e)] = -1;
+  }
+  harness::launched();
+  Outcome outcome;
+  outcome.choice = cuda::choose(args, architecture);
+  for (const auto& slots_of_wave : waves) {
+    args.slot_of_expert = upload(slots_of_wave);
+    void* const workspace = global_allocate(static_cast<size_t>(cuda::workspace_bytes(args, architecture)));
+    cuda::moe_ffn(args, architecture, workspace, error_rows, nullptr);
+  }
+  if (layer.top_k > 1) cuda::moe_ffn_combine(args, nullptr);
+  harness::finish();
+  outcome.launches = harness::launched();
+  outcome.bytes.assign(static_cast<unsigned char*>(args.out), static_cast<unsigned char*>(args.out) + before.size());
+
+  const bool tensor_cores = outcome.choice.path == cuda::Path::tensor_core;
+  int32_t first_missing = std::numeric_limits<int32_t>::max();
+  std::vector<double> hidden(static_cast<size_t>(layer.d_ff)), hidden_error(hidden.size());
+  for (int64_t t = 0; t < layer.tokens && outcome.wrong.empty(); ++t) {
+    std::vector<double> expected(static_cast<size_t>(layer.d_model)), bound(expected.size());
+    bool computed = layer.top_k > 1;
+    for (int64_t k = 0; k < layer.top_k; ++k) {
+      const int32_t expert = expert_index[static_cast<size_t>(t * layer.top_k + k)];
+      if (expert < 0) continue;
+      const int64_t slot = slot_of_expert[static_cast<size_t>(expert)];
+      if (slot < 0) {
+        first_missing = std::min(first_missing, static_cast<int32_t>(t * layer.top_k + k));
+        continue;
+      }
+      computed = true;
+      const double weight = gate[static_cast<size_t>(t * layer.top_k + k)];
+      const double* const own = x.data() + t * layer.d_model;
+      for (int64_t f = 0; f < layer.d_ff; ++f) {
+        double sum = 0, spread = 0, up = 1, up_spread = 0;
+        for (int64_t c = 0; c < layer.d_model; ++c) {
+          sum += wi.row(slot, f)[c] * own[c];
+          spread += std::fabs(wi.row(slot, f)[c] * own[c]);
+        }
+        if (layer.gated) {
+          up = 0;
+          for (int64_t c = 0; c < layer.d_model; ++c) {
+            up += wi.row(slot, layer.d_ff + f)[c] * own[c];
+            up_spread += std::fabs(wi.row(slot, layer.d_ff + f)[c] * own[c]);
+          }
+        }
+        const double act = activate(sum, layer.activation);
+        const auto i = static_cast<size_t>(f);
+        hidden[i] = act * up;
+        // No activation here has a slope above 1.2. Tensor cores round the hidden value once to x's type.
+        hidden_error[i] =
+            1e-5 * (1.2 * spread * std::fabs(up) + std::fabs(act) * up_spread) + 1e-6 * std::fabs(hidden[i]);
+        if (tensor_cores) hidden_error[i] += roundoff(layer.x) * std::fabs(hidden[i]) + std::ldexp(1, -25);
+      }
+      for (int64_t c = 0; c < layer.d_model; ++c) {
+        double sum = 0, error = 0;
+        for (int64_t f = 0; f < layer.d_ff; ++f) {
+          const double w = wo.row(slot, c)[f];
+          sum += w * hidden[static_cast<size_t>(f)];
+          error +=
+              std::fabs(w) * (hidden_error[static_cast<size_t>(f)] + 1e-5 * std::fabs(hidden[static_cast<size_t>(f)]));
+        }
+        expected[static_cast<size_t>(c)] += weight * sum;
+        bound[static_cast<size_t>(c)] += weight * error;
+      }
+    }
+    for (int64_t c = 0; c < layer.d_model; ++c) {
+      const auto i = static_cast<size_t>(c);
+      const double actual = loaded(args.out, layer.x, t * layer.d_model + c);
+      const double wanted = computed ? expected[i] : 7;
+      const double allowed = computed ? bound[i] + 1.01 * roundoff(layer.x) * (std::fabs(wanted) + bound[i]) + 1e-7 : 0;
+      if (std::isnan(wanted) ? !std::isnan(actual) : !(std::fabs(actual - wanted) <= allowed)) {
+        std::ostringstream text;
+        text << "out[" << t << ", " << c << "] is " << actual << ", expected " << wanted << " within " << allowed;
+        outcome.wrong = text.str();
+        break;
+      }
+    }
+  }
+  if (outcome.wrong.empty() && !layer.waves &&
+      (error_rows[0] != std::numeric_limits<int32_t>::max() || error_rows[1] != first_missing)) {
+    outcome.wrong = "error rows are " + std::to_string(error_rows[0]) + " and " + std::to_string(error_rows[1]) +
+                    ", expected none and " + std::to_string(first_missing);
+  }
+  return outcome;
+}
+
+}  // namespace sida::cuda_test

@@ -1,0 +1,170 @@
+// Every planted bug must be caught, and by the check that is made for it. The table below is the list.
+#include <functional>
+#include <iostream>
+#include <vector>
+
+#include "cpp/check.h"
+#include "kernels/cuda/plant.h"
+#include "layer_case.h"
+#include "route_case.h"
+
+namespace sida::cuda_test {
+namespace {
+
+using cuda::Plant;
+
+struct Planted {
+  Plant bug;
+  const char* name;
+  // A fault's name, "wrong" (outside the bound) or "schedule" (bits that depend on timing). Two names where the
+  // schedule decides which of two faults comes first.
+  const char* caught_by;
+  std::function<std::string(uint64_t schedule)> attempt;  // how it was caught, or empty
+};
+
+// What a run of the layer shows under one schedule.
+std::string outcome_of(const LayerCase& layer, uint64_t schedule) {
+  try {
+    const Outcome first = run(layer, schedule);
+    if (!first.wrong.empty()) return "wrong: " + first.wrong;
+    const Outcome second = run(layer, schedule + 500);
+    if (first.bytes != second.bytes) return "schedule: bits differ between two schedules";
+    return "";
+  } catch (const harness::KernelError& error) {
+    return error.what();
+  }
+}
+
+std::string outcome_of(const RouteCase& shape, uint64_t schedule) {
+  try {
+    const Routed routed = run(shape, schedule);
+    return routed.wrong.empty() ? "" : "wrong: " + routed.wrong;
+  } catch (const harness::KernelError& error) {
+    return error.what();
+  }
+}
+
+LayerCase layer(const std::function<void(LayerCase&)>& change) {
+  LayerCase one;
+  one.d_model = 144;
+  one.d_ff = 272;
+  one.tokens = 21;
+  change(one);
+  return one;
+}
+
+std::function<std::string(uint64_t)> over(const LayerCase& one) {
+  return [one](uint64_t schedule) { return outcome_of(one, schedule); };
+}
+
+std::vector<Planted> all_planted() {
+  const LayerCase plain = layer([](LayerCase&) {});
+  const LayerCase deep = layer([](LayerCase& l) {
+    l.d_ff = 640;
+    l.multiprocessors = 1;
+  });
+  const LayerCase strided = layer([](LayerCase& l) { l.strided = true; });
+  const LayerCase tail = layer([](LayerCase& l) {
+    l.d_ff = 40;
+    l.d_model = 24;
+    l.strided = true;
+  });
+  const LayerCase one_slot = layer([](LayerCase& l) {
+    l.experts = 1;
+    l.tokens = 3;
+  });
+  const LayerCase split = layer([](LayerCase& l) {
+    l.d_ff = 640;
+    l.experts = 2;
+    l.tokens = 5;
+  });
+  // Three slices or more, and sums that are not rounded to 16 bits: the order of two cannot be seen.
+  const LayerCase split_f32 = layer([](LayerCase& l) {
+    l.x = l.w = DType::f32;
+    l.d_ff = 640;
+    l.experts = 2;
+    l.tokens = 5;
+  });
+  const LayerCase int8 = layer([](LayerCase& l) { l.w = DType::i8; });
+  const LayerCase absent = layer([](LayerCase& l) { l.absent = true; });
+  const LayerCase f32 = layer([](LayerCase& l) { l.x = l.w = DType::f32; });
+  const RouteCase routed{DType::f32, DType::f32, 2, 40, 8, 3, 1};
+  const RouteCase few_experts{DType::f32, DType::f32, 1, 8, 5, 8, 1};
+  return {
+      {Plant::gemm_no_barrier, "gemm_no_barrier", "race", over(deep)},
+      {Plant::gemm_lax_wait, "gemm_lax_wait", "copy_in_flight", over(deep)},
+      {Plant::gemm_swapped_fragment, "gemm_swapped_fragment", "wrong", over(plain)},
+      {Plant::gemm_swapped_fragment, "gemm_swapped_fragment (int8)", "wrong", over(int8)},
+      {Plant::gemm_no_swizzle, "gemm_no_swizzle", "wrong", over(plain)},
+      {Plant::gemm_no_depth_guard, "gemm_no_depth_guard", "uninitialised", over(tail)},
+      {Plant::gemm_no_row_guard, "gemm_no_row_guard", "out_of_bounds", over(one_slot)},
+      {Plant::gemm_no_token_guard, "gemm_no_token_guard", "uninitialised", over(one_slot)},
+      {Plant::gemm_wrong_row_stride, "gemm_wrong_row_stride", "uninitialised", over(strided)},
+      {Plant::gemm_no_epilogue_barrier, "gemm_no_epilogue_barrier", "race", over(plain)},
+      {Plant::gemm_uninitialised_table, "gemm_uninitialised_table", "uninitialised", over(plain)},
+      {Plant::epilogue_no_column_guard, "epilogue_no_column_guard", "out_of_bounds", over(one_slot)},
+      {Plant::epilogue_gate_by_position, "epilogue_gate_by_position", "wrong", over(plain)},
+      {Plant::epilogue_scale_of_tile, "epilogue_scale_of_tile", "wrong", over(int8)},
+      {Plant::epilogue_misaligned_store, "epilogue_misaligned_store", "misaligned", over(plain)},
+      {Plant::split_by_arrival, "split_by_arrival", "schedule", over(split_f32)},
+      {Plant::split_no_barrier, "split_no_barrier", "race|uninitialised", over(split)},
+      {Plant::split_no_fence, "split_no_fence", "global_conflict", over(split)},
+      {Plant::split_short_slice, "split_short_slice", "wrong", over(split)},
+      {Plant::plan_no_warp_barrier, "plan_no_warp_barrier", "race", over(plain)},
+      {Plant::plan_inclusive_scan, "plan_inclusive_scan", "out_of_bounds", over(one_slot)},
+      {Plant::plan_zero_missing, "plan_zero_missing", "wrong", over(absent)},
+      {Plant::route_capacity_off_by_one, "route_capacity_off_by_one", "wrong",
+       [routed](uint64_t schedule) { return outcome_of(routed, schedule); }},
+      {Plant::route_divergent_shuffle, "route_divergent_shuffle", "divergence",
+       [few_experts](uint64_t schedule) { return outcome_of(few_experts, schedule); }},
+      {Plant::simt_no_barrier, "simt_no_barrier", "race", over(f32)},
+  };
+}
+
+bool is_one_of(const std::string& kind, const std::string& expected) {
+  return !kind.empty() && ("|" + expected + "|").find("|" + kind + "|") != std::string::npos;
+}
+
+SIDA_TEST(nothing_is_reported_without_a_bug) {
+  cuda::planted_bug = Plant::none;
+  for (const Planted& planted : all_planted()) CHECK_EQ(planted.attempt(1), "");
+}
+
+SIDA_TEST(every_planted_bug_is_caught) {
+  for (const Planted& planted : all_planted()) {
+    cuda::planted_bug = planted.bug;
+    std::string caught;
+    int schedules = 0;
+    while (caught.empty() && schedules < 5) caught = planted.attempt(static_cast<uint64_t>(++schedules));
+    cuda::planted_bug = Plant::none;
+    std::cout << planted.name << ": schedule " << schedules << ": " << caught << std::endl;
+    if (!is_one_of(caught.substr(0, caught.find_first_of(" :")), planted.caught_by)) {
+      test::report(__FILE__, __LINE__,
+                   std::string(planted.name) + " gave '" + caught + "', expected " + planted.caught_by);
+    }
+  }
+}
+
+SIDA_TEST(the_list_is_complete) {
+  std::vector<bool> seen(static_cast<size_t>(Plant::count));
+  for (const Planted& planted : all_planted()) seen[static_cast<size_t>(planted.bug)] = true;
+  for (size_t bug = 1; bug < seen.size(); ++bug) {
+    if (!seen[bug]) test::report(__FILE__, __LINE__, "planted bug " + std::to_string(bug) + " has no test");
+  }
+}
+
+// Reports of races name both places, as file:line.
+SIDA_TEST(a_race_names_both_source_lines) {
+  cuda::planted_bug = Plant::gemm_no_epilogue_barrier;
+  const std::string caught = all_planted()[9].attempt(1);
+  cuda::planted_bug = Plant::none;
+  CHECK(caught.find("\n  at ") != std::string::npos && caught.find("\n  and at ") != std::string::npos);
+  CHECK(caught.find("expert_gemm.cuh:") != std::string::npos);
+}
+
+}  // namespace
+}  // namespace sida::cuda_test
+
+int main(int argc, char** argv) {
+  return sida::test::run_all(argc, argv);
+}
