@@ -1,0 +1,128 @@
+"""The build: which torch it is made for, what SIDA_CUDA chooses, and what an import on the wrong torch says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import sida_ext
+from sida_ext import _C
+from sida_ext._load import check_build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup_module():
+    spec = importlib.util.spec_from_file_location("sida_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_installed_build_is_for_the_installed_torch():
+    assert check_build()["torch"] == torch.__version__ == _C.torch_version
+
+
+def test_another_torch_is_named_before_anything_is_loaded(tmp_path):
+    info = tmp_path / "_build_info.json"
+    info.write_text(json.dumps({"torch": "2.6.0+cpu", "cuda": False}))
+    with pytest.raises(ImportError, match=r"built against torch 2\.6\.0\+cpu, but torch .* is installed"):
+        check_build(info)
+    with pytest.raises(ImportError, match="extension was not built"):
+        check_build(tmp_path / "missing.json")
+
+
+def test_importing_starts_no_thread_and_touches_no_device():
+    code = (
+        "import threading, os, sys; before = len(os.listdir('/proc/self/task'));"
+        "import torch, transformers; torch_threads = len(os.listdir('/proc/self/task'));"
+        "import sida_ext; after = len(os.listdir('/proc/self/task'));"
+        "assert threading.active_count() == 1, threading.enumerate();"
+        "assert after == torch_threads, (before, torch_threads, after);"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert threading.active_count() >= 1
+
+
+def test_torch_is_found_from_inside_build_isolation(setup_module, monkeypatch, tmp_path):
+    # pip isolates a build with a sitecustomize on PYTHONPATH that hides the environment's packages.
+    hide = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    hidden = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True)
+    assert "No module named 'torch'" in hidden.stderr
+    assert setup_module.find_torch()["version"] == torch.__version__
+
+
+def test_no_torch_or_an_old_one_is_refused(setup_module, monkeypatch):
+    def answer(code, text=""):
+        done = subprocess.CompletedProcess([], code, stdout=text, stderr="ModuleNotFoundError: No module named 'torch'")
+        monkeypatch.setattr(setup_module.subprocess, "run", lambda *args, **kwargs: done)
+
+    answer(1)
+    with pytest.raises(SystemExit, match="Install torch first"):
+        setup_module.find_torch()
+    answer(0, json.dumps({"version": "2.5.1"}))
+    with pytest.raises(SystemExit, match=r"found torch 2\.5\.1, expected 2\.6 or later"):
+        setup_module.find_torch()
+
+
+CPU = {"version": "2.13.0+cpu", "cuda": None, "cuda_home": None}
+
+
+def test_the_variant_is_chosen_and_said(setup_module, monkeypatch, capsys):
+    monkeypatch.delenv("SIDA_CUDA", raising=False)
+    assert setup_module.choose_cuda(CPU) is None
+    assert "building the CPU variant (SIDA_CUDA=auto: torch 2.13.0+cpu is a CPU build)" in capsys.readouterr().out
+    monkeypatch.setenv("SIDA_CUDA", "on")
+    with pytest.raises(SystemExit, match=r"SIDA_CUDA=on, but torch 2\.13\.0\+cpu is a CPU build"):
+        setup_module.choose_cuda(CPU)
+    monkeypatch.setenv("SIDA_CUDA", "maybe")
+    with pytest.raises(SystemExit, match="SIDA_CUDA is 'maybe', expected auto, on or off"):
+        setup_module.choose_cuda(CPU)
+
+
+def test_architectures_are_read_as_torch_writes_them(setup_module):
+    assert setup_module.cuda_architectures("8.0;9.0+PTX") == "80-real;90"
+    assert setup_module.cuda_architectures("8.6 12.0") == "86-real;120-real"
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST holds 'Hopper'"):
+        setup_module.cuda_architectures("Hopper")
+
+
+def run(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("name", _C.instruction_sets())
+def test_the_instruction_set_can_be_chosen(name):
+    done = run("-c", "from sida_ext import _C; print(_C.instruction_set())", SIDA_CPU=name)
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error():
+    done = run("-c", "from sida_ext import _C; print(_C.instruction_set())", SIDA_CPU="sse9")
+    assert done.returncode != 0
+    assert "ValueError: SIDA_CPU is 'sse9'" in done.stderr
+
+
+def test_info_prints_what_it_measured(tmp_path):
+    done = run("-m", "sida_ext.cli", "info", "--path", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["sida_ext"] == sida_ext.__version__
+    assert found["measured"]["memory bandwidth, GB/s"] > 0.5
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,126 @@
+"""The sida command, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference import build, small_config
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import sida_ext
+from sida_ext.cli import read_texts
+
+WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A small classifier with a tokenizer of whole words."""
+    path = tmp_path_factory.mktemp("classifier")
+    build(sida_ext.SwitchTransformersForSequenceClassification, small_config()).save_pretrained(path)
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {word: i + 3 for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    random = torch.Generator().manual_seed(0)
+    lines = []
+    for _ in range(60):
+        words = torch.randint(0, len(WORDS), (int(torch.randint(1, 12, (1,), generator=random)),), generator=random)
+        lines.append(json.dumps({"text": " ".join(WORDS[i] for i in words)}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def sida(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sida_ext.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_help_names_every_command():
+    done = sida("--help")
+    assert done.returncode == 0
+    for command in ("pack", "train", "run", "plan", "info"):
+        assert command in done.stdout
+
+
+def test_pack_then_run(folder, texts, tmp_path):
+    store, out, trace = tmp_path / "experts.sida", tmp_path / "out.jsonl", tmp_path / "trace.json"
+    packed = sida("pack", folder, "-o", store, "--dtype", "float32")
+    assert packed.returncode == 0, packed.stderr
+    assert "16 experts in 2 MoE layers, float32" in packed.stdout
+    done = sida("run", folder, texts, "--store", store, "--expert-memory", "30%", "-o", out, "--trace", trace)
+    assert done.returncode == 0, done.stderr
+    assert "hit rate" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["text"] for row in rows] == read_texts([texts])
+    reference = sida_ext.SwitchTransformersForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for row in rows[:5]:
+        with torch.no_grad():
+            logits = reference(tokenizer(row["text"], return_tensors="pt").input_ids).logits[0]
+        torch.testing.assert_close(torch.tensor(row["logits"]), logits, rtol=0, atol=1e-4)
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"copy", "compute"} <= {event.get("cat") for event in events}
+
+
+def test_train_then_run_and_plan(folder, texts, tmp_path):
+    out = tmp_path / "predictor"
+    done = sida("train", folder, texts, "-o", out, "--epochs", 1, "--expert-memory", "50%")
+    assert done.returncode == 0, done.stderr
+    assert "top-1" in done.stdout
+    assert json.loads((out / "report.json").read_text())["held_out"]["predictor"]["tokens"] > 0
+    ran = sida("run", folder, texts, "--predictor", out, "--routing", "predicted", "--batch-size", 4)
+    assert ran.returncode == 0, ran.stderr
+    planned = sida("plan", folder, texts, "--predictor", out)
+    assert planned.returncode == 0, planned.stderr
+    for name in ("OPT", "next_use", "lru", "lfu", "fifo", "90%"):
+        assert name in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "no-such-model", "{texts}"], "is no folder"),
+        (["run", "{folder}", "no-such-file.txt"], "no-such-file.txt"),
+        (["run", "{folder}", "{texts}", "--expert-memory", "12"], "smallest that works"),
+        (["run", "{folder}", "{texts}", "--predictor", "nowhere"], "nowhere"),
+        (["run", "{folder}", "{texts}", "--routing", "wild"], "routing is 'wild'"),
+        (["pack", "{folder}", "-o", "{tmp}/x.sida", "--dtype", "int1"], "dtype is 'int1'"),
+        (["pack", "{texts}", "-o", "{tmp}/x.sida"], "is a file, expected a checkpoint folder"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(folder, texts, tmp_path, arguments, message):
+    done = sida(*(a.format(folder=folder, texts=texts, tmp=tmp_path) for a in arguments))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"words": 1}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected a JSON object with a 'text'"):
+        read_texts([tmp_path / "a.jsonl"])
+    (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: 'text' is int"):
+        read_texts([tmp_path / "b.jsonl"])
+    (tmp_path / "c.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="no text in"):
+        read_texts([tmp_path / "c.txt"])
+    (tmp_path / "d.txt").write_text("one\n\n two \n")
+    assert read_texts([tmp_path / "d.txt"]) == ["one", "two"]

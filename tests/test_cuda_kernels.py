@@ -1,0 +1,152 @@
+"""Drives the C++ tests that execute the CUDA kernels on the CPU, and checks the compiled machine code.
+
+The first needs a C++ compiler and CMake alone. The second needs nvcc and cuobjdump and skips, with a reason, without.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import sass_report  # noqa: E402
+
+TESTS = [
+    "cuda_kernels_test",
+    "cuda_route_test",
+    "cuda_plan_test",
+    "cuda_planted_test",
+    "cuda_harness_test",
+    "cuda_heuristics_test",
+    "cuda_slots_test",
+    "cuda_serving_test",
+]
+TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+def find(tool: str) -> str:
+    path = shutil.which(tool, path=TOOLS)
+    if path is None:
+        pytest.skip(f"{tool} is not installed")
+    return path
+
+
+def build(folder: str, targets: list[str], *options: str, extra_path: str = "") -> Path:
+    """Configures and builds `targets` in build/`folder`; only what changed is compiled again."""
+    cmake = find("cmake")
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=TOOLS) else []
+    target = ROOT / "build" / folder
+    environment = {**os.environ, "PATH": extra_path + os.pathsep + TOOLS if extra_path else TOOLS}
+    jobs = os.environ.get("MAX_JOBS", "2")
+    for command in (
+        [cmake, "-S", str(ROOT), "-B", str(target), *generator, *options],
+        [cmake, "--build", str(target), "-j", jobs, "--target", *targets],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return target
+
+
+@pytest.fixture(scope="session")
+def harness_build() -> Path:
+    return build("cpp", TESTS, "-DSIDA_CPP_TESTS=ON") / "tests" / "cuda"
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_on_the_cpu(harness_build: Path, name: str) -> None:
+    done = subprocess.run([str(harness_build / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert re.fullmatch(r"[1-9]\d* passed, 0 failed", done.stdout.strip().splitlines()[-1])
+
+
+def nvcc() -> str:
+    path = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin{os.pathsep}{TOOLS}")
+    if path is None:
+        pytest.skip("nvcc is not installed")
+    return path
+
+
+@pytest.mark.slow
+def test_machine_code() -> None:
+    """Compiled for every architecture with warnings as errors; no spills, tensor cores, 16-byte copies, occupancy."""
+    compiler = nvcc()
+    try:
+        sass_report.find_cuobjdump()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    target = build(
+        "cuda", ["sida_cuda_kernels", "sida_cuda_shapes"], "-DSIDA_CUDA=ON", extra_path=str(Path(compiler).parent)
+    )
+    kernels = sass_report.read(
+        target / "csrc/kernels/cuda/libsida_cuda_kernels.a", target / "csrc/kernels/cuda/sida_cuda_shapes"
+    )
+    assert {kernel.arch for kernel in kernels} == set(sass_report.ARCHITECTURES)
+    assert sum(bool(kernel.tile) for kernel in kernels) == 28 * len(sass_report.ARCHITECTURES)
+    assert sass_report.problems(kernels) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda_gpu_kernels_test", "cuda_gpu_route_test"])
+def test_on_a_device(name: str) -> None:
+    """The same property tests, on a GPU."""
+    folder = build("cuda", [name], "-DSIDA_CUDA=ON", "-DSIDA_CPP_TESTS=ON", extra_path=str(Path(nvcc()).parent))
+    done = subprocess.run([str(folder / "tests/cuda" / name)], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def loop_of(*body: str, before: tuple[str, ...] = ()) -> list[tuple[int, str]]:
+    code = [*before, *body, f"BRA 0x{16 * len(before):x}", "EXIT"]
+    return [(16 * i, text) for i, text in enumerate(code)]
+
+
+def good_kernel(**changes: object) -> sass_report.Kernel:
+    fields: dict = {
+        "arch": "sm_80",
+        "name": "k",
+        "tile": "decode",
+        "registers": 64,
+        "shared": 40000,
+        "threads": 128,
+        "instructions": loop_of("HMMA.16816.F32.BF16 R0", "LDSM.16.M88.4 R0", "LDGSTS.E.BYPASS.128 [R0]", "BAR.SYNC"),
+    }
+    return sass_report.Kernel(**{**fields, **changes})
+
+
+def test_a_good_kernel_has_no_problems() -> None:
+    assert sass_report.problems([good_kernel()]) == []
+    assert good_kernel().counts()["HMMA"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"instructions": [*good_kernel().instructions, (400, "STL [R1], R2")]}, "1 local accesses"),
+        ({"instructions": loop_of("LDSM.16 R0", "LDGSTS.E.128 [R0]", "FFMA R0")}, "no HMMA in the main loop"),
+        ({"instructions": loop_of("HMMA R0", "LDS R0", "LDGSTS.E.128 [R0]")}, "no LDSM in the main loop"),
+        (
+            {"instructions": loop_of("HMMA R0", "LDSM R0", before=("LDGSTS.E.BYPASS.128 [R0]",))},
+            "no LDGSTS in the main loop",
+        ),
+        ({"instructions": loop_of("HMMA R0", "LDSM R0", "LDGSTS.E.64 [R0]")}, "below 16 bytes"),
+        ({"shared": 90000}, "1 blocks fit, 2 are stated"),
+        ({"registers": 255, "threads": 256}, "1 blocks fit, 2 are stated"),
+        ({"tile": "f32", "shared": 9000}, "expected FFMA"),
+    ],
+)
+def test_problems_are_found(changes: dict, reason: str) -> None:
+    found = sass_report.problems([good_kernel(**changes)])
+    assert any(reason in line for line in found), found
+
+
+def test_an_empty_library_is_a_problem() -> None:
+    assert sass_report.problems([]) == ["no layer kernel in the library"]

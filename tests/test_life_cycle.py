@@ -1,0 +1,241 @@
+"""Faults and ends: failing reads, dying lanes, deadlines, Ctrl-C, fork, exit. Each ends in bounded time, and the next
+batch is served."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from reference import build, small_config
+from transformers import SwitchTransformersEncoderModel
+
+import sida_ext
+from sida_ext import _C, StoreError
+
+BATCH = {"input_ids": torch.arange(2, 34).reshape(2, 16)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("encoder")
+    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(path)
+    return path
+
+
+def load(folder, **changes):
+    return sida_ext.from_pretrained(folder, **{"expert_dtype": "float32", "expert_memory": "25%", **changes})
+
+
+def compute(model):
+    with torch.no_grad():
+        return model(**BATCH).last_hidden_state
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    model = load(folder)
+    out = compute(model)
+    model.sida.close()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("faults", "error", "message"),
+    [
+        ({"fail_every": 29}, OSError, r"\.sida"),
+        ({"flip_every": 29}, StoreError, r"checksum.*pack|pack.*checksum|checksum"),
+    ],
+)
+def test_a_failing_read_is_raised_and_the_next_batch_served(folder, expected, faults, error, message):
+    model = load(folder, faults=_C.Faults(**faults))
+    messages: list[str] = []
+    successes = 0
+    for _ in range(12):
+        try:
+            assert torch.equal(compute(model), expected)
+            successes += 1
+        except error as raised:
+            messages.append(str(raised))
+    failures = len(messages)
+    assert failures
+    for text in messages:
+        assert re.search(message, text)
+    assert successes
+    assert model.sida.stats().failed_loads >= failures
+    model.sida.close()
+
+
+def test_short_reads_interrupts_and_a_slow_disk_change_nothing(folder, expected):
+    faults = _C.Faults(seed=4, short_every=2, interrupt_every=3, delay_us_min=1000, delay_us_max=5000)
+    model = load(folder, faults=faults)
+    for _ in range(3):
+        assert torch.equal(compute(model), expected)
+    model.sida.close()
+
+
+def test_a_dying_lane_is_an_error_not_a_hang(folder):
+    model = load(folder, faults=_C.Faults(die_every=3), lanes=1, wait_deadline=20)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="lane"):
+        [compute(model) for _ in range(10)]
+    assert time.monotonic() - begin < 15
+    model.sida.close()
+
+
+def test_a_wait_has_a_deadline_and_says_what_it_waited_for(folder):
+    model = load(folder, faults=_C.Faults(delay_us_min=3_000_000, delay_us_max=3_000_001), wait_deadline=1.0)
+    with pytest.raises(TimeoutError, match=r"encoder\.block\.1\.layer\.1\.mlp"):
+        compute(model)
+    model.sida.close()
+
+
+def test_truncated_while_open(folder, tmp_path):
+    sida_ext.pack(folder, tmp_path / "experts.sida", "float32")
+    model = load(folder, store=tmp_path / "experts.sida")
+    compute(model)
+    os.truncate(tmp_path / "experts.sida", 8192)
+    with pytest.raises((StoreError, OSError), match=r"experts\.sida"):
+        compute(model)
+    model.sida.close()
+
+
+SCRIPT = """
+import sys, threading, time, os, signal
+import torch, sida_ext
+from sida_ext import _C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
+batch = {"input_ids": torch.arange(2, 34).reshape(2, 16)}
+def load(**changes):
+    return sida_ext.from_pretrained(sys.argv[1], expert_dtype="float32", expert_memory="25%", **changes)
+"""
+
+
+def script(folder, body, **run):
+    code = SCRIPT + body
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60, **run)
+
+
+def test_ctrl_c_in_mid_batch(folder):
+    done = script(
+        folder,
+        """
+model = load(faults=_C.Faults(delay_us_min=20_000_000, delay_us_max=20_000_001))
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+begin = time.monotonic()
+try:
+    model(**batch)
+except KeyboardInterrupt:
+    print("interrupted after", round(time.monotonic() - begin, 1))
+model.sida.close()
+print("closed after", round(time.monotonic() - begin, 1))
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "interrupted after" in done.stdout
+    assert float(done.stdout.split("interrupted after")[1].split()[0]) < 5
+    assert float(done.stdout.split("closed after")[1].split()[0]) < 10
+
+
+def test_exit_without_close_in_mid_copy(folder):
+    begin = time.monotonic()
+    done = script(
+        folder,
+        """
+model = load(faults=_C.Faults(delay_us_min=200_000, delay_us_max=200_001))
+model.sida.announce({name: range(8) for name in model.sida.header.layers})
+time.sleep(0.05)
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip() or "Loading" in done.stderr
+    assert time.monotonic() - begin < 50
+
+
+def test_a_fork_is_told_that_the_engine_is_not_there(folder):
+    done = script(
+        folder,
+        """
+torch.set_num_threads(1)
+model = load()
+model(**batch)
+child = os.fork()
+if child == 0:
+    try:
+        model(**batch)
+    except RuntimeError as error:
+        print("child:", "fork" in str(error), flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("parent:", model(**batch).last_hidden_state.shape[0])
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "child: True" in done.stdout
+    assert "parent: 2" in done.stdout
+
+
+def test_close_during_a_wait_ends_it(folder):
+    done = script(
+        folder,
+        """
+model = load(faults=_C.Faults(delay_us_min=30_000_000, delay_us_max=30_000_001))
+threading.Timer(0.5, model.sida.close).start()
+begin = time.monotonic()
+try:
+    model(**batch)
+except RuntimeError as error:
+    print("raised:", "closed" in str(error), time.monotonic() - begin < 10)
+""",
+    )
+    assert "raised: True True" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_budget_is_seen_in_the_memory_of_the_process(folder, tmp_path):
+    config = small_config(d_model=256, d_ff=1024, num_experts=32)  # experts of 1 MiB in bf16, 64 in all
+    build(SwitchTransformersEncoderModel, config).save_pretrained(tmp_path)
+    done = script(
+        tmp_path,
+        """
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+model = load(store_cache=sys.argv[1])
+model.sida.set_budget("100%")
+ids = torch.randint(2, 97, (4, 64))
+model(input_ids=ids)
+full = anonymous()
+model.sida.set_budget("10%")
+for _ in range(3):
+    model(input_ids=torch.randint(2, 97, (4, 64)))
+small = anonymous()
+print(full, small, model.sida.header.experts_bytes / 2**20)
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    full, small, experts = map(float, done.stdout.split())
+    assert full - small > 0.6 * experts, (full, small, experts)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGINT"), reason="no signals")
+def test_the_store_is_complete_after_an_interrupted_pack(folder, tmp_path):
+    done = script(
+        folder,
+        f"""
+from sida_ext.store import pack
+def stop(done, total):
+    if done == 5:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+try:
+    pack(sys.argv[1], {str(tmp_path / "x.sida")!r}, progress=stop)
+except KeyboardInterrupt:
+    print("left:", os.listdir({str(tmp_path)!r}))
+""",
+    )
+    assert "left: []" in done.stdout, done.stdout + done.stderr
