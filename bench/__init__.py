@@ -1,0 +1,1 @@
+"""Benchmarks: every figure is measured beside its peer and its floor in the same run."""

@@ -1,0 +1,106 @@
+"""``python -m bench``: the kernel benchmarks, one line for each case, and a roofline picture.
+
+``--minutes`` ends the run after the case that is in progress then. Results go to bench/results/NAME.json (as
+pytest-benchmark writes them) and NAME.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+
+
+class Deadline:
+    """Skips, by name, the cases that would start after the time is up."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.until = minutes, time.monotonic() + 60 * minutes
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if time.monotonic() > self.until:
+            pytest.skip(f"the {self.minutes:g} minutes are over; --minutes gives more")
+
+
+def cases(path: Path) -> list[dict[str, Any]]:
+    return [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
+
+
+def print_table(found: list[dict[str, Any]]) -> None:
+    first = found[0]
+    print(
+        f"\n{first['instruction_set']}, {first['threads']} threads, {first['bandwidth'] / 1e9:.1f} GB/s read, "
+        f"{first['gemm'] / 1e9:.0f} GFLOP/s fp32 GEMM"
+    )
+    head = (
+        f"{'shape':24} {'weights':9} {'tokens':>6} {'experts':>7} {'ms':>9} {'GB/s':>6} {'GFLOP/s':>8} {'x floor':>8}"
+    )
+    print(head + f" {'x transformers':>15} {'x grouped':>10}")
+    by_shape = {(c["shape"], c["tokens"]): c["peer_ms"].get("transformers") for c in found if c["dtype"] == "float32"}
+    for case in found:
+        peers = []
+        for value in (by_shape.get((case["shape"], case["tokens"])), case["peer_ms"].get("grouped")):
+            peers.append("-" if value is None else f"{value / case['ms']:.2f}")
+        print(
+            f"{case['shape']:24} {case['dtype']:9} {case['tokens']:6d} {case['distinct_experts']:7.1f} "
+            f"{case['ms']:9.3f} {case['gb_per_s']:6.1f} {case['gflop_per_s']:8.1f} {case['x_floor']:8.2f} "
+            f"{peers[0]:>15} {peers[1]:>10}"
+        )
+
+
+def draw_roofline(found: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    bandwidth, gemm = found[0]["bandwidth"] / 1e9, found[0]["gemm"] / 1e9
+    intensity = np.logspace(-1, 3, 200)
+    axes.loglog(intensity, np.minimum(intensity * bandwidth, gemm), color="black", label="floor: read rate, fp32 GEMM")
+    for dtype, marker in (("float32", "o"), ("bfloat16", "s"), ("float16", "^"), ("int8", "D")):
+        chosen = [c for c in found if c["dtype"] == dtype]
+        points = [(c["flops_per_byte"], c["gflop_per_s"]) for c in chosen]
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker=marker, label=dtype, alpha=0.8)
+    axes.set_xlabel("floating-point operations per byte of the distinct experts")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"moe_ffn, {found[0]['instruction_set']}, {found[0]['threads']} threads")
+    axes.legend()
+    axes.grid(True, which="both", alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--name", default="latest", help="of the files in bench/results")
+    parser.add_argument("-k", default="", help="cases, as in pytest -k")
+    arguments = parser.parse_args()
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    record, picture = results / f"{arguments.name}.json", results / f"{arguments.name}.png"
+    flags = [f"--rootdir={HERE}", f"--confcutdir={HERE}", "-c", str(HERE.parent / "pyproject.toml"), "-k", arguments.k]
+    flags += ["--benchmark-enable", f"--benchmark-json={record}", "--benchmark-columns=median"]
+    flags += ["-q", "-p", "no:cacheprovider"]
+    status = pytest.main([str(HERE / "bench_moe_ffn.py"), *flags], plugins=[Deadline(arguments.minutes)])
+    if status != 0:
+        return int(status)
+    found = cases(record)
+    print_table(found)
+    draw_roofline(found, picture)
+    print(f"\nrecord: {record}\nroofline: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
