@@ -56,7 +56,15 @@ class Faults:
 
 class TransferEngine:
     def __init__(
-        self, store: ExpertStore, *, slots: int, lanes: int, eviction: str, wait_deadline_ms: int, faults: Faults
+        self,
+        store: ExpertStore,
+        *,
+        slots: int,
+        lanes: int,
+        eviction: str,
+        wait_deadline_ms: int,
+        faults: Faults,
+        populate: bool,
     ) -> None: ...
     def announce(self, wanted: Wanted) -> int: ...
     def retire(self, batch: int) -> None: ...

@@ -84,16 +84,17 @@ def available_memory() -> int:
     return available if room is None else min(available, max(0, room))
 
 
-def parse_memory(budget: str | int, experts_bytes: int, name: str = "expert_memory") -> int:
+def parse_memory(budget: str | int, experts_bytes: int, name: str = "expert_memory", *, reserved: int = 0) -> int:
     """Bytes of a memory budget.
 
     Args:
         budget: bytes, ``"2GiB"``, ``"25%"`` (of the bytes of all experts) or ``"auto"`` (the memory that is free now,
             control groups respected, less a reserve of 512 MiB and 10 %; at most all experts).
         experts_bytes: bytes of all experts.
+        reserved: bytes that are about to be allocated for something else; ``"auto"`` leaves them free.
     """
     if isinstance(budget, str) and budget.strip() == "auto":
-        free = available_memory()
+        free = available_memory() - reserved
         return min(experts_bytes, max(0, int(free - AUTO_RESERVE_BYTES - AUTO_RESERVE_SHARE * free)))
     if isinstance(budget, str) and budget.strip().endswith("%"):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -150,19 +151,34 @@ class Checkpoint:
     def open(cls, path_or_id: str | os.PathLike[str], *, allow_pickle: bool = False, **hub: Any) -> Checkpoint:
         return cls(resolve_folder(path_or_id, allow_pickle=allow_pickle, **hub), allow_pickle)
 
-    def _tensor(self, key: str) -> Tensor:
-        name = self._files[key]
+    def _opened(self, name: str) -> Any:
+        """The weight file `name`, a mapping of tensors or an open safetensors file."""
         if name not in self._open:
             path = self.folder / name
             if path.suffix == ".bin":
                 self._open[name] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
             else:
                 self._open[name] = _open_safetensors(path)
-        opened = self._open[name]
+        return self._open[name]
+
+    def _tensor(self, key: str) -> Tensor:
+        name = self._files[key]
+        opened = self._opened(name)
         try:
             return opened[key] if isinstance(opened, dict) else opened.get_tensor(key)
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{self.folder / name}: cannot read {key}: {error}") from error
+
+    def other_bytes(self, itemsize: int) -> int:
+        """Bytes of all parameters but the experts' at `itemsize` bytes an element."""
+        experts = {key for layer in self._keys.values() for expert in layer.values() for key in expert.values()}
+        numbers = 0
+        for key, name in self._files.items():
+            if key not in experts:
+                opened = self._opened(name)
+                shape = opened[key].shape if isinstance(opened, dict) else opened.get_slice(key).get_shape()
+                numbers += math.prod(shape)
+        return numbers * itemsize
 
     def expert(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
         keys = self._keys[self.layers[layer]][index]

@@ -53,6 +53,9 @@ class Runtime:
         eviction: next_use, lru, lfu or fifo.
         wait_deadline: seconds after which a wait for an expert raises TimeoutError.
         faults: injected faults, for tests: see ``_C.Faults``.
+        populate: ask the system for the budget's memory at the start, in the background, so that the first loads do not
+            wait for it; False: as experts come.
+        reserved: bytes that the model will yet need, which the budget ``"auto"`` leaves free.
         folder: a temporary folder to remove when the runtime is closed.
 
     Raises:
@@ -71,6 +74,8 @@ class Runtime:
         eviction: str = "next_use",
         wait_deadline: float = 60.0,
         faults: _C.Faults | None = None,
+        populate: bool = True,
+        reserved: int = 0,
         folder: Any = None,
     ) -> None:
         self.store_path = Path(store)
@@ -79,11 +84,12 @@ class Runtime:
         expert_store, self.header = open_store(store)
         self._engine = _C.TransferEngine(
             expert_store,
-            slots=self._slots(expert_memory),
+            slots=self._slots(expert_memory, reserved),
             lanes=4 if lanes is None else lanes,
             eviction=eviction,
             wait_deadline_ms=round(wait_deadline * 1000),
             faults=faults if faults is not None else _C.Faults(),
+            populate=populate,
         )
         self.eviction = eviction
         self._handles: dict[str, int] = {}
@@ -95,9 +101,9 @@ class Runtime:
 
     header: StoreHeader
 
-    def _slots(self, expert_memory: str | int) -> int:
+    def _slots(self, expert_memory: str | int, reserved: int = 0) -> int:
         record = self.header.record_bytes
-        wanted = parse_memory(expert_memory, self.header.experts_bytes)
+        wanted = parse_memory(expert_memory, self.header.experts_bytes, reserved=reserved)
         slots = min(wanted // record, self.header.total_experts)
         if slots < 1:
             raise ValueError(

@@ -315,6 +315,8 @@ def from_pretrained(
             path = Path(store)
             _, header = open_store(path)
             check_source(header, source, str(path))
+        # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
+        other_bytes = source.other_bytes(itemsize=4)
         folder = source.folder
     base = _model_class(kwargs.get("config") or SwitchTransformersConfig.from_pretrained(folder), model_class)
     layers: dict[str, SparseMLP] = {}
@@ -330,8 +332,7 @@ def from_pretrained(
 
     for name in HUB_ARGUMENTS:
         kwargs.pop(name, None)
-    model = WithoutExperts.from_pretrained(folder, use_safetensors=None if allow_pickle else True, **kwargs)
-    model.__class__ = base
+    # Before the other weights, so that the system backs expert memory while they are read.
     runtime = Runtime(
         path,
         expert_memory=expert_memory,
@@ -339,8 +340,11 @@ def from_pretrained(
         eviction=eviction,
         wait_deadline=wait_deadline,
         faults=faults,
+        reserved=other_bytes,
     )
     try:
+        model = WithoutExperts.from_pretrained(folder, use_safetensors=None if allow_pickle else True, **kwargs)
+        model.__class__ = base
         _check_fit(model.config, runtime.header, layers, str(path))
         _connect(model, layers, runtime, routing)
         _attach_predictor(model, predictor, routing)

@@ -29,6 +29,10 @@ def test_shares():
 def test_auto_takes_no_more_than_there_is():
     assert parse_memory("auto", 10) == 10
     assert 0 < parse_memory("auto", 2**60) < available_memory()
+    reserved = available_memory() // 2
+    assert parse_memory("auto", 2**60, reserved=reserved) < parse_memory("auto", 2**60) - reserved // 2
+    assert parse_memory("auto", 2**60, reserved=2**60) == 0
+    assert parse_memory(5, 10, reserved=2**60) == 5
 
 
 def test_format():

@@ -235,14 +235,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<TransferEngine, std::shared_ptr<TransferEngine>>(m, "TransferEngine")
       .def(py::init([](std::shared_ptr<ExpertStore> store, int64_t slots, int lanes, const std::string& eviction,
-                       int64_t wait_deadline_ms, const Faults& faults) {
+                       int64_t wait_deadline_ms, const Faults& faults, bool populate) {
              const py::gil_scoped_release released;
-             return std::make_shared<TransferEngine>(
-                 std::move(store),
-                 EngineOptions{slots, lanes, eviction, std::chrono::milliseconds(wait_deadline_ms), faults});
+             EngineOptions options{slots, lanes, eviction, std::chrono::milliseconds(wait_deadline_ms), faults};
+             options.populate = populate;
+             return std::make_shared<TransferEngine>(std::move(store), std::move(options));
            }),
            py::arg("store"), py::kw_only(), py::arg("slots"), py::arg("lanes"), py::arg("eviction"),
-           py::arg("wait_deadline_ms"), py::arg("faults"))
+           py::arg("wait_deadline_ms"), py::arg("faults"), py::arg("populate"))
       .def("announce", &announce, py::arg("wanted"))
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", [](const TransferEngine& engine) { return engine.budget(); })

@@ -25,12 +25,13 @@ class RecordSource {
   virtual const void* address(int64_t) { return nullptr; }
 };
 
-// What a lane does: fill a slot, or give the memory of slots back to the system.
+// What a lane does: fill a slot, give the memory of slots back to the system, or have a slot backed by memory while
+// there is nothing else to do.
 struct LaneJob {
-  enum class Kind { fill, give_back };
+  enum class Kind { fill, give_back, populate };
   Kind kind;
   int32_t slot;
-  int32_t count = 1;    // slots, give_back only
+  int32_t count = 1;    // slots, 1 to fill
   int64_t record = -1;  // fill only
 };
 
@@ -39,7 +40,7 @@ struct LaneError {
   std::string why;
 };
 
-// Told once for each job, by a lane, with no lock of the device held.
+// Told once for each job but populate, by a lane, with no lock of the device held.
 struct JobDone {
   LaneJob job;
   int lane;
@@ -54,7 +55,8 @@ class Device {
 
   // Starts the lanes. `done` is called by them until stop() returns.
   virtual void start(int lanes, std::function<void(const JobDone&)> done) = 0;
-  // Queues a job for the next free lane and returns at once. Jobs may end in any order.
+  // Queues a job for the next free lane and returns at once. Jobs may end in any order. A populate waits for all
+  // others, and is dropped once its slot is filled or given back.
   virtual void submit(const LaneJob& job) = 0;
   // Ends the lanes: jobs not begun are dropped. False if a lane did not end in time; it is left behind, and
   // what it uses stays alive with it. Twice is once.

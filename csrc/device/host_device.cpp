@@ -4,6 +4,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -28,8 +29,10 @@ struct HostDevice::Shared {
   const std::shared_ptr<RecordSource> source;
   Slab slab;
   std::mutex mutex;
-  std::condition_variable work, ended;
+  std::condition_variable work, ended, populated;
   std::deque<LaneJob> jobs;
+  std::set<int32_t> to_populate;  // slots
+  std::set<int32_t> populating;
   std::function<void(const JobDone&)> done;
   bool stopping = false;
   bool abandoned = false;  // stop() gave up: nobody is there to be told
@@ -37,6 +40,30 @@ struct HostDevice::Shared {
   int telling = 0;         // lanes inside `done`
   int64_t restarts = 0;
   std::vector<std::thread> threads;
+
+  // A slot's flag and pages belong to one lane at a time. The lock is held.
+  void wait_until_populated(const LaneJob& job, std::unique_lock<std::mutex>& lock) {
+    to_populate.erase(to_populate.lower_bound(job.slot), to_populate.lower_bound(job.slot + job.count));
+    populated.wait(lock, [&] {
+      const auto first = populating.lower_bound(job.slot);
+      return first == populating.end() || *first >= job.slot + job.count;
+    });
+  }
+
+  void populate_one(std::unique_lock<std::mutex>& lock) {
+    const int32_t slot = *to_populate.begin();
+    to_populate.erase(to_populate.begin());
+    populating.insert(slot);
+    lock.unlock();
+    try {
+      slab.populate(slot);
+    } catch (const Error&) {
+      // Whoever fills the slot asks the system again, and is told.
+    }
+    lock.lock();
+    populating.erase(slot);
+    populated.notify_all();
+  }
 
   void run(const LaneJob& job) {
     if (job.kind == LaneJob::Kind::give_back) {
@@ -70,18 +97,31 @@ void HostDevice::submit(const LaneJob& job) {
   {
     const std::lock_guard lock(shared_->mutex);
     if (shared_->stopping) return;
-    shared_->jobs.push_back(job);
+    if (job.kind == LaneJob::Kind::populate) {
+      for (int32_t slot = job.slot; slot < job.slot + job.count; ++slot) shared_->to_populate.insert(slot);
+    } else {
+      shared_->jobs.push_back(job);
+    }
   }
-  shared_->work.notify_one();
+  if (job.kind == LaneJob::Kind::populate) {
+    shared_->work.notify_all();
+  } else {
+    shared_->work.notify_one();
+  }
 }
 
 void HostDevice::run_lane(std::shared_ptr<Shared> shared, int lane) {
   std::unique_lock lock(shared->mutex);
   while (true) {
-    shared->work.wait(lock, [&] { return shared->stopping || !shared->jobs.empty(); });
+    shared->work.wait(lock, [&] { return shared->stopping || !shared->jobs.empty() || !shared->to_populate.empty(); });
     if (shared->stopping) break;
+    if (shared->jobs.empty()) {
+      shared->populate_one(lock);
+      continue;
+    }
     JobDone told{shared->jobs.front(), lane, std::nullopt, 0, 0, 0};
     shared->jobs.pop_front();
+    shared->wait_until_populated(told.job, lock);
     lock.unlock();
     told.begin_ns = now_ns();
     bool died = false;
@@ -120,6 +160,7 @@ bool HostDevice::stop(std::chrono::milliseconds limit) {
     if (shared_->abandoned) return false;
     shared_->stopping = true;
     shared_->jobs.clear();
+    shared_->to_populate.clear();
     shared_->work.notify_all();
     shared_->source->interrupt();
     all_ended = shared_->ended.wait_for(lock, limit, [&] { return shared_->running == 0; });

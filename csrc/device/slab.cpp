@@ -50,6 +50,14 @@ void Slab::commit(int64_t slot) {
   committed_[slot] = 1;
 }
 
+void Slab::populate(int64_t slot) {
+  commit(slot);
+#ifdef MADV_POPULATE_WRITE
+  // What it cannot do here, the first write to the slot does, or reports: nothing is lost but time.
+  ::madvise(this->slot(slot), slot_bytes_, MADV_POPULATE_WRITE);
+#endif
+}
+
 void Slab::give_back(int64_t first, int64_t count) {
   const int64_t bytes = count * slot_bytes_;
   if (first < 0 || count < 1 || first + count > slots()) {

@@ -23,6 +23,9 @@ class Slab {
 
   // Different slots may be committed and given back at the same time. Error(io) if the system refuses the memory.
   void commit(int64_t slot);
+  // Commits a slot and has the system back it with memory now, so that whoever fills it does not wait for that. Where
+  // the system cannot (Linux before 5.14), the first write does it as ever.
+  void populate(int64_t slot);
   void give_back(int64_t first, int64_t count);
 
  private:

@@ -29,6 +29,13 @@ Residency::Residency(const ResidencyOptions& options)
   counters_.resize(options.layers);
   for (size_t slot = 0; slot < all; ++slot) cold_.insert(cold_.end(), static_cast<int32_t>(slot));
   set_budget(options.slots);
+  if (!options.populated) return;
+  while (committed_ < budget_) {
+    warm_.insert(warm_.end(), *cold_.begin());
+    cold_.erase(cold_.begin());
+    ++committed_;
+  }
+  peak_committed_ = committed_;
 }
 
 void Residency::check_experts(const char* event, int32_t layer, std::span<const int32_t> experts) const {

@@ -68,6 +68,7 @@ struct ResidencyOptions {
   // Prefetches for this many layers ahead begin as early as they can. Those for later ones fill free slots, and evict
   // only what would go at the time of their use in any case: an eviction put off is a better informed one.
   int prefetch_layers = 1;
+  bool populated = false;  // the slots of the first budget hold memory from the start
 };
 
 class Residency {

@@ -51,8 +51,8 @@ std::shared_ptr<Device> host_device(const std::shared_ptr<ExpertStore>& store, c
 }
 
 ResidencyOptions residency_options(const StoreLayout& layout, const EngineOptions& options) {
-  return {layout.layers,          layout.experts, options.slots, options.lanes, parse_eviction(options.eviction),
-          options.prefetch_layers};
+  return {layout.layers,           layout.experts,  options.slots, options.lanes, parse_eviction(options.eviction),
+          options.prefetch_layers, options.populate};
 }
 
 }  // namespace
@@ -215,6 +215,9 @@ TransferEngine::TransferEngine(std::shared_ptr<ExpertStore> store, std::shared_p
   }
   impl_ = std::make_unique<Impl>(std::move(store), std::move(device), std::move(options));
   impl_->device->start(impl_->options.lanes, [impl = impl_.get()](const JobDone& done) { impl->job_done(done); });
+  if (impl_->options.populate) {
+    impl_->device->submit({LaneJob::Kind::populate, 0, static_cast<int32_t>(impl_->residency.budget())});
+  }
 }
 
 TransferEngine::~TransferEngine() {

@@ -29,6 +29,9 @@ struct EngineOptions {
   // byte moves, so that a few lanes keep a disk busier with parts of a record.
   int64_t read_bytes = 4 << 20;
   int prefetch_layers = 1;  // announced layers ahead whose prefetches begin as early as they can
+  // The budget's memory is asked of the system at the start, by lanes with nothing else to do: the first loads then do
+  // not wait for pages to be made. Counts as committed at once.
+  bool populate = false;
 };
 
 // Thread-safe. A caller holds at most the waves that it has not released; it must not ask for the next wave while it

@@ -25,7 +25,10 @@ ResidencyModel::ResidencyModel(const ResidencyOptions& given)
       budget(given.slots),
       slots(static_cast<size_t>(given.layers) * given.experts),
       history(slots.size()),
-      counters_(given.layers) {}
+      counters_(given.layers) {
+  if (!given.populated) return;
+  for (int64_t slot = 0; slot < budget; ++slot) slots[slot].content = Content::warm;
+}
 
 void ResidencyModel::announce(BatchId id, const AnnouncedBatch& batch) {
   batches[id] = {batch, 0};

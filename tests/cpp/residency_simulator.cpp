@@ -363,6 +363,7 @@ Scenario make_scenario(uint64_t seed) {
   options.copies = static_cast<int>(1 + dice.below(4));
   options.eviction = static_cast<Eviction>(dice.below(4));
   options.prefetch_layers = static_cast<int>(dice.below(4));
+  options.populated = dice.one_in(3);
   // Each scenario has habits of its own: few or many faults, a fast or a slow disk, a steady or a moving budget.
   const uint32_t faults = dice.one_in(2) ? 0 : 1 + dice.below(10), disk = 5 + dice.below(60);
   const uint32_t budgets = dice.one_in(2) ? 0 : 1 + dice.below(8), stops = dice.below(6);
@@ -436,7 +437,7 @@ std::string describe(const Scenario& scenario) {
   std::ostringstream text;
   text << "seed " << scenario.seed << ": layers " << options.layers << " experts " << options.experts << " slots "
        << options.slots << " copies " << options.copies << " eviction " << static_cast<int>(options.eviction)
-       << " prefetch_layers " << options.prefetch_layers << "\n";
+       << " prefetch_layers " << options.prefetch_layers << " populated " << options.populated << "\n";
   for (const Step& step : scenario.steps) {
     for (const auto& [kind, name] : kind_names) {
       if (kind == step.kind) text << "  " << name << " " << step.a << " " << step.b << "\n";

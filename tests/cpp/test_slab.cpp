@@ -41,6 +41,22 @@ SIDA_TEST(memory_comes_with_commit_and_goes_with_give_back) {
   CHECK_EQ(static_cast<int>(slab.slot(12)[100]), 0);  // memory that came back is empty
 }
 
+SIDA_TEST(a_populated_slot_has_memory_before_anybody_writes) {
+  constexpr int64_t slot_bytes = 2 << 20;
+  Slab slab(4, slot_bytes);
+  slab.populate(1);
+  slab.populate(1);
+#ifdef MADV_POPULATE_WRITE
+  CHECK_EQ(resident_bytes(slab), slot_bytes);
+#endif
+  slab.give_back(1, 1);
+  CHECK_EQ(resident_bytes(slab), 0);
+  slab.populate(1);
+  std::memset(slab.slot(1), 7, slot_bytes);
+  slab.populate(1);  // what is there stays
+  CHECK_EQ(static_cast<int>(slab.slot(1)[slot_bytes - 1]), 7);
+}
+
 SIDA_TEST(wrong_sizes_and_slots_are_refused) {
   CHECK_THROWS(Slab(0, 4096), Error, "0 slots");
   CHECK_THROWS(Slab(1, 1000), Error, "1000 bytes");

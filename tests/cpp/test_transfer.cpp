@@ -209,6 +209,26 @@ SIDA_TEST(budget_shrinks_while_pinned_and_gives_memory_back) {
   CHECK_EQ(engine.stats().committed_slots, 24);
 }
 
+SIDA_TEST(memory_asked_for_at_the_start_counts_and_is_given_back) {
+  for (int round = 0; round < 20; ++round) {
+    const StoreFile file;
+    EngineOptions populated = options(20, 1 + round % 3);
+    populated.populate = true;
+    TransferEngine engine(file.open(), populated);
+    CHECK_EQ(engine.stats().committed_slots, 20);
+    if (round % 4 == 0) serve(engine, file, 2, range(0, 8));  // while slots are still being backed, or not
+    if (round % 2 == 0) {
+      engine.set_budget(3);
+      CHECK(eventually([&] { return engine.stats().committed_slots == 3; }));
+    }
+    serve(engine, file, 1, range(0, 8));
+    engine.set_budget(24);
+    for (int32_t layer = 0; layer < 3; ++layer) serve(engine, file, layer, range(0, 8));
+    CHECK_EQ(engine.stats().committed_slots, 24);
+    CHECK_EQ(engine.stats().peak_slots, 24);
+  }
+}
+
 SIDA_TEST(budgets_change_under_load) {
   const StoreFile file;
   TransferEngine engine(file.open(), options(24, 3));
