@@ -1,13 +1,19 @@
 // What a layer does with the engine, for tests: demands experts and checks the bytes of each wave before it releases
-// it.
+// it. And a gate before the reads, so that a test decides what has arrived instead of betting on a delay.
 #pragma once
 
 #include <chrono>
+#include <condition_variable>
+#include <limits>
+#include <memory>
+#include <mutex>
 #include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "device/host_device.h"
 #include "experts/transfer.h"
 #include "store_file.h"
 
@@ -82,6 +88,77 @@ bool eventually(const Condition& holds) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   return false;
+}
+
+// Reads the records of a store, but no more of them than it was told to let through.
+class Gate final : public RecordSource {
+ public:
+  explicit Gate(const StoreFile& file) : store_(file.open()) {}
+
+  void read(int64_t record, void* into) override {
+    {
+      std::unique_lock lock(mutex_);
+      ++begun_;
+      changed_.wait(lock, [&] { return interrupted_ || allowed_ > 0; });
+      if (interrupted_) fail(ErrorKind::closed, "interrupted before the gate");
+      --allowed_;
+    }
+    const int32_t experts = store_->layout().experts;
+    store_->read({static_cast<int32_t>(record / experts), static_cast<int32_t>(record % experts)}, into);
+  }
+  void interrupt() override {
+    change([&] { interrupted_ = true; });
+  }
+  void let(int64_t reads) {
+    change([&] { allowed_ += reads; });
+  }
+  void open() {
+    change([&] { allowed_ = std::numeric_limits<int64_t>::max(); });
+  }
+  int64_t begun() const {
+    const std::lock_guard lock(mutex_);
+    return begun_;
+  }
+
+ private:
+  template <class Change>
+  void change(const Change& make) {
+    {
+      const std::lock_guard lock(mutex_);
+      make();
+    }
+    changed_.notify_all();
+  }
+
+  const std::shared_ptr<ExpertStore> store_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  int64_t allowed_ = 0, begun_ = 0;
+  bool interrupted_ = false;
+};
+
+// An engine whose reads wait at a gate.
+struct GatedEngine {
+  const std::shared_ptr<Gate> gate;
+  TransferEngine engine;
+  GatedEngine(const StoreFile& file, const EngineOptions& options)
+      : gate(std::make_shared<Gate>(file)),
+        engine(file.open(),
+               std::make_shared<HostDevice>(gate, int64_t{file.layout().layers} * file.layout().experts,
+                                            file.layout().format.record_bytes()),
+               options) {}
+};
+
+// The next wave of an engine whose deadline is short: waits on when it passes.
+inline Wave patient_wave(TransferEngine& engine, DemandId demand) {
+  for (int tries = 0; tries < 1000; ++tries) {
+    try {
+      return engine.next_wave(demand);
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::timeout) throw;
+    }
+  }
+  return engine.next_wave(demand);
 }
 
 }  // namespace sida::test

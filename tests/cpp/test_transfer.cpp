@@ -51,14 +51,15 @@ SIDA_TEST(one_slot_serves_a_whole_layer_in_waves) {
 
 SIDA_TEST(resident_experts_come_first_and_are_pinned_until_released) {
   const StoreFile file;
-  EngineOptions slow = options(2, 1);
-  slow.faults.delay_us_min = slow.faults.delay_us_max = 20'000;
-  TransferEngine engine(file.open(), slow);
+  GatedEngine gated(file, options(2, 1));
+  TransferEngine& engine = gated.engine;
+  gated.gate->let(1);
   serve(engine, file, 0, {3});
   const Demanded demand(engine, 0, {1, 2, 3});
   const Wave first = engine.next_wave(demand.id);
   CHECK_EQ(first.experts.size(), 1u);
   CHECK_EQ(first.experts[0], 3);
+  gated.gate->open();
   const Wave second = engine.next_wave(demand.id);  // the other slot, while the first is held
   CHECK_EQ(second.experts.size(), 1u);
   CHECK(file.holds(slot_of(engine, first.slots[0]), {0, 3}));
@@ -119,25 +120,29 @@ SIDA_TEST(announced_experts_are_there_before_they_are_demanded) {
 
 SIDA_TEST(a_passed_prefetch_is_cancelled_before_it_starts) {
   const StoreFile file;
-  EngineOptions slow = options(12, 1);
-  slow.faults.delay_us_min = slow.faults.delay_us_max = 50'000;
-  TransferEngine engine(file.open(), slow);
+  GatedEngine gated(file, options(12, 1));
+  TransferEngine& engine = gated.engine;
   const BatchId batch = engine.announce({{{0, {1, 2, 3, 4}}, {1, {1, 2, 3, 4}}}});
-  engine.retire(batch);  // at once: at the most one read has begun
-  const LayerCounters sum = total(engine.stats());
-  CHECK(sum.cancelled_prefetches >= 7);
+  CHECK(eventually([&] { return gated.gate->begun() == 1; }));
+  engine.retire(batch);  // one read is under way, seven are not
+  CHECK_EQ(total(engine.stats()).cancelled_prefetches, 7);
+  gated.gate->open();
   serve(engine, file, 2, {0});
-  CHECK(total(engine.stats()).loads <= 2);
+  CHECK_EQ(total(engine.stats()).loads, 2);
+  CHECK_EQ(gated.gate->begun(), 2);
 }
 
 SIDA_TEST(demand_overtakes_prefetch) {
   const StoreFile file;
-  EngineOptions slow = options(20, 1);
-  slow.faults.delay_us_min = slow.faults.delay_us_max = 20'000;
-  TransferEngine engine(file.open(), slow);
+  GatedEngine gated(file, options(20, 1));
+  TransferEngine& engine = gated.engine;
   engine.announce({{{0, range(0, 8)}, {1, range(0, 8)}}});
-  serve(engine, file, 2, {7});
-  CHECK(total(engine.stats()).loads <= 3);  // not behind the sixteen that were announced
+  CHECK(eventually([&] { return gated.gate->begun() == 1; }));
+  const Demanded demand(engine, 2, {7});
+  gated.gate->let(2);  // the read under way, and then not one of the fifteen that were announced before
+  const Wave wave = engine.next_wave(demand.id);
+  CHECK_EQ(wave.experts.size(), 1u);
+  CHECK_EQ(total(engine.stats()).loads, 2);
 }
 
 SIDA_TEST(a_wrong_table_costs_time_only) {
@@ -270,23 +275,24 @@ SIDA_TEST(a_caller_that_holds_every_slot_is_told) {
   one.wait_deadline = std::chrono::milliseconds(60);
   TransferEngine engine(file.open(), one);
   const Demanded demand(engine, 0, {0, 1});
-  const Wave wave = engine.next_wave(demand.id);
+  const Wave wave = patient_wave(engine, demand.id);  // a read may take longer than the deadline
+  CHECK_EQ(wave.experts.size(), 1u);
   CHECK_THROWS(engine.next_wave(demand.id), Error, "1 are pinned by waves that were not released");
   engine.release(demand.id, wave);
-  CHECK_EQ(engine.next_wave(demand.id).experts.size(), 1u);
+  CHECK_EQ(patient_wave(engine, demand.id).experts.size(), 1u);
 }
 
 SIDA_TEST(an_interrupt_ends_the_wait) {
   const StoreFile file;
-  EngineOptions slow = options(2, 1);
-  slow.faults.delay_us_min = slow.faults.delay_us_max = 500'000;
-  TransferEngine engine(file.open(), slow);
+  GatedEngine gated(file, options(2, 1));
+  TransferEngine& engine = gated.engine;
   {
     const Demanded demand(engine, 0, {0});
     int asked = 0;
     CHECK_THROWS(engine.next_wave(demand.id, [&] { return ++asked == 2; }), Error, "interrupted while encoder.block.0");
     CHECK_EQ(asked, 2);
   }
+  gated.gate->open();
   serve(engine, file, 0, {0, 1});  // and the engine goes on
 }
 
@@ -339,10 +345,18 @@ SIDA_TEST(two_tiers_run_on_the_same_engine) {
 
 SIDA_TEST(stalls_are_counted_by_layer) {
   const StoreFile file;
-  EngineOptions slow = options(24, 1);
-  slow.faults.delay_us_min = slow.faults.delay_us_max = 2'000;
-  TransferEngine engine(file.open(), slow);
-  serve(engine, file, 1, {0});
+  GatedEngine gated(file, options(24, 1));
+  TransferEngine& engine = gated.engine;
+  {
+    const Demanded demand(engine, 1, {0});
+    const auto let_it_wait = [&] {  // asked from inside the wait: both clocks run by now
+      CHECK(eventually([&] { return gated.gate->begun() == 1; }));
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      gated.gate->open();
+      return false;
+    };
+    CHECK_EQ(engine.next_wave(demand.id, let_it_wait).experts.size(), 1u);
+  }
   serve(engine, file, 1, {0});
   const EngineStats stats = engine.stats();
   CHECK(stats.layers[1].stall_seconds >= 0.002);
