@@ -3,12 +3,15 @@ batch is served."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,14 @@ def folder(tmp_path_factory) -> Path:
 
 def load(folder, **changes):
     return sida_ext.from_pretrained(folder, **{"expert_dtype": "float32", "expert_memory": "25%", **changes})
+
+
+class Fixed:
+    """Names expert 0 for every token."""
+
+    def predict(self, input_ids, attention_mask=None, top_k=1):
+        shape = (*input_ids.shape, 2, 1)
+        return sida_ext.HashTable(torch.zeros(shape, dtype=torch.int64), torch.full(shape, 0.5))
 
 
 def compute(model):
@@ -104,6 +115,51 @@ def test_truncated_while_open(folder, tmp_path):
     with pytest.raises((StoreError, OSError), match=r"experts\.sida"):
         compute(model)
     model.sida.close()
+
+
+@pytest.fixture
+def no_cycle_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("made", ["loaded", "loaded with predicted routing", "swapped", "copied", "streamed half way"])
+def test_a_dropped_model_closes_its_runtime_at_once(folder, no_cycle_collector, made):
+    if made == "swapped":
+        model = sida_ext.swap_experts(build(SwitchTransformersEncoderModel, small_config()), expert_memory="50%")
+    elif made == "loaded with predicted routing":
+        model = load(folder, routing="predicted", predictor=Fixed())
+    else:
+        model = load(folder, predictor=Fixed())
+    compute(model)
+    runtime = weakref.ref(model.sida)
+    finalizer = model.sida._finalizer
+    if made == "copied":
+        twin = copy.deepcopy(model)
+        del model
+        assert finalizer.alive  # the copy shares the experts
+        compute(twin)
+        del twin
+    elif made == "streamed half way":
+        outputs = sida_ext.stream(model, [BATCH] * 5)
+        next(outputs)
+        del model, outputs
+    else:
+        del model
+    assert runtime() is None
+    assert not finalizer.alive
+
+
+def test_a_method_that_outlives_its_model_says_so(folder):
+    model = load(folder)
+    train, copied = model.train, copy.deepcopy(model)
+    model.sida.close()
+    del model
+    with pytest.raises(ReferenceError, match="model that is gone"):
+        train(False)
+    assert copied.train(False) is copied  # a copy's methods are its own
 
 
 SCRIPT = """
