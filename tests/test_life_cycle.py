@@ -295,3 +295,27 @@ except KeyboardInterrupt:
 """,
     )
     assert "left: []" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_killed_pack_left_goes_with_the_next_one(folder, tmp_path):
+    body = f"""
+from sida_ext.store import pack
+def stop(done, total):
+    if done == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+pack(sys.argv[1], {str(tmp_path / "x.sida")!r}, progress=stop)
+"""
+    assert script(folder, body).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".x.sida.*.partial"))) == 1
+    other = tmp_path / ".y.sida.0.partial"
+    other.write_bytes(b"another store's")
+
+    def interfere(done, total):
+        if done == 3:  # a second packer of the same store leaves the file of a living one alone
+            before = set(tmp_path.iterdir())
+            sida_ext.pack(folder, tmp_path / "x.sida")
+            assert set(tmp_path.iterdir()) == before | {tmp_path / "x.sida"}
+
+    sida_ext.pack(folder, tmp_path / "x.sida", progress=interfere)
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "x.sida"]
+    sida_ext.store.open_store(tmp_path / "x.sida")
