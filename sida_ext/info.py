@@ -42,7 +42,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory available": format_bytes(available_memory()),
         },
-        "devices": {"cpu": "expert memory in RAM"},
+        "devices": {"cpu": "expert memory in RAM", **_cuda_devices()},
     }
     if measure:
         folder = path if path is not None else default_cache()
@@ -54,6 +54,25 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             "disk read past the page cache": disk.direct,
         }
     return found
+
+
+def _cuda_devices() -> dict[str, str]:
+    """The CUDA devices that torch sees, each with its compute capability and its memory; none without CUDA."""
+    import torch
+
+    from sida_ext.budget import format_bytes
+
+    if not torch.cuda.is_available():
+        return {}
+    devices = {}
+    for number in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        devices[f"cuda:{number}"] = (
+            f"{facts.name}, compute capability {facts.major}.{facts.minor}, {format_bytes(total)}, "
+            f"{format_bytes(free)} free"
+        )
+    return devices
 
 
 def show(found: dict[str, Any]) -> None:

@@ -51,6 +51,12 @@ class _Queue:
         self._closed = False  # the consumer has left
         self._ended = False  # the producer has put its last item
 
+    def wait_for_room(self) -> bool:
+        """Wait until an item can be put, which stays so for the one producer; False when the consumer has left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._limit)
+            return not self._closed
+
     def put(self, item: _Item) -> bool:
         """Wait for room; False when the consumer has left, which takes nothing any more."""
         with self._changed:
@@ -134,11 +140,14 @@ class _HashBuilder:
     def _run(self, batches: Iterable[dict[str, Any]]) -> None:
         window: list[_Item] = []
         room = self.lookahead if self.order == "overlap" else 1
+        source = enumerate(batches)
         try:
-            for position, batch in enumerate(batches):
-                if self.queue.closed:
+            # In the given order a batch is taken when there is room for it; a window is gathered before that.
+            while not self.queue.closed and (room > 1 or self.queue.wait_for_room()):
+                taken = next(source, None)
+                if taken is None:
                     return
-                window.append(self._predict(position, batch))
+                window.append(self._predict(*taken))
                 if len(window) >= room and not self._send(window):
                     return
         finally:
@@ -165,6 +174,9 @@ class _HashBuilder:
     def _send(self, window: list[_Item]) -> bool:
         """Announce one batch of the window and put it in the queue: the oldest, or the one that shares most experts
         with the batch before it. A batch is never overtaken by more than a window of others."""
+        # First the room, then the announcement: what is announced and waits is never more than the look-ahead.
+        if not self.queue.wait_for_room():
+            return False
         choice = 0
         if (
             self.order == "overlap"
@@ -237,7 +249,7 @@ def stream(
             that) ahead of the batch that computes.
         predictor: names the experts; None: the model's own (``predictor=`` of ``from_pretrained``); without one the
             batches run one after the other and experts are loaded when they are demanded.
-        lookahead: announced batches that wait at the most.
+        lookahead: announced batches that wait at the most, the one that computes not counted.
         order: ``"given"``, or ``"overlap"``: batches inside a window of ``lookahead`` run in an order in which
             neighbours share experts.
         timeout: seconds to wait for the next hash table; None: as long as the iterable and the predictor take.

@@ -5,15 +5,18 @@ The file format is described in ``csrc/experts/store.h``; this module owns the J
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import filelock
 import numpy as np
@@ -229,6 +232,38 @@ def _fill_record(record: np.ndarray, fmt: _C.ExpertFormat, dtype: str, wi: Tenso
         record[offset : offset + raw.size] = raw
 
 
+def _remove_stale_partials(path: Path) -> None:
+    """Remove what packers of ``path`` left that were killed: a living one holds the lock of its file."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        try:
+            file = open(stale, "rb")
+        except FileNotFoundError:  # its packer has just finished
+            continue
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new locked file beside ``path`` and its name; gone at the end, unless it has been renamed."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        with open(partial, "xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Between the two lines above another packer may have taken it for one that was left behind.
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue
+            try:
+                yield file, partial
+            finally:
+                partial.unlink(missing_ok=True)
+            return
+
+
 def write_store(
     source: ExpertSource,
     path: str | os.PathLike[str],
@@ -238,6 +273,7 @@ def write_store(
     """Write the experts of ``source`` to ``path``, one expert in memory at a time.
 
     The file appears under its name only when it is complete and synced; what stood there before stays until then.
+    What a packer of the same store left when it was killed is removed first.
 
     Args:
         dtype: float32, bfloat16, float16 or int8 (symmetric, one factor for each row).
@@ -273,43 +309,40 @@ def write_store(
     data_offset = -(-longest // 4096) * 4096
     needed = data_offset + total * fmt.record_bytes
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale_partials(path)
     free = shutil.disk_usage(path.parent).free
     if free < needed + DISK_RESERVE:
         raise OSError(
             f"{path}: the store needs {needed / 2**30:.2f} GiB and a reserve of {DISK_RESERVE >> 20} MiB, but "
             f"{free / 2**30:.2f} GiB are free there; free some space or choose another place"
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     checksums: list[tuple[int, int, int, int]] = []
-    try:
-        with open(partial, "wb") as file:
-            file.seek(data_offset)
-            record = np.zeros(fmt.record_bytes, dtype=np.uint8)
-            for layer, layer_name in enumerate(source.layers):
-                for index in range(source.num_experts):
-                    wi, wo = source.expert(layer, index)
-                    _fill_record(record, fmt, dtype, wi, wo, f"{source.name}: {layer_name} expert {index}")
-                    a, b, c, d = _C.record_checksum(record)
-                    checksums.append((a, b, c, d))
-                    file.write(record.data)
-                    if progress is not None:
-                        progress(len(checksums), total)
-            done = header(checksums, data_offset)
-            file.seek(0)
-            file.write(_C.store_prologue(done.to_json()))
-            file.write(done.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-            # The engine reads past the page cache; what the writing left there only takes room.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with _partial_file(path) as (file, partial):
+        file.seek(data_offset)
+        record = np.zeros(fmt.record_bytes, dtype=np.uint8)
+        for layer, layer_name in enumerate(source.layers):
+            for index in range(source.num_experts):
+                wi, wo = source.expert(layer, index)
+                _fill_record(record, fmt, dtype, wi, wo, f"{source.name}: {layer_name} expert {index}")
+                a, b, c, d = _C.record_checksum(record)
+                checksums.append((a, b, c, d))
+                file.write(record.data)
+                if progress is not None:
+                    progress(len(checksums), total)
+        done = header(checksums, data_offset)
+        file.seek(0)
+        file.write(_C.store_prologue(done.to_json()))
+        file.write(done.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+        # The engine reads past the page cache; what the writing left there only takes room.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(partial, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    finally:
-        partial.unlink(missing_ok=True)
     return done
 
 

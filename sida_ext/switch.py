@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import transformers
@@ -121,6 +122,28 @@ def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     )
 
 
+class _Guard:
+    """Stands before one method of one module. The module is held weakly: a strong reference from its own attribute
+    would be a cycle, and a dropped model would keep its expert memory until the cycle collector comes by."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., nn.Module]) -> None:
+        self._module, self._call = weakref.ref(module), call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("a method of a model that is gone; keep the model itself, not one of its methods")
+        return self._call(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
+        # A copied module is in the memo before its attributes are copied: its guard is its own.
+        module = self._module()
+        return self if module is None else _Guard(memo.get(id(module), module), self._call)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model whose experts are in an expert store cannot be pickled: they belong to this process")
+
+
 def _train(module: nn.Module, mode: bool = True) -> nn.Module:
     """Stands before ``module.train``: a model without its experts' parameters cannot be trained."""
     if mode:
@@ -174,8 +197,8 @@ def _connect(model: PreTrainedModel, layers: dict[str, SparseMLP], runtime: Runt
     holders = {""} | {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
     for name in holders:
         module = model.get_submodule(name)
-        module.train = functools.partial(_train, module)  # type: ignore[method-assign]
-        module._apply = functools.partial(_move, module)  # type: ignore[method-assign]
+        module.train = _Guard(module, _train)  # type: ignore[method-assign]
+        module._apply = _Guard(module, _move)  # type: ignore[method-assign]
     model.sida = runtime  # type: ignore[assignment]
 
 
@@ -351,6 +374,8 @@ def from_pretrained(
     except BaseException:
         runtime.close()
         raise
+    finally:
+        layers.clear()  # a class is freed by the cycle collector alone, and this one would keep the layers till then
     return model
 
 

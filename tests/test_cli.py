@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sida_ext
 from sida_ext.cli import read_texts
+from sida_ext.info import collect
 
 WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
 
@@ -110,6 +112,21 @@ def test_errors_are_one_line_and_status_1(folder, texts, tmp_path, arguments, me
     assert "Traceback" not in done.stderr
     assert message in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_info_lists_the_devices(monkeypatch):
+    def facts(number):
+        return SimpleNamespace(name=f"Card {number}", major=9, minor=0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(collect(measure=False)["devices"]) == ["cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", facts)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((number + 1) << 30, 8 << 30))
+    devices = collect(measure=False)["devices"]
+    assert list(devices) == ["cpu", "cuda:0", "cuda:1"]
+    assert devices["cuda:1"] == "Card 1, compute capability 9.0, 8.00 GiB, 2.00 GiB free"
 
 
 def test_texts_that_cannot_be_read(tmp_path):

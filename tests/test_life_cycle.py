@@ -3,12 +3,15 @@ batch is served."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,14 @@ def folder(tmp_path_factory) -> Path:
 
 def load(folder, **changes):
     return sida_ext.from_pretrained(folder, **{"expert_dtype": "float32", "expert_memory": "25%", **changes})
+
+
+class Fixed:
+    """Names expert 0 for every token."""
+
+    def predict(self, input_ids, attention_mask=None, top_k=1):
+        shape = (*input_ids.shape, 2, 1)
+        return sida_ext.HashTable(torch.zeros(shape, dtype=torch.int64), torch.full(shape, 0.5))
 
 
 def compute(model):
@@ -104,6 +115,51 @@ def test_truncated_while_open(folder, tmp_path):
     with pytest.raises((StoreError, OSError), match=r"experts\.sida"):
         compute(model)
     model.sida.close()
+
+
+@pytest.fixture
+def no_cycle_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("made", ["loaded", "loaded with predicted routing", "swapped", "copied", "streamed half way"])
+def test_a_dropped_model_closes_its_runtime_at_once(folder, no_cycle_collector, made):
+    if made == "swapped":
+        model = sida_ext.swap_experts(build(SwitchTransformersEncoderModel, small_config()), expert_memory="50%")
+    elif made == "loaded with predicted routing":
+        model = load(folder, routing="predicted", predictor=Fixed())
+    else:
+        model = load(folder, predictor=Fixed())
+    compute(model)
+    runtime = weakref.ref(model.sida)
+    finalizer = model.sida._finalizer
+    if made == "copied":
+        twin = copy.deepcopy(model)
+        del model
+        assert finalizer.alive  # the copy shares the experts
+        compute(twin)
+        del twin
+    elif made == "streamed half way":
+        outputs = sida_ext.stream(model, [BATCH] * 5)
+        next(outputs)
+        del model, outputs
+    else:
+        del model
+    assert runtime() is None
+    assert not finalizer.alive
+
+
+def test_a_method_that_outlives_its_model_says_so(folder):
+    model = load(folder)
+    train, copied = model.train, copy.deepcopy(model)
+    model.sida.close()
+    del model
+    with pytest.raises(ReferenceError, match="model that is gone"):
+        train(False)
+    assert copied.train(False) is copied  # a copy's methods are its own
 
 
 SCRIPT = """
@@ -239,3 +295,27 @@ except KeyboardInterrupt:
 """,
     )
     assert "left: []" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_a_killed_pack_left_goes_with_the_next_one(folder, tmp_path):
+    body = f"""
+from sida_ext.store import pack
+def stop(done, total):
+    if done == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+pack(sys.argv[1], {str(tmp_path / "x.sida")!r}, progress=stop)
+"""
+    assert script(folder, body).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".x.sida.*.partial"))) == 1
+    other = tmp_path / ".y.sida.0.partial"
+    other.write_bytes(b"another store's")
+
+    def interfere(done, total):
+        if done == 3:  # a second packer of the same store leaves the file of a living one alone
+            before = set(tmp_path.iterdir())
+            sida_ext.pack(folder, tmp_path / "x.sida")
+            assert set(tmp_path.iterdir()) == before | {tmp_path / "x.sida"}
+
+    sida_ext.pack(folder, tmp_path / "x.sida", progress=interfere)
+    assert sorted(tmp_path.iterdir()) == [other, tmp_path / "x.sida"]
+    sida_ext.store.open_store(tmp_path / "x.sida")

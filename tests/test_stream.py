@@ -125,20 +125,47 @@ def threads_of_stream():
     return [thread for thread in threading.enumerate() if thread.name == "sida-hash-builder"]
 
 
-def test_the_thread_runs_no_further_ahead_than_it_may(model):
-    predictor, taken = Random(), []
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert condition()
+
+
+@pytest.mark.parametrize("order", ["given", "overlap"])
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_exactly_the_lookahead_is_announced_ahead(model, monkeypatch, lookahead, order):
+    taken, under_way, most = [], set(), []
+    announce, retire = model.sida.announce, model.sida.retire
+
+    def announced(wanted):
+        under_way.add(number := announce(wanted))
+        most.append(len(under_way))
+        return number
+
+    def retired(number):
+        under_way.discard(number)  # before the queue can take another
+        retire(number)
+
+    monkeypatch.setattr(model.sida, "announce", announced)
+    monkeypatch.setattr(model.sida, "retire", retired)
 
     def given():
-        for batch in batches(30):
+        for batch in batches(12):
             taken.append(batch)
             yield batch
 
-    outputs = sida_ext.stream(model, given(), predictor, lookahead=2)
-    next(outputs)
-    time.sleep(0.2)
-    assert len(taken) <= 1 + 2 + 1  # computed, waiting, and the one that finds the queue full
-    outputs.close()
+    window = 2 * lookahead if order == "overlap" and lookahead > 1 else lookahead
+    for number, _ in enumerate(sida_ext.stream(model, given(), Random(), lookahead, order), 1):
+        # The consumer holds a result: nothing computes, and the queue fills up to the look-ahead and no further.
+        if order == "given":
+            wait_until(lambda number=number: len(under_way) == min(lookahead, 12 - number))
+            assert len(taken) <= number + lookahead
+        assert len(under_way) <= lookahead
+        assert len(taken) <= number + len(under_way) + window
+    assert max(most) <= lookahead + 1  # those that wait and the one that computes
     assert not threads_of_stream()
+    assert not under_way
 
 
 def test_consumer_that_leaves_early_ends_everything(model):

@@ -35,8 +35,9 @@ int64_t register_layer(Layer layer) {
 
 void unregister_layer(int64_t handle) noexcept {
   Registry& all = registry();
+  std::unordered_map<int64_t, std::shared_ptr<const Layer>>::node_type gone;  // destroyed after the lock is given back
   const std::lock_guard lock(all.mutex);
-  all.layers.erase(handle);
+  gone = all.layers.extract(handle);
 }
 
 std::shared_ptr<const Layer> find_layer(int64_t handle) {

@@ -1,4 +1,5 @@
-// PYBIND11_MODULE(_C): the engine's objects. Every call that may wait for a lock gives the GIL up first.
+// PYBIND11_MODULE(_C): the engine's objects. Every call that may wait for a lock of the engine or of the
+// table of layers gives the GIL up first.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -163,8 +164,13 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
 
 py::tuple take_trace(TransferEngine& engine) {
   int64_t dropped = 0;
+  std::vector<TraceEvent> taken;
+  {
+    const py::gil_scoped_release released;
+    taken = engine.trace().take(&dropped);
+  }
   py::list events;
-  for (const TraceEvent& event : engine.trace().take(&dropped)) {
+  for (const TraceEvent& event : taken) {
     const char* kind = event.kind == TraceEvent::Kind::copy    ? "copy"
                        : event.kind == TraceEvent::Kind::stall ? "stall"
                                                                : "compute";
@@ -245,8 +251,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("wait_deadline_ms"), py::arg("faults"), py::arg("populate"))
       .def("announce", &announce, py::arg("wanted"))
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
-      .def_property_readonly("budget", [](const TransferEngine& engine) { return engine.budget(); })
-      .def_property_readonly("capacity", [](const TransferEngine& engine) { return engine.capacity(); })
+      .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
+      .def_property_readonly("capacity", &TransferEngine::capacity)
       .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
       .def("stats", &stats_of)
       .def("reset_stats", &TransferEngine::reset_stats, WithoutLock())
@@ -281,8 +287,8 @@ PYBIND11_MODULE(_C, m) {
         }
         return register_layer({std::move(engine), index, num_experts, function});
       },
-      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"));
-  m.def("unregister_layer", &unregister_layer, py::arg("handle"));
+      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
+  m.def("unregister_layer", &unregister_layer, py::arg("handle"), WithoutLock());
   m.def("set_current_batch", &set_current_batch, py::arg("batch"));
   m.def("instruction_set", &cpu::instruction_set);
   m.def("instruction_sets", &cpu::instruction_sets);
