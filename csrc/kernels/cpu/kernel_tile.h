@@ -26,7 +26,7 @@ struct Weights {
     if constexpr (paired) {
       using U = typename S::Types::U;
       const U pairs = *reinterpret_cast<const typename S::Types::BitsAnywhere*>(at);
-      return bits_as<typename S::F>(half == 0 ? pairs << 16 : pairs & 0xffff0000u);
+      return bits_as<typename S::F>(half == 0 ? pairs << 16 : S::upper_halves(pairs));
     } else {
       const char* const from = at + half * S::lanes * bytes;
       if constexpr (dtype == DType::f32) return load<S>(from);
@@ -42,7 +42,7 @@ struct Tile {
   using F = typename S::F;
   static constexpr int64_t group_bytes = W::group * W::bytes;
 
-  F sum[R * N];  // [n * R + r]
+  F sum[R * N];  // [n * R + r], only ever indexed by constants: a sum in memory would cost its store and load
 
   template <int half>
   [[gnu::always_inline]] void step(const char* w, int64_t row_bytes, const float* x) {
@@ -50,52 +50,37 @@ struct Tile {
     // Left alone, the compiler would load an operand again in each multiply-add, and loads would be what bounds it.
     if constexpr (N <= R) {
       F token[N];
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) token[n] = S::in_register(load<S>(x + n * W::group + half * S::lanes));
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const F weight = S::in_register(W::template unfold<half>(w + r * row_bytes));
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) S::accumulate(sum[n * R + r], weight, token[n]);
-      }
+      unroll<N>([&](auto n) SIDA_INLINE { token[n.value] = S::load_held(x + n.value * W::group + half * S::lanes); });
+      unroll<R>([&](auto r) SIDA_INLINE {
+        const F weight = S::in_register(W::template unfold<half>(w + r.value * row_bytes));
+        unroll<N>([&](auto n) SIDA_INLINE { S::accumulate(sum[n.value * R + r.value], weight, token[n.value]); });
+      });
     } else {
       F weight[R];
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) weight[r] = S::in_register(W::template unfold<half>(w + r * row_bytes));
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        const float* const token = x + n * W::group + half * S::lanes;
-        if constexpr (R == 2) {
-          const F value = S::in_register(load<S>(token));
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) S::accumulate(sum[n * R + r], weight[r], value);
-        } else {
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) S::accumulate_from(sum[n * R + r], weight[r], token);
-        }
-      }
+      unroll<R>([&](auto r) SIDA_INLINE {
+        weight[r.value] = S::in_register(W::template unfold<half>(w + r.value * row_bytes));
+      });
+      unroll<N>([&](auto n) SIDA_INLINE {
+        const F token = S::load_held(x + n.value * W::group + half * S::lanes);
+        unroll<R>([&](auto r) SIDA_INLINE { S::accumulate(sum[n.value * R + r.value], weight[r.value], token); });
+      });
     }
   }
 
   // Adds the lanes of every sum: out[n * stride + r] = or += that.
   [[gnu::always_inline]] void reduce(float* out, int64_t stride, bool first) {
     float flat[(R * N + 3) / 4 * 4];
-#pragma GCC unroll 16
-    for (int i = 0; i < R * N; i += 4) {
-      constexpr int last = R * N - 1;
+    unroll<(R * N + 3) / 4>([&](auto quarter) SIDA_INLINE {
+      constexpr int last = R * N - 1, i = quarter.value * 4;
       const Float4 four =
           sum_each(S::fold(sum[i]), S::fold(sum[i + 1 < last ? i + 1 : last]),
                    S::fold(sum[i + 2 < last ? i + 2 : last]), S::fold(sum[i + 3 < last ? i + 3 : last]));
       __builtin_memcpy(flat + i, &four, sizeof(four));
-    }
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        float& to = out[n * stride + r];
-        to = first ? flat[n * R + r] : to + flat[n * R + r];
-      }
-    }
+    });
+    unroll<R * N>([&](auto i) SIDA_INLINE {
+      float& to = out[i.value / R * stride + i.value % R];
+      to = first ? flat[i.value] : to + flat[i.value];
+    });
   }
 
   // Adds the products of the `groups` whole groups at w and x.

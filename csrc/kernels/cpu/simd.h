@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "base/dtype.h"
 
@@ -27,6 +28,25 @@ struct VectorOf {
   typedef uint16_t HalfWordsAnywhere __attribute__((vector_size(n * 2), aligned(1), may_alias));
   typedef int8_t BytesAnywhere __attribute__((vector_size(n), aligned(1), may_alias));
 };
+
+#define SIDA_INLINE __attribute__((always_inline))
+
+template <int i>
+struct Index {
+  static constexpr int value = i;
+};
+
+template <class Body, int... i>
+SIDA_INLINE static inline void unroll_indices(Body&& body, std::integer_sequence<int, i...>) {
+  (body(Index<i>()), ...);
+}
+
+// body(Index<0>()), ..., body(Index<count - 1>()). Unlike a loop that the optimiser unrolls, it leaves no variable
+// index behind for the passes that come before unrolling.
+template <int count, class Body>
+SIDA_INLINE static inline void unroll(Body&& body) {
+  unroll_indices(body, std::make_integer_sequence<int, count>());
+}
 
 template <class S>
 [[gnu::always_inline]] static inline typename S::F load(const void* from) {

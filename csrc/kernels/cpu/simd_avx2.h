@@ -19,21 +19,30 @@ struct Simd {
 
   // 16 registers: the sums, the tokens' vectors (or the rows', whichever are fewer) and one operand.
   static constexpr int tile_tokens = 6;
-  static constexpr int tile_rows(int tokens) { return tokens == 1 ? 6 : tokens <= 3 ? 4 : tokens == 4 ? 3 : 2; }
+  static constexpr int tile_rows(int tokens) { return tokens == 1 ? 6 : tokens <= 3 ? 4 : 2; }
 
   // Hides from the compiler that the value could be loaded again.
   static F in_register(F value) {
     asm volatile("" : "+x"(value));
     return value;
   }
+  // A load that stays where it is written: moved up, it would hold a register that the sums need.
+  static F load_held(const float* from) {
+    F value;
+    asm volatile("vmovups %1, %0" : "=x"(value) : "m"(*reinterpret_cast<const Types::FloatAnywhere*>(from)));
+    return value;
+  }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
-  static void accumulate(F& sum, F a, F b) { asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
-  // The same with b in memory: no register for it.
-  static void accumulate_from(F& sum, F a, const float* b) {
-    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
+  static void accumulate(F& sum, F a, F b) { asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
+  // The upper 16 bits of each lane. The mask is an operand in memory: a tile has no register left for it.
+  static Types::U upper_halves(Types::U value) {
+    asm("vpand %1, %0, %0" : "+x"(value) : "m"(upper_mask));
+    return value;
   }
+  alignas(32) static constexpr uint32_t upper_mask[lanes] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                             0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
   static F load_f16(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))); }
   static void store_f16(void* to, F value) {
     _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));

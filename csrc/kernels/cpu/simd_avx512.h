@@ -26,14 +26,18 @@ struct Simd {
     asm volatile("" : "+v"(value));
     return value;
   }
+  // A load that stays where it is written: moved up, it would hold a register that the sums need.
+  static F load_held(const float* from) {
+    F value;
+    asm volatile("vmovups %1, %0" : "=v"(value) : "m"(*reinterpret_cast<const Types::FloatAnywhere*>(from)));
+    return value;
+  }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
-  static void accumulate(F& sum, F a, F b) { asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b)); }
-  // The same with b in memory: no register for it.
-  static void accumulate_from(F& sum, F a, const float* b) {
-    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
-  }
+  static void accumulate(F& sum, F a, F b) { asm volatile("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+  // The upper 16 bits of each lane.
+  static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
   static F load_f16(const void* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))); }
   static void store_f16(void* to, F value) {
     _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));

@@ -20,10 +20,13 @@ struct Simd {
   static constexpr int tile_rows(int tokens) { return tokens == 1 ? 6 : 4; }
 
   static F in_register(F value) { return value; }
+  // A load that the compiler does not repeat.
+  static F load_held(const float* from) { return in_register(load<Simd>(from)); }
   static F fma(F a, F b, F c) { return a * b + c; }
   // sum += a * b
   static void accumulate(F& sum, F a, F b) { sum = fma(a, b, sum); }
-  static void accumulate_from(F& sum, F a, const float* b) { sum = fma(a, load<Simd>(b), sum); }
+  // The upper 16 bits of each lane.
+  static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
   static F load_f16(const void* from) { return widen_f16<Simd>(*static_cast<const Types::HalfWordsAnywhere*>(from)); }
   static void store_f16(void* to, F value) {
     Types::HalfWords half;

@@ -26,10 +26,13 @@ struct Simd {
     asm volatile("" : "+w"(value));
     return value;
   }
+  // A load that the compiler does not repeat.
+  static F load_held(const float* from) { return in_register(load<Simd>(from)); }
   static F fma(F a, F b, F c) { return reinterpret_cast<F>(vfmaq_f32(c, a, b)); }
   // sum += a * b
   static void accumulate(F& sum, F a, F b) { sum = fma(a, b, sum); }
-  static void accumulate_from(F& sum, F a, const float* b) { sum = fma(a, load<Simd>(b), sum); }
+  // The upper 16 bits of each lane.
+  static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
   static F load_f16(const void* from) {
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(static_cast<const uint8_t*>(from))));
   }
