@@ -260,7 +260,9 @@ def stream(
     layers = [layer for layer in moe_layers(model).values() if isinstance(layer, SparseMLP)]
     if predictor is None:
         if any(layer.routing != "router" for layer in layers):
-            raise ValueError("routing='predicted' needs a predictor, and neither stream nor the model was given one")
+            raise ValueError(
+                f"routing={layers[0].routing!r} needs a predictor, and neither stream nor the model was given one"
+            )
         if order == "overlap":
             raise ValueError("order='overlap' needs a predictor, and neither stream nor the model was given one")
         return _compute(model, runtime, _without_predictor(batches))
