@@ -99,6 +99,7 @@ class Runtime:
         self._tracing = False
         self._predictions: list[Event] = []
         self.predictor: Any = None  # what stream() takes when it is given none
+        self.drift: tuple[Any, Any] | None = None  # a predictor and the watch over its hits, from stream to stream
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._handles, folder, os.getpid())
 
     header: StoreHeader

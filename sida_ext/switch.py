@@ -112,8 +112,8 @@ class SparseMLP(nn.Module):
         table = self.runtime.current.table
         if table is None:
             raise RuntimeError(
-                f"{self.name}: routing={self.routing!r} needs the batch's hash table, and there is none; give the model a "
-                "predictor (from_pretrained(..., predictor=...)) or run it through sida_ext.stream"
+                f"{self.name}: routing={self.routing!r} needs the batch's hash table, and there is none; give the "
+                "model a predictor (from_pretrained(..., predictor=...)) or run it through sida_ext.stream"
             )
         shape = tuple(table.expert_index.shape)
         if shape[:2] != tuple(hidden_states.shape[:2]) or shape[2] <= self.table_layer:
@@ -230,8 +230,8 @@ def _check_fit(config: SwitchTransformersConfig, header: StoreHeader, layers: di
 
 
 def _attach_predictor(model: PreTrainedModel, predictor: Any, routing: str) -> None:
-    """Keep the predictor on the runtime; with predicted or confident routing the encoder builds its hash table when it is
-    called outside a stream, by ``model(x)`` or by ``generate``."""
+    """Keep the predictor on the runtime; with predicted or confident routing the encoder builds its hash table when it
+    is called outside a stream, by ``model(x)`` or by ``generate``."""
     runtime = runtime_of(model)
     runtime.predictor = predictor
     if predictor is not None and routing != "router":
