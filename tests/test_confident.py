@@ -11,6 +11,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 import sida_ext
 from sida_ext import HashTable
+from sida_ext.routing_curve import routing_curve
+from sida_ext.traces import collect_traces
 
 EXPERTS, LAYERS = 8, 2
 
@@ -131,3 +133,44 @@ def test_swap_experts_takes_the_same_arguments():
     assert len(list(sida_ext.stream(model, batches()))) == 3
     assert {layer.confidence for layer in model.modules() if hasattr(layer, "confidence")} == {0.3}
     model.sida.close()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_reports_curve_is_what_serving_does(folder, swapped):
+    reference = SwitchTransformersEncoderModel.from_pretrained(folder).eval()
+    model = sida_ext.from_pretrained(folder, expert_dtype="float32") if swapped else reference
+    random = torch.Generator().manual_seed(2)
+    given = [{"input_ids": torch.randint(2, 97, (1, length), generator=random)} for length in (6, 12, 9)]
+    traces = list(collect_traces(reference, given))
+    predictor, thresholds = Scattered(), (0.0, 0.4, 1.5)
+    curve = routing_curve(predictor, model, traces, thresholds=thresholds)
+    with torch.no_grad():
+        true = [reference(**batch).last_hidden_state for batch in given]
+    for point, threshold in zip(curve, thresholds, strict=True):
+        served = sida_ext.from_pretrained(
+            folder, expert_dtype="float32", routing="confident", confidence=threshold, predictor=predictor
+        )
+        with torch.no_grad():
+            found = [served(**batch).last_hidden_state for batch in given]
+        served.sida.close()
+        error = sum(float((a - b).square().sum()) for a, b in zip(found, true, strict=True))
+        expected = (error / sum(float(b.square().sum()) for b in true)) ** 0.5
+        assert abs(point["output_error"] - expected) < 1e-4
+        assert "same_class" not in point  # no classifier
+    # Counted by hand: what the router wanted and the table did not name.
+    demanded = 0
+    for trace, batch in zip(traces, given, strict=True):
+        table = predictor.predict(**batch)
+        for layer in range(LAYERS):
+            demanded += len(set(trace.top1[:, layer].tolist()) - set(table.experts_of(layer)))
+    assert curve[0]["demanded"] == 0
+    assert curve[0]["transfers_saved"] == 1
+    assert 0 < curve[1]["by_table"] < 1
+    # Over capacity the router sends a token nowhere, so it can want less than its first choices.
+    assert 0 < curve[-1]["demanded"] <= demanded / 3
+    if swapped:
+        model.sida.close()
+    with torch.no_grad():
+        assert torch.equal(reference(**given[0]).last_hidden_state, true[0])  # the routers are themselves again
+    with pytest.raises(ValueError, match="expected the last to be above 1"):
+        routing_curve(predictor, reference, traces, thresholds=(0.5,))
