@@ -10,8 +10,8 @@ from .hash_table import HashTable, summed_by_expert
 
 # Candidates of each token that are weighed. More than these together hold a few thousandths of the probability.
 CANDIDATES = 8
-# What reading an expert that no token wants costs, as a share of what a miss costs; docs/predictor_figures.md.
-WASTE_COST = 0.4
+# A disk that is always reading loses as much by a wasted read as by a miss; docs/predictor_figures.md has both sides.
+WASTE_COST = 1.0
 
 
 @dataclass(frozen=True)
