@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import tempfile
 import time
@@ -84,8 +85,11 @@ class Memory:
         return self.trace
 
 
-def traced(model: Any, tokenizer: Any, split: str) -> Trace:
-    texts = [sentence.text for sentence in load_sentences(split)]
+def traced(model: Any, tokenizer: Any, split: str, sentences: int | None = None, source: str | None = None) -> Trace:
+    """The router's choices on one split, or on `sentences` of it that are chosen by chance, always the same."""
+    texts = [sentence.text for sentence in load_sentences(split, source)]
+    if sentences is not None:
+        texts = random.Random(0).sample(texts, min(sentences, len(texts)))
     with grouped_experts():
         return join_traces(list(collect_traces(model, tokenized_batches(tokenizer, texts, MAX_TOKENS))))
 

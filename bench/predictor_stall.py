@@ -28,23 +28,15 @@ from sida_ext.moe_facts import stack_facts  # noqa: E402
 from sida_ext.predictor import load_predictor  # noqa: E402
 
 
-class Likely:
-    """Names, of another predictor's candidates, only those that are needed with some probability.
+class FirstChoices:
+    """Another predictor's first choices without their probabilities: all of them are read ahead, and nothing else."""
 
-    A table for prefetching: not one for routing="predicted", which takes a token's candidates as they stand.
-    """
-
-    def __init__(self, predictor: Any, top_k: int, min_need: float) -> None:
-        self.predictor, self.top_k, self.min_need = predictor, top_k, min_need
+    def __init__(self, predictor: Any) -> None:
+        self.predictor = predictor
 
     def predict(self, input_ids: Any, attention_mask: Any = None, top_k: int = 1) -> HashTable:
-        table = self.predictor.predict(input_ids, attention_mask, self.top_k)
-        index = table.expert_index.clone()
-        for layer in range(table.layers):
-            kept = torch.tensor(table.experts_of(layer, self.min_need), dtype=index.dtype)
-            index[:, :, layer][~torch.isin(index[:, :, layer], kept)] = -1
-        absent = index < 0
-        return HashTable(index, table.gate.masked_fill(absent, 0), table.probability.masked_fill(absent, 0))
+        table = self.predictor.predict(input_ids, attention_mask)
+        return HashTable(table.expert_index, table.gate)
 
 
 class Replay:
@@ -77,6 +69,9 @@ def main() -> None:
     parser.add_argument("--budget", default="25%")
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--waste", type=float, nargs="*", default=[2.0, 1.0, 0.4, 0.1], help="costs of a wasted read")
+    parser.add_argument("--confidence", type=float, nargs="*", default=[0.9], help="thresholds of confident routing")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -96,29 +91,46 @@ def main() -> None:
     whole = sida_ext.SwitchTransformersForSequenceClassification.from_pretrained(
         arguments.model, dtype=torch.float32
     ).eval()
-    rows = {
-        "none": None,
-        "token table": load_predictor(arguments.predictor / "token_table", whole),
-        "hash predictor, top 1": load_predictor(arguments.predictor, whole),
-        "hash predictor, top 8, need >= 0.3": Likely(load_predictor(arguments.predictor, whole), 8, 0.3),
-        "oracle": oracle(whole, batches),
+    table = load_predictor(arguments.predictor / "token_table", whole)
+    trained, certain = load_predictor(arguments.predictor, whole), oracle(whole, batches)
+    # name -> predictor, what stream and from_pretrained are given beside it
+    rows: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "none": (None, {}, {}),
+        "token table, first choices": (FirstChoices(table), {}, {}),
+        "token table": (table, {}, {}),
+        "hash predictor, first choices": (FirstChoices(trained), {}, {}),
     }
-    print(f"{len(texts)} sentences, batches of {arguments.batch}, {tokens} tokens, {arguments.budget} of the experts")
-    print("| predictor | stalled, s | hit rate | late | misses | bytes read | tokens/s |")
-    print("|---|---|---|---|---|---|---|")
-    for name, predictor in rows.items():
-        model = sida_ext.from_pretrained(arguments.model, expert_memory=arguments.budget, dtype=torch.float32)
-        start = time.perf_counter()
-        for _ in sida_ext.stream(model, batches, predictor):
-            pass
-        seconds = time.perf_counter() - start
-        stats = model.sida.stats()
+    for waste in arguments.waste:
+        rows[f"hash predictor, waste cost {waste:g}"] = (trained, {"waste_cost": waste}, {})
+    for threshold in arguments.confidence:
+        routing = {"routing": "confident", "confidence": threshold}
+        rows[f"hash predictor, confident from {threshold:g}"] = (trained, {}, routing)
+    rows["oracle"] = (certain, {}, {})
+    print(
+        f"{len(texts)} sentences, batches of {arguments.batch}, {tokens} tokens, {arguments.budget} of the experts, "
+        f"medians of {arguments.rounds} rounds"
+    )
+    print("| predictor | stalled, s | hit rate | late | misses | bytes read | read in vain | tokens/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    found: dict[str, list[tuple[Any, float]]] = {name: [] for name in rows}
+    for _ in range(arguments.rounds):
+        for name, (predictor, streaming, loading) in rows.items():
+            model = sida_ext.from_pretrained(
+                arguments.model, expert_memory=arguments.budget, dtype=torch.float32, **loading
+            )
+            start = time.perf_counter()
+            for _ in sida_ext.stream(model, batches, predictor, drift=False, **streaming):
+                pass
+            found[name].append((model.sida.stats(), time.perf_counter() - start))
+            model.sida.close()
+    for name, runs in found.items():
+        runs.sort(key=lambda run: run[0].stall_seconds)
+        stats, seconds = runs[len(runs) // 2]
         print(
             f"| {name} | {stats.stall_seconds:.3f} | {stats.hit_rate:.1%} | {stats.late} | {stats.misses} | "
-            f"{stats.bytes_read / 1e6:.0f} MB | {tokens / seconds:.0f} |",
+            f"{stats.bytes_read / 1e6:.0f} MB | {stats.wasted_prefetches} | {tokens / seconds:.0f} |",
             flush=True,
         )
-        model.sida.close()
 
 
 if __name__ == "__main__":

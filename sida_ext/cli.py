@@ -220,7 +220,10 @@ def run(
     expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
-    routing: Annotated[str, typer.Option(help="router or predicted.")] = "router",
+    routing: Annotated[str, typer.Option(help="router, predicted or confident.")] = "router",
+    confidence: Annotated[
+        float, typer.Option(min=0, help="With confident: probability from which the prediction decides.")
+    ] = 0.9,
     batch_size: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 1,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
     lookahead: Annotated[int, typer.Option(min=1, help="Batches whose experts are predicted ahead.")] = 4,
@@ -241,6 +244,7 @@ def run(
         expert_dtype=expert_dtype,
         store=store,
         routing=routing,
+        confidence=confidence,
         say=lambda text: console.print(text),
     )
     tokenizer = AutoTokenizer.from_pretrained(model)

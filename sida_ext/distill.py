@@ -29,6 +29,7 @@ from .objective import (
     truncated_distillation,
 )
 from .report import write_report
+from .routing_curve import routing_curve
 from .token_table import TokenTablePredictor
 from .traces import Trace, TraceStore, collect_traces
 from .trainer import Trainer
@@ -116,6 +117,7 @@ def train_predictor(
             "predictor": judged.summary(),
             "token_table": evaluate(table, held_out()).summary(),
         },
+        "confident": routing_curve(predictor, model, held_out()),
         "cost": cost_share(predictor, model),
     }
     table.save_pretrained(Path(out) / "token_table")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import deque
 
@@ -39,6 +40,7 @@ class DriftWatch:
         self.warned = False
         self._batches: deque[tuple[float, int]] = deque()
         self._hits, self._tokens = 0.0, 0
+        self._lock = threading.Lock()  # several threads may stream through one model
 
     @property
     def rate(self) -> float | None:
@@ -63,21 +65,27 @@ class DriftWatch:
         if not tokens:
             return
         hits = float(((first == chosen) & judged).sum()) / layers
+        with self._lock:
+            drifted = self._add(hits, tokens)
+        if drifted is not None:
+            rate, seen = drifted
+            warnings.warn(
+                f"the predictor's first choice is right for {rate:.1%} of the last {seen} tokens; its report says "
+                f"{self.expected:.1%}. Was the model fine-tuned, or is the text of another kind? Train a predictor "
+                f"again: {self.retrain}",
+                DriftWarning,
+                stacklevel=2,
+            )
+
+    def _add(self, hits: float, tokens: int) -> tuple[float, int] | None:
+        """Takes one batch's hits; the rolling rate and its tokens where they are to be warned of now."""
         self._batches.append((hits, tokens))
         self._hits, self._tokens = self._hits + hits, self._tokens + tokens
         while self._tokens - self._batches[0][1] >= self.window:
             old_hits, old_tokens = self._batches.popleft()
             self._hits, self._tokens = self._hits - old_hits, self._tokens - old_tokens
-        if (
-            not self.warned
-            and self._tokens >= self.window
-            and self._hits / self._tokens < self.expected - self.tolerance
-        ):
-            self.warned = True
-            warnings.warn(
-                f"the predictor's first choice is right for {self._hits / self._tokens:.1%} of the last {self._tokens} "
-                f"tokens; its report says {self.expected:.1%}. Was the model fine-tuned, or is the text of another "
-                f"kind? Train a predictor again: {self.retrain}",
-                DriftWarning,
-                stacklevel=2,
-            )
+        rate = self._hits / self._tokens
+        if self.warned or self._tokens < self.window or rate >= self.expected - self.tolerance:
+            return None
+        self.warned = True
+        return rate, self._tokens

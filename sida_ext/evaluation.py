@@ -83,7 +83,9 @@ def evaluate(predictor: Predictor, traces: Iterable[Trace], batch_sentences: int
                     raise
                 # A model of one or two experts has no third candidate.
                 table = predictor.predict(input_ids, mask.long(), top_k=trace.candidates.shape[-1])
-            table.check_for(input_ids, layers, 2**15)
+            # Traces do not say how many experts there are.
+            experts = 2**15 if table.padding_need is None else table.padding_need.shape[1]
+            table.check_for(input_ids, layers, experts)
             candidates, wanted = table.expert_index[mask].long(), part.top1
             first = candidates[..., 0] == wanted
             probability = (table.gate if table.probability is None else table.probability)[mask][..., 0]

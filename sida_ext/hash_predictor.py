@@ -57,6 +57,7 @@ class HashPredictor(nn.Module):
         self.model_fingerprint, self.options = model_fingerprint, dict(options)
         # Mean top-1 share on held-out text, once trained: what `drift.DriftWatch` compares with.
         self.held_out_top1: float | None = None
+        self.path: str | None = None  # the folder that it was read from
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         # Divides a layer's logits when they are read as probabilities of being the first choice; set by calibration.
         self.register_buffer("temperature", torch.ones(layers))
@@ -96,7 +97,8 @@ class HashPredictor(nn.Module):
             return torch.zeros(*input_ids.shape, self.layers, self.experts, device=input_ids.device)
         order, length = pack_left(real)
         longest = max(int(length.max()), 1)
-        packed = input_ids.masked_fill(~real, 0).long().gather(1, order)[:, :longest]
+        known = real | ((input_ids >= 0) & (input_ids < self.embedding.shape[0]))
+        packed = input_ids.masked_fill(~known, 0).long().gather(1, order)[:, :longest]
         present = torch.arange(longest, device=length.device)[None] < length[:, None]
         logits = self.net(self.embedding[packed].float(), present)
         # Back to the places where the tokens stood.
@@ -123,7 +125,18 @@ class HashPredictor(nn.Module):
             index.int().masked_fill(padding, NO_EXPERT),
             gate.clamp(0, 1).masked_fill(padding, 0.0),
             probability.clamp(0, 1).masked_fill(padding, 0.0),
+            self._padding_need(tempered, real),
         )
+
+    def _padding_need(self, tempered: Tensor, real: Tensor) -> Tensor | None:
+        """[layers, experts]: the largest probability that any padding position gives to an expert; None without any.
+
+        The largest and not 1 - prod(1 - p): padding positions of a sentence see almost the same and choose alike. The
+        shadow reads them as the model does, as tokens behind the sentence that nothing attends to.
+        """
+        if bool(real.all()) or not isinstance(self.net, ShadowNet):
+            return None
+        return tempered[~real].softmax(dim=-1).amax(dim=0)
 
     def parameter_count(self) -> int:
         """Trained parameters; the model's embeddings are not among them."""
@@ -180,6 +193,7 @@ class HashPredictor(nn.Module):
             )
             predictor.load_state_dict(tensors)
             predictor.held_out_top1 = config.get("held_out_top1")
+            predictor.path = os.fspath(path)
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, PredictorError):
                 raise

@@ -21,6 +21,8 @@ class HashTable:
             0 where expert_index is -1.
         probability: optional, like `gate`: the calibrated probability that this expert is the router's first choice.
             Without it `gate` stands in for it.
+        padding_need: optional, [layers, experts] float32 in [0, 1]: the probability that some padding position is
+            routed to the expert. A model's router routes padding as well; the table names no expert for it.
 
     Raises:
         TypeError, ValueError: at construction, naming the field, the value found and the value expected.
@@ -29,6 +31,7 @@ class HashTable:
     expert_index: Tensor
     gate: Tensor
     probability: Tensor | None = None
+    padding_need: Tensor | None = None
 
     def __post_init__(self) -> None:
         index = self.expert_index
@@ -57,6 +60,17 @@ class HashTable:
                 raise ValueError(f"HashTable.{name} holds {float(bad)}; expected probabilities in [0, 1]")
             if bool((value[absent] != 0).any()):
                 raise ValueError(f"HashTable.{name} is not 0 where expert_index is -1; no expert has no {name}")
+        need = self.padding_need
+        if need is not None:
+            if not isinstance(need, Tensor) or need.dtype != torch.float32:
+                raise TypeError(f"HashTable.padding_need is {_kind(need)}; expected a float32 tensor")
+            if need.dim() != 2 or need.shape[0] != self.layers:
+                raise ValueError(
+                    f"HashTable.padding_need has shape {tuple(need.shape)}; expected [{self.layers} layers, experts]"
+                )
+            if not bool(((need >= 0) & (need <= 1)).all()):
+                bad = need[~((need >= 0) & (need <= 1))][0]
+                raise ValueError(f"HashTable.padding_need holds {float(bad)}; expected probabilities in [0, 1]")
 
     @property
     def batch_size(self) -> int:
@@ -86,6 +100,10 @@ class HashTable:
         if self.expert_index.numel() and int(self.expert_index.max()) >= experts:
             raise ValueError(
                 f"the hash table names expert {int(self.expert_index.max())}; the model has experts 0..{experts - 1}"
+            )
+        if self.padding_need is not None and self.padding_need.shape[1] != experts:
+            raise ValueError(
+                f"the hash table's padding_need has {self.padding_need.shape[1]} experts; the model has {experts}"
             )
 
     def demand(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -124,24 +142,38 @@ class HashTable:
         if not 1 <= top_k <= self.top_k:
             raise ValueError(f"top_k is {top_k}; this hash table has 1..{self.top_k} candidates for each token")
         probability = None if self.probability is None else self.probability[..., :top_k]
-        return HashTable(self.expert_index[..., :top_k], self.gate[..., :top_k], probability)
+        return HashTable(self.expert_index[..., :top_k], self.gate[..., :top_k], probability, self.padding_need)
 
     def _reduce(self, layer: int, none_wants: bool) -> tuple[Tensor, Tensor]:
         if not -self.layers <= layer < self.layers:
             raise IndexError(f"layer is {layer}; this hash table has layers 0..{self.layers - 1}")
-        index = self.expert_index[:, :, layer].reshape(-1).long()
-        weight = (self.gate if self.probability is None else self.probability)[:, :, layer].reshape(-1)
-        named = index >= 0
-        index, weight = index[named], weight[named].double()
-        if none_wants:
-            # log1p(-1) is -inf, whose sum gives the probability 1 that a certain candidate asks for.
-            weight = torch.log1p(-weight)
-        experts, place = torch.unique(index, return_inverse=True)
-        total = torch.zeros(experts.numel(), dtype=torch.float64, device=index.device).index_add_(0, place, weight)
-        if none_wants:
-            total = -torch.expm1(total)
-        order = torch.sort(total, descending=True, stable=True).indices
-        return experts[order], total[order].float()
+        weight = (self.gate if self.probability is None else self.probability)[:, :, layer]
+        experts, total = summed_by_expert(self.expert_index[:, :, layer], weight, none_wants)
+        return experts, total.float()
+
+
+def summed_by_expert(index: Tensor, weight: Tensor, none_wants: bool) -> tuple[Tensor, Tensor]:
+    """Distinct experts among candidates, -1 left out, with the sum of their weights, greatest first.
+
+    Args:
+        index, weight: of one shape: experts, and the probability that the token chooses each.
+        none_wants: instead of the sum, the probability that at least one token chooses it, 1 - prod(1 - weight).
+
+    Returns:
+        experts [n] int64 and total [n] float64; equal totals are ordered by expert.
+    """
+    index, weight = index.reshape(-1).long(), weight.reshape(-1)
+    named = index >= 0
+    index, weight = index[named], weight[named].double()
+    if none_wants:
+        # log1p(-1) is -inf, whose sum gives the probability 1 that a certain candidate asks for.
+        weight = torch.log1p(-weight)
+    experts, place = torch.unique(index, return_inverse=True)
+    total = torch.zeros(experts.numel(), dtype=torch.float64, device=index.device).index_add_(0, place, weight)
+    if none_wants:
+        total = -torch.expm1(total)
+    order = torch.sort(total, descending=True, stable=True).indices
+    return experts[order], total[order]
 
 
 def _kind(value: object) -> str:

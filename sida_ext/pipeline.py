@@ -13,13 +13,15 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from sida_ext.drift import DriftWatch
 from sida_ext.predictor import HashTable, Predictor, check_table
+from sida_ext.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
 from sida_ext.runtime import Runtime, runtime_of
 from sida_ext.switch import SparseMLP, moe_layers
 
@@ -37,6 +39,7 @@ class _Item:
     position: int = -1
     batch: dict[str, Any] | None = None
     table: HashTable | None = None
+    wanted: dict[str, list[int]] = field(default_factory=dict)  # MoE layer -> experts to read ahead
     number: int = 0
     error: BaseException | None = None
 
@@ -114,11 +117,13 @@ class _HashBuilder:
         layers: list[str],
         num_experts: int,
         predictor: Predictor,
+        prefetch: PrefetchPolicy,
         queue: _Queue,
         lookahead: int,
         order: str,
     ) -> None:
         self.runtime, self.layers, self.num_experts = runtime, layers, num_experts
+        self.prefetch = prefetch
         self.predictor, self.queue, self.lookahead, self.order = predictor, queue, lookahead, order
         self.started = threading.Event()
         self._last: set[tuple[int, int]] = set()
@@ -162,14 +167,11 @@ class _HashBuilder:
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
             raise ValueError(f"batch {position} has no input_ids of shape [B, S], which the predictor reads")
         begin = time.perf_counter_ns()
-        table = self.predictor.predict(input_ids, batch.get("attention_mask"))
+        table = self.predictor.predict(input_ids, batch.get("attention_mask"), top_k=min(CANDIDATES, self.num_experts))
         self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
-        return _Item(position=position, batch=batch, table=table)
-
-    def _experts(self, item: _Item) -> dict[str, list[int]]:
-        assert item.table is not None  # for the type checker: items of a window are predicted
-        return {name: item.table.experts_of(layer) for layer, name in enumerate(self.layers)}
+        wanted = {name: self.prefetch.experts(table, layer) for layer, name in enumerate(self.layers)}
+        return _Item(position=position, batch=batch, table=table, wanted=wanted)
 
     def _send(self, window: list[_Item]) -> bool:
         """Announce one batch of the window and put it in the queue: the oldest, or the one that shares most experts
@@ -184,17 +186,13 @@ class _HashBuilder:
             and window[0].position > window[-1].position - 2 * self.lookahead
         ):
             shared = [
-                len(
-                    self._last
-                    & {(layer, e) for layer, name in enumerate(self.layers) for e in self._experts(item)[name]}
-                )
+                len(self._last & {(layer, e) for layer, name in enumerate(self.layers) for e in item.wanted[name]})
                 for item in window
             ]
             choice = shared.index(max(shared))
         item = window.pop(choice)
-        wanted = self._experts(item)
-        self._last = {(layer, e) for layer, name in enumerate(self.layers) for e in wanted[name]}
-        item.number = self.runtime.announce(wanted)
+        self._last = {(layer, e) for layer, name in enumerate(self.layers) for e in item.wanted[name]}
+        item.number = self.runtime.announce(item.wanted)
         if not self.queue.put(item):
             self.runtime.retire(item.number)
             return False
@@ -215,13 +213,16 @@ def _from_queue(queue: _Queue, timeout: float | None) -> Iterator[_Item]:
         yield item
 
 
-def _compute(model: PreTrainedModel, runtime: Runtime, items: Iterator[_Item]) -> Iterator[Any]:
+def _compute(
+    model: PreTrainedModel, runtime: Runtime, items: Iterator[_Item], watch: DriftWatch | None = None
+) -> Iterator[Any]:
     """Outputs in the caller's order, whatever order the items come in."""
     finished: dict[int, Any] = {}
     turn = 0
     for item in items:
+        chosen: dict[int, torch.Tensor] | None = None if watch is None else {}
         try:
-            with torch.no_grad(), runtime.batch(item.number, item.table):
+            with torch.no_grad(), runtime.batch(item.number, item.table, chosen):
                 finished[item.position] = model(**item.batch)  # type: ignore[arg-type]
         finally:
             if item.number:
@@ -229,6 +230,25 @@ def _compute(model: PreTrainedModel, runtime: Runtime, items: Iterator[_Item]) -
         while turn in finished:
             yield finished.pop(turn)
             turn += 1
+        # After the outputs, so that nobody waits for a figure of the past.
+        if watch is not None and item.table is not None and chosen and len(chosen) == item.table.layers:
+            watch.observe(item.table, torch.stack([chosen[layer].cpu() for layer in sorted(chosen)], dim=2))
+
+
+def _watch(model: PreTrainedModel, runtime: Runtime, predictor: Predictor) -> DriftWatch | None:
+    """The watch over this predictor's hits, kept from stream to stream; None where its report gives no rate."""
+    expected = getattr(predictor, "held_out_top1", None)
+    if expected is None:
+        return None
+    known = runtime.drift
+    if known is None or known[0] is not predictor:
+        source = getattr(model, "name_or_path", "") or "MODEL"
+        folder = getattr(predictor, "path", None) or "PREDICTOR"
+        runtime.drift = known = (
+            predictor,
+            DriftWatch(expected, retrain=f"sida train {source} TEXT... -o {folder}"),
+        )
+    return known[1]
 
 
 def stream(
@@ -239,6 +259,8 @@ def stream(
     order: str = "given",
     *,
     timeout: float | None = None,
+    waste_cost: float = WASTE_COST,
+    drift: DriftWatch | bool = True,
 ) -> Iterator[Any]:
     """Run batches through a model whose experts are offloaded, predicting the experts of the next ones meanwhile.
 
@@ -253,6 +275,12 @@ def stream(
         order: ``"given"``, or ``"overlap"``: batches inside a window of ``lookahead`` run in an order in which
             neighbours share experts.
         timeout: seconds to wait for the next hash table; None: as long as the iterable and the predictor take.
+        waste_cost: what reading an expert that no token wants costs, as a share of what a miss costs. Of the candidates
+            of a predictor with calibrated probabilities, those are read ahead whose probability of being needed by the
+            batch is above waste_cost / (1 + waste_cost).
+        drift: warn once (:class:`~sida_ext.drift.DriftWarning`) when the router no longer chooses what the predictor
+            names as often as its report says; False: do not compare; a :class:`~sida_ext.drift.DriftWatch`: that one.
+            A model with ``routing="predicted"`` asks no router, and is not watched.
 
     Yields:
         The model's outputs, one for each batch, always in the caller's order, computed without gradients.
@@ -272,26 +300,35 @@ def stream(
     layers = [layer for layer in moe_layers(model).values() if isinstance(layer, SparseMLP)]
     if predictor is None:
         if any(layer.routing != "router" for layer in layers):
-            raise ValueError("routing='predicted' needs a predictor, and neither stream nor the model was given one")
+            raise ValueError(
+                f"routing={layers[0].routing!r} needs a predictor, and neither stream nor the model was given one"
+            )
         if order == "overlap":
             raise ValueError("order='overlap' needs a predictor, and neither stream nor the model was given one")
         return _compute(model, runtime, _without_predictor(batches))
-    covered = [layer.name for layer in layers if layer.table_layer is not None]
-    return _stream(model, runtime, covered, batches, predictor, lookahead, order, timeout)
+    covered = [layer for layer in layers if layer.table_layer is not None]
+    policy = PrefetchPolicy(waste_cost, layers[0].routing, layers[0].confidence)
+    watch = None
+    if drift is not False and layers[0].routing != "predicted":
+        watch = drift if isinstance(drift, DriftWatch) else _watch(model, runtime, predictor)
+    for layer in covered:
+        layer.watched = layer.watched or watch is not None
+    names = [layer.name for layer in covered]
+    builder = _HashBuilder(
+        runtime, names, runtime.header.num_experts, predictor, policy, _Queue(lookahead), lookahead, order
+    )
+    return _stream(model, runtime, builder, batches, timeout, watch)
 
 
 def _stream(
     model: PreTrainedModel,
     runtime: Runtime,
-    layers: list[str],
+    builder: _HashBuilder,
     batches: Iterable[dict[str, Any]],
-    predictor: Predictor,
-    lookahead: int,
-    order: str,
     timeout: float | None,
+    watch: DriftWatch | None,
 ) -> Iterator[Any]:
-    queue = _Queue(lookahead)
-    builder = _HashBuilder(runtime, layers, runtime.header.num_experts, predictor, queue, lookahead, order)
+    queue = builder.queue
     thread = threading.Thread(target=builder.run, args=(batches,), name="sida-hash-builder", daemon=True)
     threads = torch.get_num_threads()
     thread.start()
@@ -299,7 +336,7 @@ def _stream(
     # torch gives the number last set to every thread that is born later; the builder's is its own.
     torch.set_num_threads(threads)
     try:
-        yield from _compute(model, runtime, _from_queue(queue, timeout))
+        yield from _compute(model, runtime, _from_queue(queue, timeout), watch)
     finally:
         for item in itertools.chain(queue.close()):
             if item.number:
@@ -308,7 +345,7 @@ def _stream(
         if thread.is_alive():
             warnings.warn(
                 f"stream: the hash-building thread did not end within {JOIN_SECONDS:.0f} s; the caller's iterable or "
-                f"{type(predictor).__name__}.predict is still at work, and will be left to end by itself",
+                f"{type(builder.predictor).__name__}.predict is still at work, and will be left to end by itself",
                 RuntimeWarning,
                 stacklevel=2,
             )

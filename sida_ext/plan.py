@@ -14,6 +14,7 @@ from torch import nn
 
 from sida_ext import _C
 from sida_ext.predictor import Predictor
+from sida_ext.prefetch import CANDIDATES, PrefetchPolicy
 from sida_ext.runtime import runtime_of
 from sida_ext.switch import SparseMLP, moe_layers
 
@@ -52,6 +53,7 @@ def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predicto
         raise ValueError(f"{type(model).__name__} has no swapped MoE layers; load it with sida_ext.from_pretrained")
     header = runtime_of(model).header
     names = header.layers
+    prefetch = PrefetchPolicy()
     routed: list[tuple[int, list[int]]] = []
 
     def record(number: int) -> Any:
@@ -72,8 +74,10 @@ def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predicto
                 model(**batch)
                 used.append(routed)
                 if predictor is not None:
-                    table = predictor.predict(batch["input_ids"], batch.get("attention_mask"))
-                    predicted.append([(number, table.experts_of(i)) for i, number in enumerate(covered)])
+                    table = predictor.predict(
+                        batch["input_ids"], batch.get("attention_mask"), top_k=min(CANDIDATES, header.num_experts)
+                    )
+                    predicted.append([(number, prefetch.experts(table, i)) for i, number in enumerate(covered)])
     finally:
         for hook in hooks:
             hook.remove()

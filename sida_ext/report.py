@@ -16,7 +16,8 @@ def write_report(path: str | os.PathLike[str], report: dict[str, Any]) -> None:
 
     Args:
         path: folder of the predictor.
-        report: must hold `held_out` with the summaries of "predictor" and "token_table" (see `Evaluation.summary`).
+        report: must hold `held_out` with the summaries of "predictor" and "token_table" (see `Evaluation.summary`), and
+            `confident`, what `routing_curve` gives.
     """
     folder = Path(path)
     temporary = folder / f".{REPORT_FILE}.{os.getpid()}"
@@ -31,9 +32,9 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     ours, table = report["held_out"]["predictor"], report["held_out"]["token_table"]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(16, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    hits, trust = figure.subplots(1, 2)
+    hits, trust, routed = figure.subplots(1, 3)
     layers = range(len(ours["top1"]))
     for name, summary, offset, shade in (("predictor", ours, -0.2, 1.0), ("token table", table, 0.2, 0.45)):
         places = [layer + offset for layer in layers]
@@ -53,6 +54,19 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
         )
     trust.set(xlabel="predicted probability", ylabel="share that came true", title="Reliability of the first candidate")
     trust.legend(fontsize=8)
+    # The threshold above 1 is the router, which every curve is relative to.
+    points = [point for point in report["confident"] if point["threshold"] <= 1]
+    for field, label in (
+        ("same_class", "same class as with the router"),
+        ("by_table", "choices made by the table"),
+        ("transfers_saved", "unpredicted transfers saved"),
+    ):
+        if all(field in point for point in points):
+            routed.plot([p["threshold"] for p in points], [p[field] for p in points], marker="o", label=label)
+    kept = [1 - point["output_error"] for point in points]
+    routed.plot([p["threshold"] for p in points], kept, marker="o", label="1 - error of the encoder's output")
+    routed.set(xlabel="threshold", ylabel="share", title='routing="confident" against the router')
+    routed.legend(fontsize=8)
     temporary = folder / f".{os.getpid()}.{PICTURE_FILE}"
     figure.savefig(temporary, dpi=110, format="png")
     os.replace(temporary, folder / PICTURE_FILE)

@@ -24,10 +24,12 @@ EVICTIONS = ("next_use", "lru", "lfu", "fifo")
 
 @dataclass
 class _Batch:
-    """What one thread computes now: the announced batch and, for predicted routing, its hash table."""
+    """What one thread computes now: the announced batch, for predicted routing its hash table, and, where somebody
+    compares the two, a dict that takes each layer's choice of the router: table layer -> [B, S] int32."""
 
     number: int = 0
     table: Any = None
+    chosen: dict[int, Any] | None = None
 
 
 def _shut_down(engine: _C.TransferEngine, handles: dict[str, int], folder: Any, process: int) -> None:
@@ -97,6 +99,7 @@ class Runtime:
         self._tracing = False
         self._predictions: list[Event] = []
         self.predictor: Any = None  # what stream() takes when it is given none
+        self.drift: tuple[Any, Any] | None = None  # a predictor and the watch over its hits, from stream to stream
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._handles, folder, os.getpid())
 
     header: StoreHeader
@@ -152,10 +155,11 @@ class Runtime:
         self._engine.retire(batch)
 
     @contextmanager
-    def batch(self, number: int, table: Any = None) -> Iterator[None]:
-        """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``."""
+    def batch(self, number: int, table: Any = None, chosen: dict[int, Any] | None = None) -> Iterator[None]:
+        """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``;
+        ``chosen`` takes what the routers of watched layers choose."""
         before = self.current
-        self._thread.batch = _Batch(number, table)
+        self._thread.batch = _Batch(number, table, chosen)
         _C.set_current_batch(number)
         try:
             yield

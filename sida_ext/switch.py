@@ -28,7 +28,7 @@ from sida_ext.store import StoreHeader, check_source, default_cache, ensure_stor
 
 __all__ = ["ROUTINGS", "SparseMLP", "Top1Router", "from_pretrained", "moe_layers", "swap_experts"]
 
-ROUTINGS = ("router", "predicted")
+ROUTINGS = ("router", "predicted", "confident")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 REFUSED_ARGUMENTS = {
     "device_map": "expert memory has one device, named by device=",
@@ -78,30 +78,43 @@ class SparseMLP(nn.Module):
         self.name = name
         self.table_layer = table_layer
         self.routing = "router"
+        self.confidence = 0.0
+        self.watched = False
         self.training = False
 
-    def connect(self, runtime: Runtime, activation: str, routing: str) -> None:
+    def connect(self, runtime: Runtime, activation: str, routing: str, confidence: float) -> None:
         self.runtime = runtime
         self.handle = runtime.layer_handle(self.name, activation)
         self.routing = routing
+        self.confidence = confidence
         self.register_state_dict_pre_hook(_refuse_state_dict)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, S, d_model] -> [B, S, d_model], 0 for tokens over capacity."""
-        if self.routing == "router" or self.table_layer is None:
-            expert_index, gate, _ = self.router(hidden_states)
+        if self.routing == "predicted" and self.table_layer is not None:
+            expert_index, gate, _ = self._predicted(hidden_states)
         else:
-            expert_index, gate = self._predicted(hidden_states)
+            expert_index, gate, _ = self.router(hidden_states)
+            if self.watched and self.table_layer is not None:
+                chosen = self.runtime.current.chosen
+                if chosen is not None:
+                    chosen[self.table_layer] = expert_index
+            if self.routing == "confident" and self.table_layer is not None:
+                named, factor, probability = self._predicted(hidden_states)
+                sure = probability >= self.confidence
+                expert_index = torch.where(sure, named, expert_index)
+                gate = torch.where(sure, factor, gate)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         out = ops.moe_layer(tokens, expert_index.reshape(-1, 1), gate.reshape(-1, 1), self.handle)
         return out.view(hidden_states.shape)
 
-    def _predicted(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _predicted(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The table's first choice for each token: expert_index [B, S], gate [B, S] and its probability [B, S]."""
         table = self.runtime.current.table
         if table is None:
             raise RuntimeError(
-                f"{self.name}: routing='predicted' needs the batch's hash table, and there is none; give the model a "
-                "predictor (from_pretrained(..., predictor=...)) or run it through sida_ext.stream"
+                f"{self.name}: routing={self.routing!r} needs the batch's hash table, and there is none; give the "
+                "model a predictor (from_pretrained(..., predictor=...)) or run it through sida_ext.stream"
             )
         shape = tuple(table.expert_index.shape)
         if shape[:2] != tuple(hidden_states.shape[:2]) or shape[2] <= self.table_layer:
@@ -109,7 +122,9 @@ class SparseMLP(nn.Module):
                 f"{self.name}: the hash table has shape {shape}, expected {tuple(hidden_states.shape[:2])} tokens and "
                 f"more than {self.table_layer} layers"
             )
-        return table.expert_index[:, :, self.table_layer, 0], table.gate[:, :, self.table_layer, 0].float()
+        probability = table.gate if table.probability is None else table.probability
+        first = (slice(None), slice(None), self.table_layer, 0)
+        return table.expert_index[first].int(), table.gate[first].float(), probability[first]
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, routing={self.routing!r}"
@@ -188,9 +203,11 @@ def _replace_layers(model: nn.Module) -> dict[str, SparseMLP]:
     return replaced
 
 
-def _connect(model: PreTrainedModel, layers: dict[str, SparseMLP], runtime: Runtime, routing: str) -> None:
+def _connect(
+    model: PreTrainedModel, layers: dict[str, SparseMLP], runtime: Runtime, routing: str, confidence: float
+) -> None:
     for layer in layers.values():
-        layer.connect(runtime, model.config.dense_act_fn, routing)
+        layer.connect(runtime, model.config.dense_act_fn, routing, confidence)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -209,9 +226,14 @@ def _check_device(device: str | torch.device, host_memory: object) -> None:
         raise ValueError(f"host_memory is {host_memory!r}, but the CPU computes from expert_memory alone; leave it out")
 
 
-def _check_routing(routing: str, predictor: object) -> None:
+def _check_routing(routing: str, predictor: object, confidence: float) -> None:
     if routing not in ROUTINGS:
         raise ValueError(f"routing is {routing!r}, expected one of {', '.join(ROUTINGS)}")
+    if isinstance(confidence, bool) or not isinstance(confidence, (int, float)) or not confidence >= 0:
+        raise ValueError(
+            f"confidence is {confidence!r}, expected a probability from which the table decides: 0 for always, above "
+            "1 for never"
+        )
     if predictor is not None and not callable(getattr(predictor, "predict", None)):
         raise TypeError(f"predictor is {type(predictor).__name__}, expected an object with a predict method")
 
@@ -231,11 +253,11 @@ def _check_fit(config: SwitchTransformersConfig, header: StoreHeader, layers: di
 
 
 def _attach_predictor(model: PreTrainedModel, predictor: Any, routing: str) -> None:
-    """Keep the predictor on the runtime; with predicted routing the encoder builds its hash table when it is called
-    outside a stream, by ``model(x)`` or by ``generate``."""
+    """Keep the predictor on the runtime; with predicted or confident routing the encoder builds its hash table when it
+    is called outside a stream, by ``model(x)`` or by ``generate``."""
     runtime = runtime_of(model)
     runtime.predictor = predictor
-    if predictor is not None and routing == "predicted":
+    if predictor is not None and routing != "router":
         encoder = model.get_submodule("encoder")
         covered = sum(isinstance(module, SparseMLP) for module in encoder.modules())
         encoder.register_forward_pre_hook(functools.partial(_build_table, runtime, covered), with_kwargs=True)
@@ -291,6 +313,7 @@ def from_pretrained(
     lanes: int | None = None,
     eviction: str = "next_use",
     wait_deadline: float = 60.0,
+    confidence: float = 0.9,
     faults: Any = None,
     allow_pickle: bool = False,
     say: Callable[[str], None] | None = None,
@@ -310,10 +333,16 @@ def from_pretrained(
         expert_dtype: bfloat16, float32, float16 or int8 (one factor for each row).
         routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
+            ``"confident"``: the table for a token and layer where its probability reaches ``confidence``, the router
+            elsewhere.
         predictor: a :class:`~sida_ext.predictor.Predictor`; what ``stream`` takes when it is given none.
         model_class: the transformers class to load; None: the one that config.json names.
         store: an expert store made by ``sida pack``, in whose dtype the experts then are; None: the packed one in the
             cache.
+        confidence: with ``routing="confident"``, the probability (``HashTable.probability``, or ``gate`` where a
+            predictor gives none) from which the table decides. 0 gives the bits of ``"predicted"``, more than 1 those
+            of ``"router"``. Expert capacity binds the router's choices alone; the router's choice for a token that the
+            table decides still takes its place in it.
         lanes, eviction, wait_deadline, faults: see :class:`~sida_ext.runtime.Runtime`.
         kwargs: passed to transformers (``dtype`` of everything but the experts, ``attn_implementation``, ``revision``,
             ``token``, ``cache_dir``, ...); ``device_map`` and ``quantization_config`` are refused.
@@ -326,7 +355,7 @@ def from_pretrained(
     """
     say = say if say is not None else transformers.logging.get_logger("sida_ext").warning
     _check_device(device, host_memory)
-    _check_routing(routing, predictor)
+    _check_routing(routing, predictor, confidence)
     for name, reason in REFUSED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r} is not supported: {reason}")
@@ -369,7 +398,7 @@ def from_pretrained(
         model = WithoutExperts.from_pretrained(folder, use_safetensors=None if allow_pickle else True, **kwargs)
         model.__class__ = base
         _check_fit(model.config, runtime.header, layers, str(path))
-        _connect(model, layers, runtime, routing)
+        _connect(model, layers, runtime, routing, confidence)
         _attach_predictor(model, predictor, routing)
     except BaseException:
         runtime.close()
@@ -392,6 +421,7 @@ def swap_experts(
     lanes: int | None = None,
     eviction: str = "next_use",
     wait_deadline: float = 60.0,
+    confidence: float = 0.9,
     faults: Any = None,
 ) -> PreTrainedModel:
     """Move the experts of a model in memory into an expert store and serve them from there; changes ``model``.
@@ -404,7 +434,7 @@ def swap_experts(
         The same model, in evaluation mode, parameters frozen. If anything fails before the swap, it is unchanged.
     """
     _check_device(device, host_memory)
-    _check_routing(routing, predictor)
+    _check_routing(routing, predictor, confidence)
     found = moe_layers(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no Switch MoE layers; nothing to swap")
@@ -439,6 +469,6 @@ def swap_experts(
         if folder is not None:
             folder.cleanup()
         raise
-    _connect(model, _replace_layers(model), runtime, routing)
+    _connect(model, _replace_layers(model), runtime, routing, confidence)
     _attach_predictor(model, predictor, routing)
     return model

@@ -102,6 +102,7 @@ def test_train_then_run_and_plan(folder, texts, tmp_path):
         (["run", "{folder}", "{texts}", "--expert-memory", "12"], "smallest that works"),
         (["run", "{folder}", "{texts}", "--predictor", "nowhere"], "nowhere"),
         (["run", "{folder}", "{texts}", "--routing", "wild"], "routing is 'wild'"),
+        (["run", "{folder}", "{texts}", "--routing", "confident"], "routing='confident' needs a predictor"),
         (["pack", "{folder}", "-o", "{tmp}/x.sida", "--dtype", "int1"], "dtype is 'int1'"),
         (["pack", "{texts}", "-o", "{tmp}/x.sida"], "is a file, expected a checkpoint folder"),
     ],

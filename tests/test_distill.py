@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -207,6 +208,11 @@ def test_training_beats_the_token_table_and_writes_a_whole_folder(model, tmp_pat
     assert held_out["predictor"]["mean_top1"] > held_out["token_table"]["mean_top1"] + 0.05
     assert held_out["predictor"]["tokens"] == report["tokens"]["held_out"]
     assert sum(report["tokens"].values()) == sum(map(len, texts))
+    curve = report["confident"]
+    assert curve[0]["by_table"] == 1
+    assert curve[0]["demanded"] == 0
+    assert curve[-1]["by_table"] == curve[-1]["output_error"] == curve[-1]["transfers_saved"] == 0
+    assert all(a["by_table"] >= b["by_table"] for a, b in itertools.pairwise(curve))
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "predictor.safetensors", "report.json", "report.png", "token_table",

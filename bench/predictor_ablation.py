@@ -1,0 +1,247 @@
+"""What each part of a predictor is worth: the paper's form, one addition at a time, the shadow, the loss's settings.
+
+    python bench/predictor_ablation.py                     # goes on where it stopped; a minute or less for each row
+    python bench/predictor_ablation.py --seeds 0 1 2       # more seeds for the same rows
+    python bench/predictor_ablation.py --only paper shadow # some rows
+
+Every row is trained from the same traces for the same number of passes with the same optimiser, and judged on the same
+held-out sentences. Results go to bench/results/predictor_ablation.json after each row, and from there into a section of
+docs/predictor_figures.md. The rows are small (one thread, a part of the training sentences): they rank, and none of
+them is as good as the same form trained to its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from bench.predictor_quality import Memory, table_predictor, traced, write  # noqa: E402
+from sida_ext.classification import SwitchTransformersForSequenceClassification  # noqa: E402
+from sida_ext.evaluation import evaluate  # noqa: E402
+from sida_ext.objective import TrainingOptions  # noqa: E402
+from sida_ext.predictor import HashPredictor, TokenTablePredictor  # noqa: E402
+from sida_ext.predictor_nets import _MASKED, sparsemax  # noqa: E402
+from sida_ext.traces import Trace  # noqa: E402
+from sida_ext.trainer import Trainer  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "predictor_ablation.json"
+HIDDEN = 128
+
+
+class AblatedNet(nn.Module):
+    """The paper's network with additions that can be switched on; without any it is PaperNet.
+
+    It reads rows of the model's embeddings to which `prepared` has added columns: the token id, how often the token
+    table saw it, and the table's log probabilities.
+
+    Args:
+        both_directions: the LSTM runs both ways, each half as wide.
+        kernel: width of a depthwise convolution before the LSTM; 0: none.
+        conditioned: a layer's head sees the prediction of the layer before it.
+        prior: the table's log probabilities are added to the logits, the less the seldomer the token was seen.
+        own_embeddings: learns embeddings of its own instead of reading the model's.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        layers: int,
+        experts: int,
+        vocabulary: int,
+        hidden: int = HIDDEN,
+        both_directions: bool = False,
+        kernel: int = 0,
+        conditioned: bool = False,
+        prior: bool = False,
+        own_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.layers, self.experts = d_model, layers, experts
+        self.own = nn.Embedding(vocabulary, d_model) if own_embeddings else None
+        self.reduce = nn.Linear(d_model, hidden)
+        self.conv = nn.Conv1d(hidden, hidden, kernel, padding=kernel // 2, groups=hidden) if kernel else None
+        width = hidden // 2 if both_directions else hidden
+        self.lstm = nn.LSTM(hidden, width, num_layers=2, batch_first=True, bidirectional=both_directions)
+        self.heads = nn.ModuleList(nn.Linear(hidden, experts) for _ in range(layers))
+        self.carry = nn.ModuleList(
+            nn.Linear(experts, hidden, bias=False) for _ in range(layers - 1 if conditioned else 0)
+        )
+        self.trust = nn.Parameter(torch.tensor([[0.0, 0.5]] * layers)) if prior else None
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        x, token, seen, prior = x.split([self.d_model, 1, 1, self.layers * self.experts], dim=-1)
+        if self.own is not None:
+            x = self.own(token[..., 0].long())
+        x = F.relu(self.reduce(x))
+        if self.conv is not None:
+            x = x + self.conv((x * real[..., None]).transpose(1, 2)).transpose(1, 2)
+        length = real.sum(1).clamp(min=1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
+        state, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
+        scores = state @ state.transpose(1, 2) * state.shape[-1] ** -0.5
+        state = state + sparsemax(scores.masked_fill(~real[:, None, :], _MASKED)) @ state
+        logits: list[Tensor] = []
+        for layer, head in enumerate(self.heads):
+            if layer and len(self.carry):
+                state = state + self.carry[layer - 1](logits[-1].softmax(-1))
+            found = head(state)
+            if self.trust is not None:
+                share = torch.sigmoid(self.trust[layer, 0] + self.trust[layer, 1] * torch.log1p(seen))
+                found = found + share * prior.unflatten(-1, (self.layers, self.experts))[..., layer, :]
+            logits.append(found)
+        return torch.stack(logits, dim=2)
+
+
+# name -> (what AblatedNet switches on, or None for the shadow; sizes of the shadow; training options)
+ROWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
+    "paper": ({}, {}, {}),
+    "paper, own embeddings": ({"own_embeddings": True}, {}, {}),
+    "paper + token prior": ({"prior": True}, {}, {}),
+    "paper + both directions": ({"both_directions": True}, {}, {}),
+    "paper + convolution": ({"kernel": 5}, {}, {}),
+    "paper + layer on layer": ({"conditioned": True}, {}, {}),
+    "paper + all four": ({"prior": True, "both_directions": True, "kernel": 5, "conditioned": True}, {}, {}),
+    "shadow": (None, {}, {}),
+    "shadow at half width": (None, {"hidden": 64}, {}),
+    "shadow, T = 3": (None, {}, {"truncation": 3}),
+    "shadow, T = 10": (None, {}, {"truncation": 10}),
+    "shadow, lambda = 0": (None, {}, {"top1_weight": 0.0}),
+    "shadow, lambda = 0.1": (None, {}, {"top1_weight": 0.1}),
+    "shadow, lambda = 1": (None, {}, {"top1_weight": 1.0}),
+    "shadow, temperature = 0.5": (None, {}, {"temperature": 0.5}),
+    "shadow, temperature = 2": (None, {}, {"temperature": 2.0}),
+}
+
+
+def prepared(embedding: Tensor, table: TokenTablePredictor) -> Tensor:
+    """The model's embeddings with the columns that AblatedNet reads beside them."""
+    token = torch.arange(embedding.shape[0])
+    prior = table.probabilities(token).clamp(min=1e-6).log().flatten(1)
+    return torch.cat([embedding.float(), token[:, None].float(), table.seen(token)[:, None].float(), prior], dim=1)
+
+
+def train_row(
+    model: Any, traces: dict[str, Trace], table: TokenTablePredictor, name: str, seed: int, epochs: int
+) -> dict[str, Any]:
+    switches, sizes, given = ROWS[name]
+    options = TrainingOptions(
+        variant="shadow" if switches is None else "paper",
+        net=sizes,
+        epochs=epochs,
+        patience=epochs,
+        batch_sentences=16,
+        warmup=50,
+        seed=seed,
+        **given,
+    )
+    made = HashPredictor.for_model(model, options.variant, seed, **sizes)
+    if switches is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made.net = AblatedNet(
+                made.embedding.shape[1], made.layers, made.experts, made.embedding.shape[0], **switches
+            )
+        made.embedding = prepared(made.embedding, table)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(made, Memory(traces["train"]), Memory(traces["validation"]), options, Path(folder) / "c")
+        trainer.run(progress=False)
+        predictor = trainer.finish()
+    start = time.perf_counter()
+    summary = evaluate(predictor, [traces["held_out"]]).summary()
+    return {
+        "parameters": predictor.parameter_count(),
+        "top1": summary["mean_top1"],
+        "top3": summary["mean_top3"],
+        "ece": summary["mean_ece"],
+        "gate_error": statistics.fmean(summary["gate_error"]),
+        "training_seconds": trainer.seconds,
+        "evaluation_seconds": time.perf_counter() - start,
+    }
+
+
+def rendered(known: dict[str, Any]) -> list[str]:
+    sizes, table = known["sizes"], known["token_table"]
+    lines = [
+        f"{sizes['train_tokens']:,} training tokens, {sizes['epochs']} passes in steps of 16 sentences, one thread, "
+        f"LSTM forms {HIDDEN} wide; {sizes['held_out_tokens']:,} held-out tokens; means over the MoE layers, and over "
+        "seeds where there are several. Fewer errors: than the token table of the same training tokens.",
+        "",
+        "| predictor | seeds | parameters | top-1 | top-3 | fewer top-1 errors | fewer top-3 errors | ECE | "
+        "gate error |",
+        "|---|---|---|---|---|---|---|---|---|",
+        f"| token table | | | {table['top1']:.4f} | {table['top3']:.4f} | | | {table['ece']:.4f} | "
+        f"{table['gate_error']:.4f} |",
+    ]
+    for name in ROWS:
+        runs = [run for key, run in known["rows"].items() if key.split("#")[0] == name]
+        if not runs:
+            continue
+        mean = {field: statistics.fmean(run[field] for run in runs) for field in runs[0]}
+        fewer = [1 - (1 - mean[k]) / (1 - table[k]) for k in ("top1", "top3")]
+        spread = f" ± {statistics.stdev(run['top1'] for run in runs):.4f}" if len(runs) > 1 else ""
+        lines.append(
+            f"| {name} | {len(runs)} | {mean['parameters']:,.0f} | {mean['top1']:.4f}{spread} | {mean['top3']:.4f} | "
+            f"{fewer[0]:.1%} | {fewer[1]:.1%} | {mean['ece']:.4f} | {mean['gate_error']:.4f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "demo_model")
+    parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--sentences", type=int, default=2500, help="training sentences")
+    parser.add_argument("--held-out", type=int, default=800, help="held-out sentences")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model = SwitchTransformersForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.model)
+    started = time.perf_counter()
+    sentences = {"train": arguments.sentences, "validation": 300, "held_out": arguments.held_out}
+    traces = {split: traced(model, tokenizer, split, number) for split, number in sentences.items()}
+    table = table_predictor(model, traces["train"])
+    sizes = {
+        "model_fingerprint": table.model_fingerprint,
+        "train_tokens": traces["train"].input_ids.numel(),
+        "held_out_tokens": traces["held_out"].input_ids.numel(),
+        "epochs": arguments.epochs,
+    }
+    known = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
+    if known.get("sizes") != sizes:  # of another model or other sizes: nothing of it can be compared
+        summary = evaluate(table, [traces["held_out"]]).summary()
+        found = {"top1": summary["mean_top1"], "top3": summary["mean_top3"], "ece": summary["mean_ece"]}
+        found["gate_error"] = statistics.fmean(summary["gate_error"])
+        known = {"sizes": sizes, "token_table": found, "rows": {}}
+    for seed in arguments.seeds:
+        for name in arguments.only:
+            if f"{name}#{seed}" in known["rows"]:
+                continue
+            known["rows"][f"{name}#{seed}"] = row = train_row(model, traces, table, name, seed, arguments.epochs)
+            print(f"{name}, seed {seed}: {json.dumps(row)}", flush=True)
+            arguments.results.parent.mkdir(parents=True, exist_ok=True)
+            partial = arguments.results.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=1) + "\n")
+            partial.replace(arguments.results)
+    write(arguments.docs, {"Ablation": rendered(known)}, {}, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
