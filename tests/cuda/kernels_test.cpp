@@ -1,11 +1,18 @@
 // Property tests of the CUDA kernels, executed by the harness: every shipped instance, shapes that are no multiples of
-// any tile, against a float64 reference, and twice under different schedules with bit-identical results.
+// any tile, against a float64 reference and the CPU backend, and twice under different schedules with bit-identical
+// results.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <set>
 
 #include "cpp/check.h"
 #include "layer_case.h"
+#include "route_case.h"
 
 namespace sida::cuda_test {
 namespace {
@@ -50,6 +57,7 @@ LayerCase random_case(std::mt19937_64& random, DType x, DType w, int block_t) {
   layer.strided = random() % 2 == 0;
   layer.waves = random() % 3 == 0;
   layer.absent = random() % 3 == 0;
+  layer.twice = random() % 3 == 0;
   layer.seed = random() % 100000;
   // Multiples of 16 where int8 goes to tensor cores, of 8 for 16-bit types, anything for the fp32 path.
   layer.d_model = pick<int64_t>(random, {16, 48, 64, 80, 144, 208});
@@ -115,6 +123,43 @@ SIDA_TEST(mixed_types) {
   check_instances(DType::f16, DType::f32, cuda::Path::f32, {16});
 }
 
+// Every activation through both kernels of both paths.
+SIDA_TEST(every_activation) {
+  for (const DType x : {DType::bf16, DType::f32}) {
+    for (int activation = 0; activation <= static_cast<int>(Activation::sqrtsoftplus); ++activation) {
+      LayerCase layer;
+      layer.x = layer.w = x;
+      layer.activation = static_cast<Activation>(activation);
+      layer.gated = activation % 2 == 0;
+      layer.d_model = 48;
+      layer.seed = static_cast<uint64_t>(activation);
+      check_case(layer);
+    }
+  }
+}
+
+// All choices of a token at one expert, in one tile and over several; more than one wave; nothing at all.
+SIDA_TEST(duplicates_in_a_row_and_no_tokens) {
+  for (const DType x : {DType::bf16, DType::f16, DType::f32}) {
+    LayerCase layer;
+    layer.x = layer.w = x;
+    layer.top_k = 3;
+    layer.twice = true;
+    layer.tokens = 19;
+    layer.experts = 2;
+    check_case(layer);
+    layer.experts = 1;
+    layer.tokens = 7;  // 21 rows of one expert: choices of a token lie in two tiles of 16
+    layer.multiprocessors = 1;
+    check_case(layer);
+    layer.waves = layer.absent = true;
+    layer.experts = 5;
+    check_case(layer);
+    layer.tokens = 0;
+    check_case(layer);
+  }
+}
+
 SIDA_TEST(odd_sizes_take_the_fp32_path) {
   std::mt19937_64 random(5);
   for (int i = 0; i < 12 * effort(); ++i) {
@@ -129,13 +174,73 @@ SIDA_TEST(odd_sizes_take_the_fp32_path) {
 }
 
 #ifdef SIDA_HARNESS  // what only the harness can count
-SIDA_TEST(three_launches_for_top_1) {
+SIDA_TEST(three_launches_for_any_top_k) {
   LayerCase layer;
   CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm<decode>,expert_gemm<decode>");
   layer.x = layer.w = DType::f32;
   CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm_f32<16>,expert_gemm_f32<16>");
   layer.top_k = 2;
-  CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm_f32<16>,expert_gemm_f32<16>,combine");
+  CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm_f32<16>,expert_gemm_f32<16>");
+  layer.tokens = 0;
+  CHECK_EQ(run(layer, 1).launches, "");
+}
+
+// The index-th permutation of n things.
+void permute(std::vector<unsigned>& order, int64_t index) {
+  for (size_t i = 0; i + 1 < order.size(); ++i) {
+    const auto left = static_cast<int64_t>(order.size() - i);
+    std::rotate(order.begin() + static_cast<std::ptrdiff_t>(i),
+                order.begin() + static_cast<std::ptrdiff_t>(i) + static_cast<std::ptrdiff_t>(index % left),
+                order.begin() + static_cast<std::ptrdiff_t>(i) + static_cast<std::ptrdiff_t>(index % left) + 1);
+    index /= left;
+  }
+}
+
+// The block that comes last adds a token's choices (and a tile's slices): every order of arrival gives the same bits.
+SIDA_TEST(choices_are_combined_in_every_order_of_blocks) {
+  struct {
+    int64_t tokens, top_k, experts, d_model, d_ff;
+    int multiprocessors, splits;
+    bool absent;
+    size_t blocks;
+    int64_t orders;
+  } const cases[] = {
+      {1, 3, 3, 24, 16, 1, 1, false, 3, 6},     // a token's choices, one tile each
+      {2, 2, 4, 24, 16, 1, 1, false, 4, 24},    // two tokens, choices that may share a tile
+      {2, 2, 4, 24, 16, 1, 1, true, 4, 24},     // some choices never come
+      {1, 2, 2, 80, 16, 1, 1, false, 4, 24},    // two tiles of columns
+      {1, 3, 3, 24, 512, 3, 2, false, 6, 720},  // slices of d_ff, then choices
+  };
+  for (const auto& c : cases) {
+    LayerCase layer;
+    layer.x = layer.w = DType::f32;
+    layer.tokens = c.tokens;
+    layer.top_k = c.top_k;
+    layer.experts = c.experts;
+    layer.d_model = c.d_model;
+    layer.d_ff = c.d_ff;
+    layer.multiprocessors = c.multiprocessors;
+    layer.absent = c.absent;
+    layer.seed = 4;
+    std::vector<unsigned char> bytes;
+    std::set<std::vector<unsigned>> seen;
+    for (int64_t index = 0; index < c.orders; ++index) {
+      try {
+        const Outcome outcome = run(layer, 1, [&](std::vector<unsigned>& order) {
+          if (order.size() != c.blocks) return;
+          permute(order, index);
+          seen.insert(order);
+        });
+        CHECK_EQ(outcome.wrong, "");
+        CHECK_EQ(outcome.choice.splits, c.splits);
+        if (bytes.empty()) bytes = outcome.bytes;
+        CHECK(outcome.bytes == bytes);
+      } catch (const harness::KernelError& error) {
+        test::report(__FILE__, __LINE__, layer.name() + ": " + error.what());
+      }
+    }
+    CHECK_EQ(static_cast<int64_t>(seen.size()), c.orders);
+  }
 }
 
 SIDA_TEST(fragments_are_loaded_without_bank_conflicts) {
@@ -195,6 +300,64 @@ SIDA_TEST(d_ff_is_split_only_where_it_pays) {
   CHECK_EQ(outcome.choice.splits, 2);
   CHECK_EQ(outcome.wrong, "");
 }
+
+#ifdef SIDA_HARNESS
+// What ships. The list is compared with the kernels in this program's symbol table, and those with what the tests above
+// have launched: an instance that is added without a test, or never launched, fails here.
+std::set<std::string> shipped() {
+  std::set<std::string> names{"dispatch_plan_kernel(PlanParams)", "route_top1_kernel(RouteParams)"};
+  for (const char* const phase : {"(Phase)0", "(Phase)1"}) {
+    for (const char* const types : {"bf16, bf16", "bf16, signed char", "f16, f16", "f16, signed char"}) {
+      for (const char* const shape : {"64, 16, 4, 1, 4, 2", "128, 64, 2, 2, 3, 1", "128, 128, 2, 4, 3, 1"}) {
+        names.insert(std::string("void expert_gemm<") + types + ", GemmShape<" + shape + ">, " + phase +
+                     ">(LayerParams)");
+      }
+    }
+    for (const char* const tokens : {"16", "64"}) {
+      names.insert(std::string("void expert_gemm_f32<") + tokens + ", " + phase + ">(LayerParams)");
+    }
+  }
+  return names;
+}
+
+// Kernels are the functions of sida::cuda that take one struct of parameters.
+std::map<std::string, const void*> built() {
+  std::map<std::string, const void*> kernels;
+  const std::string command = "nm -C --defined-only /proc/" + std::to_string(getpid()) + "/exe";
+  FILE* const pipe = popen(command.c_str(), "r");
+  char line[1024];
+  while (pipe != nullptr && std::fgets(line, sizeof line, pipe) != nullptr) {
+    std::string text(line);
+    text.erase(text.find_last_not_of('\n') + 1);
+    const size_t type = text.find(' ');
+    if (type == std::string::npos || std::strchr("TtWw", text[type + 1]) == nullptr) continue;
+    std::string name = text.substr(type + 3);
+    if (name.find("[clone") != std::string::npos) continue;
+    for (size_t at; (at = name.find("sida::cuda::")) != std::string::npos;) name.erase(at, 12);
+    const bool kernel =
+        name.find("::") == std::string::npos && name.find('&') == std::string::npos &&
+        (name.find("(LayerParams)") != std::string::npos || name.find("(PlanParams)") != std::string::npos ||
+         name.find("(RouteParams)") != std::string::npos);
+    if (kernel) kernels[name] = reinterpret_cast<const void*>(std::stoull(text.substr(0, type), nullptr, 16));
+  }
+  if (pipe != nullptr) pclose(pipe);
+  return kernels;
+}
+
+SIDA_TEST(every_shipped_instance_was_launched) {
+  CHECK_EQ(run(RouteCase{}, 1).wrong, "");
+  const auto kernels = built();
+  std::set<std::string> names;
+  for (const auto& [name, address] : kernels) {
+    names.insert(name);
+    if (harness::launched_kernels().count(address) == 0) test::report(__FILE__, __LINE__, name + " was never launched");
+    if (shipped().count(name) == 0) test::report(__FILE__, __LINE__, name + " is built and not in the list");
+  }
+  for (const std::string& name : shipped()) {
+    if (names.count(name) == 0) test::report(__FILE__, __LINE__, name + " is in the list and not built (is nm there?)");
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace sida::cuda_test

@@ -106,6 +106,10 @@ double activate(double v, Activation activation) {
   return v;
 }
 
+const ParallelFor one_thread{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
+                               for (int64_t i = 0; i < count; ++i) body(context, i);
+                             }};
+
 // A device array made of host values; inputs are read-only for the kernels.
 template <class Value>
 Value* upload(const std::vector<Value>& values, bool read_only = true) {
@@ -167,14 +171,15 @@ std::string LayerCase::name() const {
   text << "x " << dtype_name(x) << ", w " << dtype_name(w) << ", tokens " << tokens << ", top_k " << top_k
        << ", d_model " << d_model << ", d_ff " << d_ff << ", experts " << experts << ", gated " << gated
        << ", activation " << static_cast<int>(activation) << ", strided " << strided << ", waves " << waves
-       << ", absent " << absent << ", skewed " << skewed << ", multiprocessors " << multiprocessors << ", seed "
-       << seed;
+       << ", absent " << absent << ", twice " << twice << ", skewed " << skewed << ", multiprocessors "
+       << multiprocessors << ", seed " << seed;
   return text.str();
 }
 
-Outcome run(const LayerCase& layer, uint64_t schedule) {
+Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrange) {
   harness::global_reset();
   harness::seed(schedule);
+  if (rearrange) harness::order_blocks(rearrange);
   std::mt19937_64 random(layer.seed);
   std::normal_distribution<double> normal;
 
@@ -199,6 +204,9 @@ Outcome run(const LayerCase& layer, uint64_t schedule) {
     auto expert = static_cast<int32_t>(random() % static_cast<uint64_t>(layer.experts));
     if (layer.skewed && random() % 4 != 0) expert = static_cast<int32_t>(layer.experts / 2);
     if (layer.absent && random() % 5 == 0) expert = -1;
+    if (layer.twice && i / layer.top_k % 2 == 0 && i % layer.top_k != 0) {
+      expert = expert_index[static_cast<size_t>(i - i % layer.top_k)];
+    }
     expert_index[static_cast<size_t>(i)] = expert;
     gate[static_cast<size_t>(i)] = static_cast<float>(0.2 + 0.8 * (static_cast<double>(random() % 1000) / 1000));
   }
@@ -249,17 +257,27 @@ Outcome run(const LayerCase& layer, uint64_t schedule) {
     void* const workspace = global_allocate(static_cast<size_t>(cuda::workspace_bytes(args, architecture)));
     cuda::moe_ffn(args, architecture, workspace, error_rows, nullptr);
   }
-  if (layer.top_k > 1) cuda::moe_ffn_combine(args, nullptr);
   harness::finish();
   outcome.launches = harness::launched();
   outcome.bytes.assign(static_cast<unsigned char*>(args.out), static_cast<unsigned char*>(args.out) + before.size());
 
+  // The CPU backend on the same arrays, with every expert in one wave.
+  MoeFfnArgs on_cpu = args;
+  on_cpu.slot_of_expert = slot_of_expert.data();
+  std::vector<unsigned char> cpu_out(before.size());
+  std::vector<float> cpu_partials(layer.top_k > 1 ? static_cast<size_t>(rows * layer.d_model) : 0);
+  on_cpu.out = cpu_out.data();
+  on_cpu.partials = layer.top_k > 1 ? cpu_partials.data() : nullptr;
+  if (layer.tokens > 0) cpu::moe_ffn(on_cpu, one_thread);
+  if (layer.tokens > 0 && layer.top_k > 1) cpu::moe_ffn_combine(on_cpu, one_thread);
+
   const bool tensor_cores = outcome.choice.path == cuda::Path::tensor_core;
   int32_t first_missing = std::numeric_limits<int32_t>::max();
-  std::vector<double> hidden(static_cast<size_t>(layer.d_ff)), hidden_error(hidden.size());
+  std::vector<double> hidden(static_cast<size_t>(layer.d_ff)), hidden_error(hidden.size()), cpu_error(hidden.size());
   for (int64_t t = 0; t < layer.tokens && outcome.wrong.empty(); ++t) {
-    std::vector<double> expected(static_cast<size_t>(layer.d_model)), bound(expected.size());
-    bool computed = layer.top_k > 1;
+    std::vector<double> expected(static_cast<size_t>(layer.d_model)), bound(expected.size()),
+        cpu_bound(expected.size());
+    bool computed = false;
     for (int64_t k = 0; k < layer.top_k; ++k) {
       const int32_t expert = expert_index[static_cast<size_t>(t * layer.top_k + k)];
       if (expert < 0) continue;
@@ -290,18 +308,21 @@ Outcome run(const LayerCase& layer, uint64_t schedule) {
         // No activation here has a slope above 1.2. Tensor cores round the hidden value once to x's type.
         hidden_error[i] =
             1e-5 * (1.2 * spread * std::fabs(up) + std::fabs(act) * up_spread) + 1e-6 * std::fabs(hidden[i]);
+        cpu_error[i] = hidden_error[i];  // its hidden values are fp32
         if (tensor_cores) hidden_error[i] += roundoff(layer.x) * std::fabs(hidden[i]) + std::ldexp(1, -25);
       }
       for (int64_t c = 0; c < layer.d_model; ++c) {
-        double sum = 0, error = 0;
+        double sum = 0, error = 0, error_on_cpu = 0;
         for (int64_t f = 0; f < layer.d_ff; ++f) {
           const double w = wo.row(slot, c)[f];
-          sum += w * hidden[static_cast<size_t>(f)];
-          error +=
-              std::fabs(w) * (hidden_error[static_cast<size_t>(f)] + 1e-5 * std::fabs(hidden[static_cast<size_t>(f)]));
+          const auto i = static_cast<size_t>(f);
+          sum += w * hidden[i];
+          error += std::fabs(w) * (hidden_error[i] + 1e-5 * std::fabs(hidden[i]));
+          error_on_cpu += std::fabs(w) * (cpu_error[i] + 1e-5 * std::fabs(hidden[i]));
         }
         expected[static_cast<size_t>(c)] += weight * sum;
         bound[static_cast<size_t>(c)] += weight * error;
+        cpu_bound[static_cast<size_t>(c)] += weight * error_on_cpu;
       }
     }
     for (int64_t c = 0; c < layer.d_model; ++c) {
@@ -312,6 +333,17 @@ Outcome run(const LayerCase& layer, uint64_t schedule) {
       if (std::isnan(wanted) ? !std::isnan(actual) : !(std::fabs(actual - wanted) <= allowed)) {
         std::ostringstream text;
         text << "out[" << t << ", " << c << "] is " << actual << ", expected " << wanted << " within " << allowed;
+        outcome.wrong = text.str();
+        break;
+      }
+      if (!computed) continue;
+      const double cpu_value = loaded(cpu_out.data(), layer.x, t * layer.d_model + c);
+      const double apart =
+          allowed + cpu_bound[i] + 1.01 * roundoff(layer.x) * (std::fabs(wanted) + cpu_bound[i]) + 1e-7;
+      if (std::isnan(cpu_value) ? !std::isnan(actual) : !(std::fabs(actual - cpu_value) <= apart)) {
+        std::ostringstream text;
+        text << "out[" << t << ", " << c << "] is " << actual << ", the CPU backend's " << cpu_value
+             << ", expected within " << apart << " of each other";
         outcome.wrong = text.str();
         break;
       }

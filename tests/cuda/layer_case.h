@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@ struct LayerCase {
   bool strided = false;  // rows and slots with gaps, slots in another order than the experts
   bool waves = false;    // half of the experts in a first call, the others in a second
   bool absent = false;   // some rows have expert -1, one expert is never resident
+  bool twice = false;    // every second token names one expert for all its choices
   bool nan = false;      // one element of token 1 is NaN
   bool skewed = false;   // most rows go to one expert
   int multiprocessors = 108;
@@ -36,7 +38,10 @@ struct Outcome {
   cuda::Choice choice;
 };
 
-// Runs the case under the schedule of `schedule`. Throws harness::KernelError where the harness stops it.
-Outcome run(const LayerCase& layer, uint64_t schedule);
+// Runs the case under the schedule of `schedule`, or with the blocks in the order that `rearrange` gives (see
+// harness::order_blocks), and compares every value with a float64 reference and with the CPU backend. Throws
+// harness::KernelError where the harness stops it.
+using Rearrange = std::function<void(std::vector<unsigned>&)>;
+Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrange = nullptr);
 
 }  // namespace sida::cuda_test

@@ -35,11 +35,8 @@ Planned plan(const std::vector<int32_t>& expert_index, const std::vector<int32_t
   const auto experts = static_cast<int32_t>(slot_of_expert.size());
   const int64_t tiles = cuda::max_tiles(rows, experts, block_t);
   cuda::PlanParams params{};
-  params.expert_index = upload(expert_index);
-  params.slot_of_expert = upload(slot_of_expert);
+  params.routing = {upload(expert_index), upload(slot_of_expert), experts, experts};
   params.rows = rows;
-  params.num_experts = experts;
-  params.num_slots = experts;
   params.block_t = block_t;
   params.warps = warps;
   // Exactly as large as max_tiles promises: a tile too many is out of bounds.
@@ -47,8 +44,8 @@ Planned plan(const std::vector<int32_t>& expert_index, const std::vector<int32_t
       static_cast<int32_t*>(harness::global_allocate(4)),
       static_cast<cuda::TokenTile*>(harness::global_allocate(static_cast<size_t>(tiles) * sizeof(cuda::TokenTile))),
       static_cast<int32_t*>(harness::global_allocate(expert_index.size() * 4))};
-  params.tickets = static_cast<int32_t*>(harness::global_allocate(28));
-  params.ticket_count = 7;
+  params.counters = static_cast<int32_t*>(harness::global_allocate(28));
+  params.counter_count = 7;
   params.error_rows = upload(std::vector<int32_t>{none, none});
   cuda::launch("dispatch_plan", cuda::dispatch_plan_kernel, {1, warps * 32, (warps + 3) * experts * 4}, params,
                nullptr);
@@ -57,7 +54,7 @@ Planned plan(const std::vector<int32_t>& expert_index, const std::vector<int32_t
   int positions = 0;
   for (const auto& tile : planned.tiles) positions = std::max(positions, tile.first + tile.count);
   planned.row_of_position.assign(params.plan.row_of_position, params.plan.row_of_position + positions);
-  planned.tickets.assign(params.tickets, params.tickets + 7);
+  planned.tickets.assign(params.counters, params.counters + 7);
   planned.wrong_row = params.error_rows[0];
   planned.missing_row = params.error_rows[1];
   return planned;

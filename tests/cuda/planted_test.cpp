@@ -85,6 +85,17 @@ std::vector<Planted> all_planted() {
     l.experts = 2;
     l.tokens = 5;
   });
+  const LayerCase two_choices = layer([](LayerCase& l) { l.top_k = 2; });
+  // Three choices, and sums that are not rounded to 16 bits, for the same reason.
+  const LayerCase three_choices_f32 = layer([](LayerCase& l) {
+    l.x = l.w = DType::f32;
+    l.top_k = 3;
+    l.tokens = 9;
+  });
+  const LayerCase absent_choices = layer([](LayerCase& l) {
+    l.top_k = 2;
+    l.absent = true;
+  });
   const LayerCase int8 = layer([](LayerCase& l) { l.w = DType::i8; });
   const LayerCase absent = layer([](LayerCase& l) { l.absent = true; });
   const LayerCase f32 = layer([](LayerCase& l) { l.x = l.w = DType::f32; });
@@ -110,6 +121,15 @@ std::vector<Planted> all_planted() {
       {Plant::split_no_barrier, "split_no_barrier", "race|uninitialised", over(split)},
       {Plant::split_no_fence, "split_no_fence", "global_conflict", over(split)},
       {Plant::split_short_slice, "split_short_slice", "wrong", over(split)},
+      {Plant::combine_no_fence, "combine_no_fence", "global_conflict", over(two_choices)},
+      {Plant::combine_early_arrival, "combine_early_arrival", "global_conflict", over(two_choices)},
+      {Plant::combine_no_barrier, "combine_no_barrier", "race", over(two_choices)},
+      {Plant::combine_by_arrival, "combine_by_arrival", "schedule", over(three_choices_f32)},
+      {Plant::combine_counts_absent, "combine_counts_absent", "wrong", over(absent_choices)},
+      {Plant::combine_reads_counter, "combine_reads_counter", "global_conflict", over(two_choices)},
+      {Plant::combine_always, "combine_always", "global_conflict", over(two_choices)},
+      {Plant::plan_counters_not_cleared, "plan_counters_not_cleared", "uninitialised", over(split)},
+      {Plant::plan_counters_not_cleared, "plan_counters_not_cleared (choices)", "uninitialised", over(two_choices)},
       {Plant::plan_no_warp_barrier, "plan_no_warp_barrier", "race", over(plain)},
       {Plant::plan_inclusive_scan, "plan_inclusive_scan", "out_of_bounds", over(one_slot)},
       {Plant::plan_zero_missing, "plan_zero_missing", "wrong", over(absent)},

@@ -1,6 +1,7 @@
 // Sorts the layer's (token, choice) rows by expert and cuts each expert's rows into tiles: histogram, exclusive scan
 // and tile list in one launch of one block, so that neither the host nor another kernel is waited for.
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/routed_row.cuh"
 #include "kernels/cuda/warp_rank.cuh"
 
 namespace sida::cuda {
@@ -21,22 +22,13 @@ __device__ inline int inclusive_warp_sum(int value) {
 // The expert of `row`, or -1 if the row has none here; notes the lowest rows with a wrong value or a missing expert.
 __device__ inline int resident_expert(const PlanParams& p, int row, int& wrong_row, int& missing_row) {
   if (row >= p.rows) return -1;
-  const int expert = p.expert_index[row];
-  if (expert == -1) return -1;
-  if (expert < -1 || expert >= p.num_experts) {
-    wrong_row = min(wrong_row, row);
-    return -1;
-  }
-  const int slot = p.slot_of_expert[expert];
-  if (slot < -1 || slot >= p.num_slots) {
-    wrong_row = min(wrong_row, row);
-    return -1;
-  }
-  if (slot < 0) {
+  const RoutedRow routed = locate_expert(p.routing, row);
+  if (routed.found == Found::wrong) wrong_row = min(wrong_row, row);
+  if (routed.found == Found::missing) {
     missing_row = min(missing_row, row);
-    return SIDA_PLANTED(plan_zero_missing) ? expert : -1;
+    if (SIDA_PLANTED(plan_zero_missing)) return routed.expert;
   }
-  return expert;
+  return routed.found == Found::resident ? routed.expert : -1;
 }
 
 }  // namespace
@@ -45,7 +37,7 @@ __global__ void __launch_bounds__(1024) dispatch_plan_kernel(const PlanParams p)
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int warp = thread / 32, lane = thread % 32;
-  const int experts = p.num_experts;
+  const int experts = p.routing.num_experts;
   int* counts = reinterpret_cast<int*>(dynamic_shared());  // [warps][experts]
   int* totals = counts + p.warps * experts;                // [experts]
   int* first_position = totals + experts;                  // [experts]
@@ -53,7 +45,9 @@ __global__ void __launch_bounds__(1024) dispatch_plan_kernel(const PlanParams p)
   int* warp_counts = counts + warp * experts;
 
   for (int i = thread; i < p.warps * experts; i += threads) counts[i] = 0;
-  for (int i = thread; i < p.ticket_count; i += threads) p.tickets[i] = 0;
+  if (!SIDA_PLANTED(plan_counters_not_cleared)) {
+    for (int i = thread; i < p.counter_count; i += threads) p.counters[i] = 0;
+  }
   __syncthreads();
 
   const Segment segment = segment_of_warp(p.rows, warp, p.warps);
@@ -90,7 +84,7 @@ __global__ void __launch_bounds__(1024) dispatch_plan_kernel(const PlanParams p)
   __syncthreads();
 
   for (int expert = thread; expert < experts; expert += threads) {
-    const int slot = p.slot_of_expert[expert];
+    const int slot = p.routing.slot_of_expert[expert];
     for (int done = 0; done < totals[expert]; done += p.block_t) {
       p.plan.tiles[first_tile[expert] + done / p.block_t] = {max(slot, 0), first_position[expert] + done,
                                                              min(totals[expert] - done, p.block_t), 0};

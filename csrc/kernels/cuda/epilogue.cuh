@@ -1,9 +1,11 @@
 // What happens to a block's fp32 sums, once they lie in shared memory as [block_t tokens][block_w weight rows]:
-// scale, activation and a store to the hidden buffer in the first phase; scale, gate and a scatter in the second.
+// scale, activation and a store to the hidden buffer in the first phase; scale, gate and a scatter in the second, and
+// for top_k > 1 the sum over a token's choices.
 #pragma once
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/routed_row.cuh"
 #include "kernels/cuda/work.cuh"
 
 namespace sida::cuda {
@@ -79,7 +81,8 @@ __device__ inline void store_gated(const LayerParams& p, int position, int colum
   if (p.top_k == 1) {
     store_eight(p.out, static_cast<int64_t>(row) * p.d_model + column, dtype, count, p.vector_out, value);
   } else {
-    store_eight(p.partials, static_cast<int64_t>(row) * p.d_model + column, DType::f32, count, p.vector_out, value);
+    store_eight(p.partials, static_cast<int64_t>(row) * p.d_model + column, DType::f32, count, p.vector_partials,
+                value);
   }
 }
 
@@ -103,9 +106,63 @@ __device__ inline void add_slices(const LayerParams& p, const Work& work, DType 
   }
 }
 
+// Announces the block's slice; true for the block that is the last of its tile, which then sees all slices.
 // `flag`: an int of shared memory that nothing else uses.
+__device__ inline bool is_last_slice(const LayerParams& p, const Work& work, int* flag) {
+  if (!SIDA_PLANTED(split_no_fence)) __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = atomicAdd(&p.tickets[work.token_tile * work.weight_tiles + work.weight_tile], 1);
+  if (!SIDA_PLANTED(split_no_barrier)) __syncthreads();
+  if (*flag != p.splits - 1) return false;
+  __threadfence();
+  return true;
+}
+
+// For top_k > 1: the block whose row is the last of its token's rows in this wave adds the token's choices, in their
+// order and rounded once, whichever block that is. Choices of earlier waves lie in `partials` already, those of later
+// waves and those without an expert are zero there: every wave leaves the sum of what there is so far, the last one all
+// of it. `completes`: block_t ints of shared memory that nothing else uses any more.
+template <int block_w, int block_t>
+__device__ inline void combine_choices(const LayerParams& p, const Work& work, DType dtype, int* completes) {
+  if (!SIDA_PLANTED(combine_no_fence)) __threadfence();
+  if (!SIDA_PLANTED(combine_early_arrival)) __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < work.tokens.count; i += static_cast<int>(blockDim.x)) {
+    const int token = p.plan.row_of_position[work.tokens.first + i] / p.top_k;
+    int rows = 0;
+    for (int choice = 0; choice < p.top_k; ++choice) {
+      const RoutedRow routed = locate_expert(p.routing, token * p.top_k + choice);
+      if (routed.found == Found::resident || SIDA_PLANTED(combine_counts_absent)) ++rows;
+    }
+    int* const arrivals = &p.arrivals[static_cast<int64_t>(token) * work.weight_tiles + work.weight_tile];
+    const int before = atomicAdd(arrivals, 1);
+    completes[i] = SIDA_PLANTED(combine_reads_counter) ? *arrivals == rows
+                   : SIDA_PLANTED(combine_always)      ? 1
+                                                       : before == rows - 1;
+  }
+  if (!SIDA_PLANTED(combine_no_barrier)) __syncthreads();
+  __threadfence();
+  for (int i = static_cast<int>(threadIdx.x); i < block_t * block_w / 8; i += static_cast<int>(blockDim.x)) {
+    const Unit unit = locate_unit<block_w, Phase::output>(p, work, i);
+    if (unit.token >= work.tokens.count || unit.count == 0 || completes[unit.token] == 0) continue;
+    const int row = p.plan.row_of_position[work.tokens.first + unit.token];
+    const int token = row / p.top_k;
+    float sum[8] = {};
+    for (int step = 0; step < p.top_k; ++step) {
+      const int choice = SIDA_PLANTED(combine_by_arrival) ? (row + step) % p.top_k : step;
+      const int64_t first = (static_cast<int64_t>(token) * p.top_k + choice) * p.d_model + unit.column;
+      float part[8];
+      load_eight(p.partials, first, DType::f32, unit.count, p.vector_partials, part);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j] += part[j];
+    }
+    store_eight(p.out, static_cast<int64_t>(token) * p.d_model + unit.column, dtype, unit.count, p.vector_out, sum);
+  }
+}
+
+// `flag`: an int of shared memory that nothing else uses; `completes`: as above.
 template <int block_w, int block_t, int row_floats>
-__device__ inline void store_output(const LayerParams& p, const Work& work, const float* sums, DType dtype, int* flag) {
+__device__ inline void store_output(const LayerParams& p, const Work& work, const float* sums, DType dtype, int* flag,
+                                    int* completes) {
   const int64_t slice = p.positions * p.split_row_stride;
   for (int i = static_cast<int>(threadIdx.x); i < block_t * block_w / 8; i += static_cast<int>(blockDim.x)) {
     const Unit unit = locate_unit<block_w, Phase::output>(p, work, i);
@@ -121,14 +178,11 @@ __device__ inline void store_output(const LayerParams& p, const Work& work, cons
                   value);
     }
   }
-  if (p.splits == 1) return;
-  if (!SIDA_PLANTED(split_no_fence)) __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicAdd(&p.tickets[work.token_tile * work.weight_tiles + work.weight_tile], 1);
-  if (!SIDA_PLANTED(split_no_barrier)) __syncthreads();
-  if (*flag != p.splits - 1) return;
-  __threadfence();
-  add_slices<block_w, block_t>(p, work, dtype);
+  if (p.splits > 1) {
+    if (!is_last_slice(p, work, flag)) return;
+    add_slices<block_w, block_t>(p, work, dtype);
+  }
+  if (p.top_k > 1) combine_choices<block_w, block_t>(p, work, dtype, completes);
 }
 
 }  // namespace sida::cuda

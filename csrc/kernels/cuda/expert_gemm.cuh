@@ -267,7 +267,9 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm) expert_g
   if constexpr (phase == Phase::hidden) {
     store_hidden<Shape::block_w, Shape::block_t, Memory::row_floats>(p, work, tile_sums, ElementOf<Token>::dtype);
   } else {
-    store_output<Shape::block_w, Shape::block_t, Memory::row_floats>(p, work, tile_sums, ElementOf<Token>::dtype, flag);
+    static_assert(Shape::block_t <= 2 * Shape::block_w, "the table of weight rows is used again");
+    store_output<Shape::block_w, Shape::block_t, Memory::row_floats>(p, work, tile_sums, ElementOf<Token>::dtype, flag,
+                                                                     reinterpret_cast<int*>(weight_offset));
   }
 }
 

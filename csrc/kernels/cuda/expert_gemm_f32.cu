@@ -118,7 +118,9 @@ __global__ void __launch_bounds__(SimtShape::threads, 4) expert_gemm_f32(const L
   if constexpr (phase == Phase::hidden) {
     store_hidden<block_w, block_t, Memory::row_floats>(p, work, tile_sums, DType::f32);
   } else {
-    store_output<block_w, block_t, Memory::row_floats>(p, work, tile_sums, p.x_dtype, flag);
+    static_assert(block_t <= 2 * block_w, "the table of weight rows is used again");
+    store_output<block_w, block_t, Memory::row_floats>(p, work, tile_sums, p.x_dtype, flag,
+                                                       reinterpret_cast<int*>(weight_offset));
   }
 }
 

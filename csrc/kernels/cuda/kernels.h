@@ -10,7 +10,6 @@ namespace sida::cuda {
 
 __global__ void dispatch_plan_kernel(PlanParams p);
 __global__ void route_top1_kernel(RouteParams p);
-__global__ void combine_kernel(CombineParams p);
 
 // Both phases of a layer for one choice of types and tile.
 struct LayerKernels {

@@ -32,7 +32,8 @@ void launch(const char* name, void (*kernel)(Params), const LaunchShape& shape, 
   }
 #ifdef SIDA_HARNESS
   harness::launch([=] { kernel(params); }, static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.threads),
-                  static_cast<size_t>(shape.shared_bytes), name, stream);
+                  static_cast<size_t>(shape.shared_bytes), name, reinterpret_cast<const void*>(kernel));
+  static_cast<void>(stream);  // kernels run at once
 #else
   void* arguments[] = {const_cast<Params*>(&params)};
   check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.blocks)),

@@ -27,7 +27,8 @@ LayerKernels kernels_of(const MoeFfnArgs& args, const Choice& choice) {
 // Offsets of the parts of the scratch, each 256-byte aligned.
 struct Layout {
   int64_t rows, tiles, output_tiles, hidden_row_stride, split_row_stride;
-  int64_t tile_count, tile_list, row_of_position, tickets, hidden, split_sums, bytes;
+  int64_t ticket_count, arrival_count;
+  int64_t tile_count, tile_list, row_of_position, counters, hidden, split_sums, bytes;
 
   Layout(const MoeFfnArgs& args, const Choice& choice, int block_w) {
     rows = args.tokens * args.top_k;
@@ -40,7 +41,9 @@ struct Layout {
     tile_count = part(4);
     tile_list = part(tiles * static_cast<int64_t>(sizeof(TokenTile)));
     row_of_position = part(rows * 4);
-    tickets = part(choice.splits > 1 ? tiles * output_tiles * 4 : 0);
+    ticket_count = choice.splits > 1 ? tiles * output_tiles : 0;
+    arrival_count = args.top_k > 1 ? args.tokens * output_tiles : 0;
+    counters = part((ticket_count + arrival_count) * 4);
     hidden = part(rows * hidden_row_stride * hidden_element);
     split_sums = part(choice.splits > 1 ? choice.splits * rows * split_row_stride * 4 : 0);
   }
@@ -114,20 +117,26 @@ void moe_ffn(const MoeFfnArgs& args, const Architecture& architecture, void* wor
          " a block; expected compute capability 8.0 or later");
   }
   const Layout layout(args, choice, kernels.block_w);
+  const int64_t hidden_tiles = divide_up(args.d_ff, args.gated ? kernels.block_w / 2 : kernels.block_w);
+  const int64_t hidden_blocks = layout.tiles * hidden_tiles;
+  const int64_t output_blocks = layout.tiles * layout.output_tiles * choice.splits;
+  const int64_t most = std::max({hidden_blocks, output_blocks, layout.ticket_count + layout.arrival_count});
+  if (most > std::numeric_limits<int32_t>::max()) {
+    fail(ErrorKind::invalid, "cuda::moe_ffn: ", most, " blocks or counters in one launch, expected at most ",
+         std::numeric_limits<int32_t>::max(), "; split the batch");
+  }
   const Plan plan{at<int32_t*>(workspace, layout.tile_count), at<TokenTile*>(workspace, layout.tile_list),
                   at<int32_t*>(workspace, layout.row_of_position)};
 
   PlanParams plan_params{};
-  plan_params.expert_index = args.expert_index;
-  plan_params.slot_of_expert = args.slot_of_expert;
+  plan_params.routing = {args.expert_index, args.slot_of_expert, static_cast<int32_t>(args.num_experts),
+                         static_cast<int32_t>(args.num_slots)};
   plan_params.rows = static_cast<int32_t>(layout.rows);
-  plan_params.num_experts = static_cast<int32_t>(args.num_experts);
-  plan_params.num_slots = static_cast<int32_t>(args.num_slots);
   plan_params.block_t = choice.block_t;
   plan_params.warps = counting_warps(layout.rows, args.num_experts, 3, "cuda::moe_ffn");
   plan_params.plan = plan;
-  plan_params.tickets = at<int32_t*>(workspace, layout.tickets);
-  plan_params.ticket_count = choice.splits > 1 ? static_cast<int32_t>(layout.tiles * layout.output_tiles) : 0;
+  plan_params.counters = at<int32_t*>(workspace, layout.counters);
+  plan_params.counter_count = static_cast<int32_t>(layout.ticket_count + layout.arrival_count);
   plan_params.error_rows = error_rows;
   launch("dispatch_plan", dispatch_plan_kernel,
          {1, plan_params.warps * 32, (plan_params.warps + 3) * args.num_experts * 4}, plan_params, stream);
@@ -143,8 +152,9 @@ void moe_ffn(const MoeFfnArgs& args, const Architecture& architecture, void* wor
   params.vector_x = row_vectors(args.x, args.x_row_stride, args.x_dtype, args.tokens);
   params.vector_wi = matrix_vectors(args.wi, args.w_dtype);
   params.vector_wo = matrix_vectors(args.wo, args.w_dtype);
-  params.vector_out = args.top_k == 1 ? row_vectors(args.out, args.d_model, args.x_dtype, args.tokens)
-                                      : row_vectors(args.partials, args.d_model, DType::f32, layout.rows);
+  params.vector_out = row_vectors(args.out, args.d_model, args.x_dtype, args.tokens);
+  params.vector_partials = row_vectors(args.partials, args.d_model, DType::f32, layout.rows);
+  params.routing = plan_params.routing;
   params.x = args.x;
   params.x_row_stride = args.x_row_stride;
   params.gate = args.gate;
@@ -157,34 +167,12 @@ void moe_ffn(const MoeFfnArgs& args, const Architecture& architecture, void* wor
   params.split_sums = choice.splits > 1 ? at<float*>(workspace, layout.split_sums) : nullptr;
   params.split_row_stride = layout.split_row_stride;
   params.positions = layout.rows;
-  params.tickets = plan_params.tickets;
+  params.tickets = plan_params.counters;
+  params.arrivals = args.top_k > 1 ? plan_params.counters + layout.ticket_count : nullptr;
   params.out = args.out;
   params.partials = args.partials;
-  const int64_t hidden_tiles = divide_up(args.d_ff, args.gated ? kernels.block_w / 2 : kernels.block_w);
-  const int64_t hidden_blocks = layout.tiles * hidden_tiles;
-  const int64_t output_blocks = layout.tiles * layout.output_tiles * choice.splits;
-  if (std::max(hidden_blocks, output_blocks) > std::numeric_limits<int32_t>::max()) {
-    fail(ErrorKind::invalid, "cuda::moe_ffn: ", std::max(hidden_blocks, output_blocks),
-         " blocks in one launch, expected at most ", std::numeric_limits<int32_t>::max(), "; split the batch");
-  }
   launch(kernels.name, kernels.hidden, {hidden_blocks, kernels.threads, kernels.shared_bytes}, params, stream);
   launch(kernels.name, kernels.output, {output_blocks, kernels.threads, kernels.shared_bytes}, params, stream);
-}
-
-void moe_ffn_combine(const MoeFfnArgs& args, cudaStream_t stream) {
-  check_sizes(args);
-  if (args.top_k == 1) {
-    fail(ErrorKind::invalid, "cuda::moe_ffn_combine: top_k is 1, expected more: moe_ffn wrote the result itself");
-  }
-  if (args.tokens == 0) return;
-  const int64_t units = divide_up(args.tokens * args.d_model, 8);
-  const CombineParams params{args.partials,
-                             args.out,
-                             args.x_dtype,
-                             args.tokens,
-                             static_cast<int32_t>(args.top_k),
-                             static_cast<int32_t>(args.d_model)};
-  launch("combine", combine_kernel, {std::min<int64_t>(divide_up(units, 256), 65536), 256, 0}, params, stream);
 }
 
 void route_top1(const RouteArgs& args, cudaStream_t stream) {

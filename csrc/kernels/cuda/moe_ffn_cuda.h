@@ -1,7 +1,7 @@
 // The CUDA backend's host interface: the layer of moe_ffn.h over device pointers, on the caller's stream.
 //
-// A layer is three launches (plan, hidden, output) and, for top_k > 1, a combine after its last wave. Nothing here
-// allocates, synchronises or touches another stream; memory comes from the caller.
+// A layer, or one wave of it, is three launches for any top_k: plan, hidden, output. Nothing here allocates,
+// synchronises or touches another stream; memory comes from the caller.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,12 +20,11 @@ int64_t workspace_bytes(const MoeFfnArgs& args, const Architecture& architecture
 // Computes one wave; semantics as cpu::moe_ffn. Wrong values cannot raise here: `error_rows` (null or two int32 on the
 // device, INT32_MAX before the first call) receives the lowest row (token * top_k + choice) with an index or a slot
 // out of range, and the lowest whose expert has slot -1; rows of either kind are left alone.
-// Throws Error(invalid) for sizes that the kernels do not take and Error(internal) if a launch fails.
+// With top_k > 1 there is nothing to combine afterwards (as cpu::moe_ffn_combine does): a wave leaves in `out`, for
+// every token that it computed a row of, the sum of all its choices in `partials` so far, in their order and rounded
+// once. Throws Error(invalid) for sizes that the kernels do not take and Error(internal) if a launch fails.
 void moe_ffn(const MoeFfnArgs& args, const Architecture& architecture, void* workspace, int32_t* error_rows,
              cudaStream_t stream);
-
-// out[t] = sum over k of partials[t, k] in the order of k, rounded once. Only for top_k > 1.
-void moe_ffn_combine(const MoeFfnArgs& args, cudaStream_t stream);
 
 struct RouteArgs {
   int64_t sequences, length, experts;

@@ -23,13 +23,19 @@ struct Plan {
   int32_t* row_of_position;  // [tokens * top_k]
 };
 
-struct PlanParams {
+// Which slot each row's expert has in this wave.
+struct Routing {
   const int32_t* expert_index;    // [rows]
   const int32_t* slot_of_expert;  // [num_experts]
-  int32_t rows, num_experts, num_slots, block_t, warps;
+  int32_t num_experts, num_slots;
+};
+
+struct PlanParams {
+  Routing routing;
+  int32_t rows, block_t, warps;
   Plan plan;
-  int32_t* tickets;  // zeroed for the split reduction
-  int32_t ticket_count;
+  int32_t* counters;  // zeroed for the output phase: tickets and arrivals
+  int32_t counter_count;
   // Error words, null or two of them, set to INT32_MAX by the host: the lowest row whose expert_index (or whose
   // expert's slot) is out of range, and the lowest row whose expert is not resident.
   int32_t* error_rows;
@@ -43,7 +49,9 @@ struct LayerParams {
   bool gated;
   Activation activation;
   DType x_dtype, w_dtype;
-  bool vector_x, vector_wi, vector_wo, vector_out;  // 16-byte accesses are aligned (the fp32 path alone asks)
+  // 16-byte accesses are aligned (only the fp32 path and the epilogues of the output phase ask).
+  bool vector_x, vector_wi, vector_wo, vector_out, vector_partials;
+  Routing routing;
   const void* x;
   int64_t x_row_stride;
   const float* gate;  // [rows]
@@ -56,16 +64,9 @@ struct LayerParams {
   int64_t split_row_stride;   // d_model rounded up to 8
   int64_t positions;          // tokens * top_k
   int32_t* tickets;           // [max_tiles, output tiles]
+  int32_t* arrivals;          // [tokens, output tiles]: rows of a token that are done; null if top_k == 1
   void* out;                  // [tokens, d_model]
   float* partials;            // [rows, d_model]; null if and only if top_k == 1
-};
-
-struct CombineParams {
-  const float* partials;  // [tokens, top_k, d_model]
-  void* out;              // [tokens, d_model]
-  DType x_dtype;
-  int64_t tokens;
-  int32_t top_k, d_model;
 };
 
 struct RouteParams {

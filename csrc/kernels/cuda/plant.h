@@ -26,6 +26,14 @@ enum class Plant : int {
   split_no_barrier,           // the ticket is read before it is written
   split_no_fence,             // a slice's sums are announced before they are visible to other blocks
   split_short_slice,          // the last slice of d_ff is left out
+  combine_no_fence,           // a row's arrival is announced before its values are visible to other blocks
+  combine_early_arrival,      // a row's arrival is announced before the other threads of the block have stored theirs
+  combine_no_barrier,         // who completes a token is read before it is written
+  combine_by_arrival,         // the completing row's choice is added first: the sum depends on timing
+  combine_counts_absent,      // choices without a resident expert are waited for
+  combine_reads_counter,      // the counter is read again instead of the value that the atomic returned
+  combine_always,             // every row adds its token's choices, complete or not
+  plan_counters_not_cleared,  // tickets and arrivals keep what the scratch held
   plan_no_warp_barrier,       // two steps of a warp update the same counter without __syncwarp between
   plan_inclusive_scan,        // first positions are taken from an inclusive scan
   plan_zero_missing,          // rows without a resident expert become tiles of slot 0

@@ -80,30 +80,45 @@ struct Collective {
   std::array<void*, 32> operand{};
 };
 
-struct Machine {
+// One block on its way, with shared memory and stacks of its own.
+struct Block {
   SharedShadow shared;
-  GlobalShadow global;
+  BlockView view;
   std::vector<Fibre> fibres{most_threads};
   std::array<Collective, most_threads / 32> warps;
   std::array<uint32_t, most_threads / 32> warp_epoch{};
   uint32_t block_epoch = 1;
-  Launch launch{};
-  const std::function<void()>* body = nullptr;
-  Fibre* running = nullptr;
-  void* scheduler_stack = nullptr;
+  Index index{};
+  bool done = true;
   unsigned char* stacks = nullptr;
-  std::mt19937_64 random{1};
-  std::string kernel_name, launched;
-  std::unique_ptr<KernelError> error;
-  int threads = 0;
-  BankConflicts bank_conflicts{};
 
-  Machine() {
+  Block() {
     void* const range = mmap(nullptr, stack_bytes * most_threads, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED) throw std::runtime_error("harness: mmap of the fibres' stacks failed");
     stacks = static_cast<unsigned char*>(range);
   }
+};
+
+constexpr size_t most_blocks = 3;  // at the same time
+
+struct Machine {
+  std::unique_ptr<GlobalShadow> global = std::make_unique<GlobalShadow>(size_t{64} << 20);
+  std::array<Block, most_blocks> resident;
+  Block* block = resident.data();  // the one that runs
+  Launch launch{};
+  const std::function<void()>* body = nullptr;
+  Fibre* running = nullptr;
+  void* scheduler_stack = nullptr;
+  std::mt19937_64 random{1};
+  std::function<void(std::vector<unsigned>&)> rearrange;
+  std::string kernel_name, launched;
+  std::set<const void*> kernels;
+  std::vector<LaunchCounts> counts;
+  int64_t mma = 0;
+  std::unique_ptr<KernelError> error;
+  int threads = 0;
+  BankConflicts bank_conflicts{};
 };
 
 Machine& machine() {
@@ -116,7 +131,7 @@ int running_thread() {
 }
 
 Moment now(const void* site, int thread) {
-  return {thread, machine().block_epoch, machine().warp_epoch[static_cast<size_t>(thread / 32)], site};
+  return {thread, machine().block->block_epoch, machine().block->warp_epoch[static_cast<size_t>(thread / 32)], site};
 }
 
 void switch_to_scheduler() {
@@ -166,7 +181,7 @@ using CollectiveBody = void (*)(const std::array<void*, 32>& operand, unsigned m
 void warp_collective(int kind, unsigned mask, void* operand, const void* site, CollectiveBody body) {
   Machine& m = machine();
   const int thread = running_thread();
-  Collective& c = m.warps[static_cast<size_t>(thread / 32)];
+  Collective& c = m.block->warps[static_cast<size_t>(thread / 32)];
   if ((mask >> (thread % 32) & 1) == 0) report(Fault::divergence, "a lane is not in the mask that it names", site);
   if (c.arrived == 0) {
     c.kind = kind;
@@ -174,7 +189,7 @@ void warp_collective(int kind, unsigned mask, void* operand, const void* site, C
   } else if (c.kind != kind || c.mask != mask) {
     const int other = thread / 32 * 32 + __builtin_ctz(c.arrived);
     report(Fault::divergence, "lanes of one warp meet at different operations or with different masks", site,
-           m.fibres[static_cast<size_t>(other)].site);
+           m.block->fibres[static_cast<size_t>(other)].site);
   }
   c.arrived |= 1u << (thread % 32);
   c.operand[static_cast<size_t>(thread % 32)] = operand;
@@ -185,14 +200,14 @@ void warp_collective(int kind, unsigned mask, void* operand, const void* site, C
   body(c.operand, mask);
   c.arrived = 0;
   for (int lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1) != 0) m.fibres[static_cast<size_t>(thread / 32 * 32 + lane)].state = State::ready;
+    if ((mask >> lane & 1) != 0) m.block->fibres[static_cast<size_t>(thread / 32 * 32 + lane)].state = State::ready;
   }
 }
 
 void release_block_barrier() {
   Machine& m = machine();
-  for (int i = 0; i < m.threads; ++i) m.fibres[static_cast<size_t>(i)].state = State::ready;
-  ++m.block_epoch;
+  for (int i = 0; i < m.threads; ++i) m.block->fibres[static_cast<size_t>(i)].state = State::ready;
+  ++m.block->block_epoch;
 }
 
 void run_fibre(Fibre& fibre) {
@@ -206,13 +221,13 @@ void run_fibre(Fibre& fibre) {
 // The scheduler runs on the test's own stack.
 void start_fibre(int thread) {
   Machine& m = machine();
-  Fibre& fibre = m.fibres[static_cast<size_t>(thread)];
+  Fibre& fibre = m.block->fibres[static_cast<size_t>(thread)];
   fibre.thread = {{static_cast<unsigned>(thread), 0, 0}};
   fibre.state = State::ready;
   fibre.unfenced = false;
   fibre.open_group.clear();
   fibre.groups.clear();
-  auto* top = reinterpret_cast<void**>(m.stacks + stack_bytes * static_cast<size_t>(thread + 1));
+  auto* top = reinterpret_cast<void**>(m.block->stacks + stack_bytes * static_cast<size_t>(thread + 1));
   // As if sida_fibre_main had been called: the stack is 16-byte aligned before its return address is pushed.
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&sida_fibre_main);
@@ -226,7 +241,7 @@ void stop_stuck_block() {
   const Fibre* waiting = nullptr;
   const Fibre* other = nullptr;
   for (int i = 0; i < m.threads; ++i) {
-    const Fibre& fibre = m.fibres[static_cast<size_t>(i)];
+    const Fibre& fibre = m.block->fibres[static_cast<size_t>(i)];
     if (fibre.state == State::ended) {
       ++ended;
     } else if (waiting == nullptr) {
@@ -243,50 +258,73 @@ void stop_stuck_block() {
                                            (other != nullptr ? "\n  and at " + source_line(other->site) : ""));
 }
 
-void run_block(unsigned block) {
+void start_block(unsigned number, size_t shared_bytes) {
   Machine& m = machine();
-  m.launch.block = {block, 0, 0};
-  m.global.start_block(static_cast<int>(block));
-  ++m.block_epoch;
-  for (auto& collective : m.warps) collective.arrived = 0;
+  Block& b = *m.block;
+  b.index = {number, 0, 0};
+  b.view = {static_cast<int>(number), 0, {}};
+  b.done = false;
+  b.shared.start_block(shared_bytes);
+  ++b.block_epoch;
+  for (auto& collective : b.warps) collective.arrived = 0;
   for (int i = 0; i < m.threads; ++i) start_fibre(i);
-  std::vector<int> warps;
-  for (int warp = 0; warp * 32 < m.threads; ++warp) warps.push_back(warp);
-  std::array<int, 32> lanes;
-  for (int i = 0; i < 32; ++i) lanes[static_cast<size_t>(i)] = i;
-  while (true) {
-    bool ran = false, all_ended = true, all_at_barrier = true;
-    std::shuffle(warps.begin(), warps.end(), m.random);
-    for (const int warp : warps) {
-      // Some warps run far ahead of others: they go on while they can.
-      const int rounds = 1 + static_cast<int>(m.random() % 8);
-      for (int round = 0; round < rounds; ++round) {
-        bool warp_ran = false;
-        const unsigned rotate = static_cast<unsigned>(m.random() % 32);
-        for (unsigned i = 0; i < 32; ++i) {
-          const int lane = lanes[(i * 5 + rotate) % 32];  // 5 and 32 share no factor: every lane once
-          if (warp * 32 + lane >= m.threads) continue;
-          Fibre& fibre = m.fibres[static_cast<size_t>(warp * 32 + lane)];
-          if (fibre.state == State::ready) {
-            run_fibre(fibre);
-            warp_ran = true;
-          }
+}
+
+// Lets every warp of the running block go on for a while, and the block over its barrier if all have come.
+void run_round() {
+  Machine& m = machine();
+  Block& b = *m.block;
+  std::array<int, most_threads / 32> warps;
+  const auto warp_count = static_cast<size_t>(m.threads / 32);
+  for (size_t warp = 0; warp < warp_count; ++warp) warps[warp] = static_cast<int>(warp);
+  std::shuffle(warps.begin(), warps.begin() + warp_count, m.random);
+  bool ran = false, all_ended = true, all_at_barrier = true;
+  for (size_t w = 0; w < warp_count; ++w) {
+    // Some warps run far ahead of others: they go on while they can.
+    const int rounds = 1 + static_cast<int>(m.random() % 8);
+    for (int round = 0; round < rounds; ++round) {
+      bool warp_ran = false;
+      const unsigned rotate = static_cast<unsigned>(m.random() % 32);
+      const unsigned stride = static_cast<unsigned>(m.random() % 16) * 2 + 1;  // odd: every lane once
+      for (unsigned i = 0; i < 32; ++i) {
+        Fibre& fibre = b.fibres[static_cast<size_t>(warps[w] * 32) + (i * stride + rotate) % 32];
+        if (fibre.state == State::ready) {
+          run_fibre(fibre);
+          warp_ran = true;
         }
-        if (!warp_ran) break;
-        ran = true;
       }
+      if (!warp_ran) break;
+      ran = true;
     }
-    for (int i = 0; i < m.threads; ++i) {
-      const State state = m.fibres[static_cast<size_t>(i)].state;
-      all_ended = all_ended && state == State::ended;
-      all_at_barrier = all_at_barrier && state == State::at_block_barrier;
+  }
+  for (int i = 0; i < m.threads; ++i) {
+    const State state = b.fibres[static_cast<size_t>(i)].state;
+    all_ended = all_ended && state == State::ended;
+    all_at_barrier = all_at_barrier && state == State::at_block_barrier;
+  }
+  b.done = all_ended;
+  if (all_ended) return;
+  if (all_at_barrier) {
+    release_block_barrier();
+  } else if (!ran) {
+    stop_stuck_block();
+  }
+}
+
+void run_blocks(const std::vector<unsigned>& order, size_t at_once, size_t shared_bytes) {
+  Machine& m = machine();
+  size_t next = 0, ended = 0;
+  for (Block& block : m.resident) block.done = true;
+  while (ended < order.size()) {
+    m.block = &m.resident[at_once == 1 ? 0 : m.random() % at_once];
+    m.global->run_as(&m.block->view);
+    if (m.block->done) {
+      if (next == order.size()) continue;
+      start_block(order[next++], shared_bytes);
     }
-    if (all_ended) return;
-    if (all_at_barrier) {
-      release_block_barrier();
-    } else if (!ran) {
-      stop_stuck_block();
-    }
+    m.launch.block = m.block->index;
+    run_round();
+    if (m.block->done) ++ended;
   }
 }
 
@@ -326,6 +364,7 @@ const float* widening_table(bool is_bf16) {
 // i = 4 on; B's element i in row 2 * pair + i % 2, + 8 from i = 2 on, column group; C's element i in row group, + 8
 // from i = 2 on, column 2 * pair + i % 2.
 void mma_body(const std::array<void*, 32>& operand, unsigned) {
+  ++machine().mma;
   float a[16][16], b[8][16];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<MmaOperand*>(operand[static_cast<size_t>(lane)]);
@@ -358,7 +397,7 @@ void ldmatrix_body(const std::array<void*, 32>& operand, unsigned) {
   uint32_t words[32][4];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& own = *static_cast<MatrixOperand*>(operand[static_cast<size_t>(lane)]);
-    machine().shared.read(own.row, 16, now(own.site, own.thread));
+    machine().block->shared.read(own.row, 16, now(own.site, own.thread));
     std::memcpy(words[lane], own.row, 16);
   }
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -415,12 +454,12 @@ void ballot_body(const std::array<void*, 32>& operand, unsigned mask) {
 
 void warp_barrier_body(const std::array<void*, 32>&, unsigned mask) {
   // Only a barrier of the whole warp orders its memory accesses here; a part of it orders less than we would claim.
-  if (mask == 0xffffffffu) ++machine().warp_epoch[static_cast<size_t>(running_thread() / 32)];
+  if (mask == 0xffffffffu) ++machine().block->warp_epoch[static_cast<size_t>(running_thread() / 32)];
 }
 
 bool on_the_stacks(const void* address) {
   const Machine& m = machine();
-  return address >= m.stacks && address < m.stacks + stack_bytes * most_threads;
+  return address >= m.block->stacks && address < m.block->stacks + stack_bytes * most_threads;
 }
 
 enum class Access { read, write };
@@ -428,17 +467,17 @@ enum class Access { read, write };
 void access(Access kind, const void* address, size_t bytes, const void* site) {
   Machine& m = machine();
   if (m.running == nullptr || bytes == 0 || on_the_stacks(address)) return;
-  if (m.shared.holds(address)) {
+  if (m.block->shared.holds(address)) {
     if (kind == Access::read) {
-      m.shared.read(address, bytes, now(site, running_thread()));
+      m.block->shared.read(address, bytes, now(site, running_thread()));
     } else {
-      m.shared.write(address, bytes, now(site, running_thread()));
+      m.block->shared.write(address, bytes, now(site, running_thread()));
     }
-  } else if (m.global.holds(address)) {
+  } else if (m.global->holds(address)) {
     if (kind == Access::read) {
-      m.global.read(address, bytes, site);
+      m.global->read(address, bytes, site);
     } else {
-      m.global.write(address, bytes, site);
+      m.global->write(address, bytes, site);
       m.running->unfenced = true;
     }
   } else if (kind == Access::write || reinterpret_cast<uintptr_t>(address) < 4096) {
@@ -450,7 +489,8 @@ void access(Access kind, const void* address, size_t bytes, const void* site) {
 
 bool block_is_fenced() {
   const Machine& m = machine();
-  return std::none_of(m.fibres.begin(), m.fibres.begin() + m.threads, [](const Fibre& f) { return f.unfenced; });
+  return std::none_of(m.block->fibres.begin(), m.block->fibres.begin() + m.threads,
+                      [](const Fibre& f) { return f.unfenced; });
 }
 
 }  // namespace
@@ -509,13 +549,23 @@ BankConflicts bank_conflicts() {
 }
 void seed(uint64_t value) {
   machine().random.seed(value);
+  machine().rearrange = nullptr;
+}
+void order_blocks(std::function<void(std::vector<unsigned>& order)> rearrange) {
+  machine().rearrange = std::move(rearrange);
 }
 std::string launched() {
   return std::exchange(machine().launched, "");
 }
+const std::set<const void*>& launched_kernels() {
+  return machine().kernels;
+}
+std::vector<LaunchCounts> launch_counts() {
+  return std::exchange(machine().counts, {});
+}
 
 void launch(const std::function<void()>& body, unsigned blocks, unsigned threads, size_t shared_bytes, const char* name,
-            const void*) {
+            const void* kernel) {
   Machine& m = machine();
   if (blocks == 0 || threads == 0 || threads > most_threads || threads % 32 != 0 ||
       shared_bytes > SharedShadow::capacity) {
@@ -524,39 +574,49 @@ void launch(const std::function<void()>& body, unsigned blocks, unsigned threads
   m.error = nullptr;
   m.kernel_name = name;
   m.launched += (m.launched.empty() ? "" : ",") + m.kernel_name;
+  m.kernels.insert(kernel);
   m.body = &body;
   m.threads = static_cast<int>(threads);
   m.launch = {{0, 0, 0}, {threads, 1, 1}, {blocks, 1, 1}};
-  m.global.start_launch();
+  m.global->start_launch(blocks);
+  m.mma = 0;
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), m.random);
-  for (const unsigned block : order) {
-    m.shared.start_block(shared_bytes);
-    try {
-      run_block(block);
-    } catch (...) {
-      m.running = nullptr;
-      throw;
-    }
+  size_t at_once = 1;
+  if (m.rearrange) {
+    m.rearrange(order);
+  } else {
+    std::shuffle(order.begin(), order.end(), m.random);
+    at_once = 1 + m.random() % most_blocks;
   }
+  try {
+    run_blocks(order, at_once, shared_bytes);
+  } catch (...) {
+    m.running = nullptr;
+    throw;
+  }
+  m.counts.push_back({name, blocks, threads, static_cast<int64_t>(shared_bytes), m.global->bytes_read(),
+                      m.global->bytes_written(), m.mma});
 }
 
 void* global_allocate(size_t bytes, size_t misalignment) {
-  return machine().global.allocate(bytes, misalignment);
+  return machine().global->allocate(bytes, misalignment);
 }
 void global_fill(void* target, const void* source, size_t bytes) {
-  machine().global.fill(target, source, bytes);
+  machine().global->fill(target, source, bytes);
 }
 void global_read_only(void* begin, size_t bytes) {
-  machine().global.read_only(begin, bytes);
+  machine().global->read_only(begin, bytes);
 }
 void global_reset() {
-  machine().global.reset();
+  machine().global->reset();
+}
+void global_capacity(size_t bytes) {
+  machine().global = std::make_unique<GlobalShadow>(bytes);
 }
 
 unsigned char* shared_memory() {
-  return machine().shared.base();
+  return machine().block->shared.base();
 }
 void thread_fence() {
   machine().running->unfenced = false;
@@ -590,7 +650,7 @@ unsigned ballot(unsigned mask, bool predicate) {
 
 void ldmatrix4(uint32_t (&fragment)[4], const void* shared_row) {
   MatrixOperand own{shared_row, fragment, running_thread(), __builtin_return_address(0)};
-  if (!machine().shared.holds(shared_row)) {
+  if (!machine().block->shared.holds(shared_row)) {
     report(Fault::out_of_bounds, "ldmatrix of an address outside shared memory", own.site);
   }
   warp_collective(5, 0xffffffffu, &own, own.site, ldmatrix_body);
@@ -604,9 +664,10 @@ void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 void cp_async16(void* shared, const void* global, bool inside) {
   Machine& m = machine();
   const void* const site = __builtin_return_address(0);
-  if (!m.shared.holds(shared)) report(Fault::out_of_bounds, "cp.async to an address outside shared memory", site);
-  if (!m.global.holds(global)) report(Fault::out_of_bounds, "cp.async from an address outside global memory", site);
-  m.shared.start_copy(shared, 16, now(site, running_thread()));
+  if (!m.block->shared.holds(shared))
+    report(Fault::out_of_bounds, "cp.async to an address outside shared memory", site);
+  if (!m.global->holds(global)) report(Fault::out_of_bounds, "cp.async from an address outside global memory", site);
+  m.block->shared.start_copy(shared, 16, now(site, running_thread()));
   m.running->open_group.push_back({shared, global, inside, site});
 }
 
@@ -623,12 +684,12 @@ void cp_async_wait(int newest) {
   while (own.groups.size() > static_cast<size_t>(newest)) {
     for (const Copy& copy : own.groups.front()) {
       if (copy.inside) {
-        m.global.read(copy.global, 16, copy.site);
+        m.global->read(copy.global, 16, copy.site);
         std::memcpy(copy.shared, copy.global, 16);
       } else {
         std::memset(copy.shared, 0, 16);
       }
-      m.shared.finish_copy(copy.shared, 16, now(copy.site, running_thread()));
+      m.block->shared.finish_copy(copy.shared, 16, now(copy.site, running_thread()));
     }
     own.groups.pop_front();
   }
@@ -638,8 +699,8 @@ void cp_async_wait(int newest) {
 template <class Change>
 int atomic_change(int* address, const void* site, Change change) {
   Machine& m = machine();
-  if (m.global.holds(address)) {
-    m.global.atomic(address, 4, block_is_fenced(), site);
+  if (m.global->holds(address)) {
+    m.global->atomic(address, 4, block_is_fenced(), site);
   } else {
     access(Access::read, address, 4, site);
     access(Access::write, address, 4, site);

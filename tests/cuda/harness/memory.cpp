@@ -123,18 +123,34 @@ void SharedShadow::finish_copy(const void* address, size_t bytes, const Moment& 
   }
 }
 
-GlobalShadow::GlobalShadow() : granules_(capacity / 4) {
-  void* const range = mmap(nullptr, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (range == MAP_FAILED) throw std::runtime_error("harness: mmap of the emulated global memory failed");
-  base_ = static_cast<unsigned char*>(range);
+namespace {
+
+void* map(size_t bytes, const char* what) {
+  void* const range = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (range == MAP_FAILED) throw std::runtime_error(std::string("harness: mmap of ") + what + " failed");
+  return range;
+}
+
+}  // namespace
+
+GlobalShadow::GlobalShadow(size_t capacity)
+    : capacity_(capacity),
+      base_(static_cast<unsigned char*>(map(capacity, "the emulated global memory"))),
+      state_(static_cast<uint8_t*>(map(capacity, "the state of its bytes"))),
+      granules_(static_cast<Granule*>(map(capacity / 4 * sizeof(Granule), "the history of its bytes"))) {}
+
+GlobalShadow::~GlobalShadow() {
+  munmap(base_, capacity_);
+  munmap(state_, capacity_);
+  munmap(granules_, capacity_ / 4 * sizeof(Granule));
 }
 
 void* GlobalShadow::allocate(size_t bytes, size_t misalignment) {
   constexpr size_t guard = 8192;
   const size_t begin = (used_ + guard + 255) / 256 * 256 + misalignment;
-  if (begin + bytes + guard > capacity) throw std::runtime_error("harness: the emulated global memory is full");
+  if (begin + bytes + guard > capacity_) throw std::runtime_error("harness: the emulated global memory is full");
   used_ = begin + bytes;
-  std::fill_n(state_.begin() + static_cast<ptrdiff_t>(begin), bytes, valid);
+  std::fill_n(state_ + begin, bytes, valid);
   std::memset(base_ + begin, 0xF3, bytes);
   return base_ + begin;
 }
@@ -151,38 +167,51 @@ void GlobalShadow::read_only(void* begin, size_t bytes) {
 }
 
 void GlobalShadow::reset() {
-  std::fill_n(state_.begin(), used_, uint8_t{0});
+  std::fill_n(state_, used_, uint8_t{0});
   used_ = 0;
 }
 
-void GlobalShadow::start_launch() {
+void GlobalShadow::start_launch(size_t blocks) {
   ++launch_;
+  blocks_ = blocks;
   released_.clear();
+  bytes_read_ = bytes_written_ = 0;
 }
 
-void GlobalShadow::start_block(int block) {
-  block_ = block;
-  acquired_.clear();
-}
-
-bool GlobalShadow::acquired(int block) const {
-  return block == block_ || std::find(acquired_.begin(), acquired_.end(), block) != acquired_.end();
+bool GlobalShadow::visible(int block, uint32_t epoch) const {
+  if (block == view_->block) return true;
+  return !view_->acquired.empty() && epoch < view_->acquired[static_cast<size_t>(block)];
 }
 
 void GlobalShadow::atomic(const void* address, size_t bytes, bool fenced, const void* site) {
   check(address, bytes, valid | initialised, site, "atomic operation");
-  auto found =
-      std::find_if(released_.begin(), released_.end(), [&](const auto& item) { return item.first == address; });
-  if (found == released_.end()) found = released_.insert(found, {address, {}});
-  acquired_.insert(acquired_.end(), found->second.begin(), found->second.end());
-  if (fenced) found->second.push_back(block_);
+  Granule& granule = granules_[(static_cast<const unsigned char*>(address) - base_) / 4];
+  granule.atomic_launch = launch_;
+  granule.atomic_site = site;
+  auto& released = released_[address];
+  if (!released.empty() && view_->acquired.empty()) view_->acquired.resize(blocks_);
+  for (const auto& [block, epoch] : released) {
+    uint32_t& known = view_->acquired[static_cast<size_t>(block)];
+    known = std::max(known, epoch + 1);
+  }
+  if (fenced) released.emplace_back(view_->block, view_->epoch++);
+}
+
+// A plain access sees a word that others change atomically at some moment or another.
+void GlobalShadow::check_atomics(const Granule& granule, const void* address, size_t bytes, const void* site,
+                                 const char* what) {
+  if (granule.atomic_launch == launch_) {
+    report(Fault::global_conflict,
+           describe(what, address, base_, bytes) + " meets atomic operations of the same launch", site,
+           granule.atomic_site);
+  }
 }
 
 void GlobalShadow::check(const void* address, size_t bytes, uint8_t needed, const void* site, const char* what) {
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(address) - base_);
   check_alignment(address, bytes, site, what);
   for (size_t i = 0; i < bytes; ++i) {
-    const uint8_t state = offset + i < capacity ? state_[offset + i] : 0;
+    const uint8_t state = offset + i < capacity_ ? state_[offset + i] : 0;
     if ((state & valid) == 0) report(Fault::out_of_bounds, describe(what, address, base_, bytes), site);
     if ((state & needed) != needed) report(Fault::uninitialised, describe(what, address, base_, bytes), site);
     if (needed == valid && (state & constant) != 0)
@@ -195,16 +224,21 @@ void GlobalShadow::read(const void* address, size_t bytes, const void* site) {
   const auto offset = static_cast<size_t>(static_cast<const unsigned char*>(address) - base_);
   for (size_t i = offset / 4; i <= (offset + bytes - 1) / 4; ++i) {
     Granule& granule = granules_[i];
-    if (granule.write_launch == launch_ && !acquired(granule.writer)) {
+    check_atomics(granule, address, bytes, site, "global read");
+    if (granule.write_launch == launch_ && !visible(granule.writer, granule.write_epoch)) {
       report(Fault::global_conflict,
-             describe("global read", address, base_, bytes) + " by block " + std::to_string(block_) +
+             describe("global read", address, base_, bytes) + " by block " + std::to_string(view_->block) +
                  " of what block " + std::to_string(granule.writer) + " wrote",
              site, granule.write_site);
     }
-    if (granule.read_launch != launch_) granule.other_reader = -1;
-    if (granule.read_launch == launch_ && granule.reader != block_) granule.other_reader = granule.reader;
+    if (granule.read_launch != launch_) {
+      granule.other_reader = -1;
+      bytes_read_ += 4;
+    } else if (granule.reader != view_->block) {
+      granule.other_reader = granule.reader;
+    }
     granule.read_launch = launch_;
-    granule.reader = block_;
+    granule.reader = view_->block;
   }
 }
 
@@ -217,24 +251,27 @@ void GlobalShadow::write(const void* address, size_t bytes, const void* site) {
     // Neighbouring 16-bit results of one granule may come from two blocks only if the granule is cut; whole granules
     // alone are judged.
     const bool whole = i * 4 >= offset && i * 4 + 4 <= offset + bytes;
-    if (whole && granule.write_launch == launch_ && !acquired(granule.writer)) {
+    check_atomics(granule, address, bytes, site, "global write");
+    if (whole && granule.write_launch == launch_ && !visible(granule.writer, granule.write_epoch)) {
       report(Fault::global_conflict,
-             describe("global write", address, base_, bytes) + " by block " + std::to_string(block_) +
+             describe("global write", address, base_, bytes) + " by block " + std::to_string(view_->block) +
                  " over what block " + std::to_string(granule.writer) + " wrote",
              site, granule.write_site);
     }
     if (whole && granule.read_launch == launch_) {
       for (const int reader : {granule.reader, granule.other_reader}) {
-        if (reader >= 0 && !acquired(reader)) {
+        if (reader >= 0 && !visible(reader, 0)) {
           report(Fault::global_conflict,
-                 describe("global write", address, base_, bytes) + " by block " + std::to_string(block_) +
+                 describe("global write", address, base_, bytes) + " by block " + std::to_string(view_->block) +
                      " over what block " + std::to_string(reader) + " read",
                  site);
         }
       }
     }
+    if (granule.write_launch != launch_) bytes_written_ += 4;
     granule.write_launch = launch_;
-    granule.writer = block_;
+    granule.writer = view_->block;
+    granule.write_epoch = view_->epoch;
     granule.write_site = site;
   }
 }

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "harness/harness.h"
@@ -52,42 +54,60 @@ class SharedShadow {
   uint32_t block_serial_ = 0;
 };
 
+// What a block may rely on in global memory. Its writes before its n-th release (a fence of all its threads, then an
+// atomic) carry epoch n; another block may use them after an atomic on the same word that came later.
+struct BlockView {
+  int block = -1;
+  uint32_t epoch = 0;
+  std::vector<uint32_t> acquired;  // by block: its writes of epochs below this are visible; empty: none of anybody's
+};
+
 // Emulated global memory: one range with guard zones, and for each four bytes the blocks that touched them.
 class GlobalShadow {
  public:
-  static constexpr size_t capacity = 64u << 20;
-
-  GlobalShadow();
-  bool holds(const void* address) const { return address >= base_ && address < base_ + capacity; }
+  explicit GlobalShadow(size_t capacity);
+  ~GlobalShadow();
+  GlobalShadow(const GlobalShadow&) = delete;
+  GlobalShadow& operator=(const GlobalShadow&) = delete;
+  bool holds(const void* address) const { return address >= base_ && address < base_ + capacity_; }
   void* allocate(size_t bytes, size_t misalignment);
   void fill(void* target, const void* source, size_t bytes);
   void read_only(void* begin, size_t bytes);
   void reset();
-  void start_launch();
-  void start_block(int block);
+  void start_launch(size_t blocks);
+  void run_as(BlockView* view) { view_ = view; }
   // Before an atomic operation: `fenced` says whether all of the block's writes are behind a fence.
   void atomic(const void* address, size_t bytes, bool fenced, const void* site);
   void read(const void* address, size_t bytes, const void* site);
   void write(const void* address, size_t bytes, const void* site);
+  // Distinct bytes that the present launch has read and written, in whole granules.
+  int64_t bytes_read() const { return bytes_read_; }
+  int64_t bytes_written() const { return bytes_written_; }
 
  private:
   enum : uint8_t { valid = 1, initialised = 2, constant = 4 };
-  struct Granule {
-    uint32_t write_launch = 0, read_launch = 0;
-    int32_t writer = -1, reader = -1, other_reader = -1;
-    const void* write_site = nullptr;
+  struct Granule {  // all zero at first
+    uint32_t write_launch, read_launch, atomic_launch;
+    uint32_t write_epoch;
+    int32_t writer, reader, other_reader;
+    const void* write_site;
+    const void* atomic_site;
   };
   void check(const void* address, size_t bytes, uint8_t needed, const void* site, const char* what);
-  bool acquired(int block) const;
+  bool visible(int block, uint32_t epoch) const;
+  void check_atomics(const Granule& granule, const void* address, size_t bytes, const void* site, const char* what);
 
+  size_t capacity_;
+  // Mapped, not allocated: untouched pages cost nothing.
   unsigned char* base_;
-  std::vector<uint8_t> state_ = std::vector<uint8_t>(capacity);
-  std::vector<Granule> granules_;
-  std::vector<int> acquired_;                                       // blocks whose writes this block may read
-  std::vector<std::pair<const void*, std::vector<int>>> released_;  // by address of the atomic
-  size_t used_ = 0;
+  uint8_t* state_;
+  Granule* granules_;
+  // By address of the atomic: who released there, and at which epoch.
+  std::unordered_map<const void*, std::vector<std::pair<int, uint32_t>>> released_;
+  size_t used_ = 0, blocks_ = 0;
   uint32_t launch_ = 0;
-  int block_ = -1;
+  BlockView* view_ = nullptr;
+  int64_t bytes_read_ = 0, bytes_written_ = 0;
 };
 
 // Ends the launch with a KernelError. `first` and `second` are places in the kernel, null if there is none.
