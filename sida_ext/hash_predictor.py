@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class HashPredictor(nn.Module):
     """
 
     kind = "hash_predictor"
+    nets: ClassVar[dict[str, type[nn.Module]]] = _NETS
     embedding: Tensor
     temperature: Tensor
 
@@ -49,8 +50,8 @@ class HashPredictor(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if variant not in _NETS:
-            raise ValueError(f"variant is {variant!r}; expected one of {sorted(_NETS)}")
+        if variant not in self.nets:
+            raise ValueError(f"variant is {variant!r}; expected one of {sorted(self.nets)}")
         if embedding.dim() != 2 or not embedding.is_floating_point():
             raise ValueError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}; expected [vocabulary, d_model]")
         self.layers, self.experts, self.variant, self.stack = layers, experts, variant, stack
@@ -61,7 +62,7 @@ class HashPredictor(nn.Module):
         self.register_buffer("embedding", embedding.detach(), persistent=False)
         # Divides a layer's logits when they are read as probabilities of being the first choice; set by calibration.
         self.register_buffer("temperature", torch.ones(layers))
-        self.net = _NETS[variant](embedding.shape[1], layers, experts, **options)
+        self.net = self.nets[variant](embedding.shape[1], layers, experts, **options)
 
     @classmethod
     def for_model(
@@ -71,8 +72,8 @@ class HashPredictor(nn.Module):
         facts = stack_facts(model, stack)
         if stack != "encoder":
             raise ValueError(
-                f"stack is {stack!r}; HashPredictor reads whole sentences and predicts the 'encoder'; a decoder needs "
-                "a DecoderPredictor"
+                f"stack is {stack!r}; HashPredictor reads whole sentences and predicts the 'encoder'; for a decoder "
+                "take a RecurrentPredictor"
             )
         if variant == "shadow":
             options = shadow_options(facts.stack, facts.blocks, **options)
@@ -111,7 +112,10 @@ class HashPredictor(nn.Module):
         """See `Predictor.predict`. gate is the softmax of the logits, probability the calibrated one."""
         check_top_k(top_k, self.experts)
         real = check_tokens(input_ids, attention_mask, self.embedding.shape[0])
-        logits = self._logits(input_ids, real)
+        return self._table(self._logits(input_ids, real), real, top_k)
+
+    def _table(self, logits: Tensor, real: Tensor, top_k: int) -> HashTable:
+        """The `top_k` best candidates of logits [B, S, layers, experts], none where `real` [B, S] is False."""
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
                 f"the {self.variant} predictor's logits hold NaN or inf; its weights are damaged or training diverged"

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .decoder_predictor import RecurrentPredictor, TokenTableDecoder
 from .hash_predictor import HashPredictor
 from .hash_table import NO_EXPERT, HashTable
 from .predictor_files import PredictorError, read_config
@@ -21,6 +22,8 @@ __all__ = [
     "HashTable",
     "Predictor",
     "PredictorError",
+    "RecurrentPredictor",
+    "TokenTableDecoder",
     "TokenTablePredictor",
     "find_predictor",
     "load_predictor",
@@ -50,14 +53,21 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class DecoderPredictor(Predictor, Protocol):
-    """Predicts the decoder's routing inside `generate`, step by step, with state that follows the cache."""
+    """Predicts the decoder's routing inside `generate`, step by step, with state that follows the cache.
+
+    All three run in the model's thread, under `torch.no_grad()`. A state is opaque to others; `step` and `reorder` give
+    a new one and leave the old as it was.
+    """
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> Any:
         """State before the first token, from the encoder's result [B, S, d_model] and its mask [B, S]."""
         ...
 
     def step(self, state: Any, input_ids: Tensor) -> tuple[HashTable, Any]:
-        """The experts of all decoder layers for this step's tokens [B, 1], and the state after them."""
+        """The experts of all decoder layers for this step's tokens [B, T], and the state after them.
+
+        T is 1 but for a prompt of the decoder, a candidate continuation, or a model that runs without cache.
+        """
         ...
 
     def reorder(self, state: Any, index: Tensor) -> Any:
@@ -96,7 +106,9 @@ def find_predictor(name: str | os.PathLike[str], model: Any) -> Predictor:
     return made
 
 
-def load_predictor(path: str | os.PathLike[str], model: Any) -> HashPredictor | TokenTablePredictor:
+def load_predictor(
+    path: str | os.PathLike[str], model: Any
+) -> HashPredictor | RecurrentPredictor | TokenTablePredictor | TokenTableDecoder:
     """Loads whichever predictor of ours is saved in folder `path`, for `model`.
 
     Raises:
@@ -105,20 +117,58 @@ def load_predictor(path: str | os.PathLike[str], model: Any) -> HashPredictor | 
     kind = read_config(path).get("kind")
     if kind == HashPredictor.kind:
         return HashPredictor.from_pretrained(path, model)
+    if kind == RecurrentPredictor.kind:
+        return RecurrentPredictor.from_pretrained(path, model)
     if kind == TokenTablePredictor.kind:
-        return TokenTablePredictor.from_pretrained(path, model)
+        table = TokenTablePredictor.from_pretrained(path, model)
+        return TokenTableDecoder(table) if table.stack == "decoder" else table
     raise PredictorError(
-        f"{path} holds a predictor of kind {kind!r}; expected {HashPredictor.kind!r} or {TokenTablePredictor.kind!r}"
+        f"{path} holds a predictor of kind {kind!r}; expected {HashPredictor.kind!r}, {RecurrentPredictor.kind!r} or "
+        f"{TokenTablePredictor.kind!r}"
     )
 
 
-def check_table(table: Any, predictor: Any, input_ids: Tensor, layers: int, num_experts: int) -> HashTable:
+def is_decoder_predictor(predictor: Any) -> bool:
+    """Whether `predictor` has what `generate` asks of a DecoderPredictor."""
+    return all(callable(getattr(predictor, name, None)) for name in ("start", "step", "reorder"))
+
+
+def split_predictors(given: Any) -> tuple[Any, Any]:
+    """The encoder's and the decoder's predictor (or None) of what a user gave: one of either kind, or both in a pair.
+
+    Raises:
+        TypeError: something that is neither, or two of the same kind.
+    """
+    predictors = given if isinstance(given, (tuple, list)) else [] if given is None else [given]
+    found: dict[str, Any] = {"encoder": None, "decoder": None}
+    for predictor in predictors:
+        if is_decoder_predictor(predictor):
+            stack = "decoder"
+        elif callable(getattr(predictor, "predict", None)):
+            stack = "encoder"
+        else:
+            raise TypeError(
+                f"predictor is {type(predictor).__name__}, expected an object with a predict method (encoder), one "
+                "with start, step and reorder (decoder), or a pair of both"
+            )
+        if found[stack] is not None:
+            raise TypeError(
+                f"predictor holds two for the {stack}, {type(found[stack]).__name__} and {type(predictor).__name__}; "
+                "expected at most one for each stack"
+            )
+        found[stack] = predictor
+    return found["encoder"], found["decoder"]
+
+
+def check_table(
+    table: Any, predictor: Any, input_ids: Tensor, layers: int, num_experts: int, method: str = "predict"
+) -> HashTable:
     """A predictor's answer must be a hash table of this batch; raises PredictorError that says what it is instead."""
-    who = type(predictor).__name__
+    who = f"{type(predictor).__name__}.{method}"
     if not isinstance(table, HashTable):
-        raise PredictorError(f"{who}.predict returned {type(table).__name__}, expected a sida_ext.HashTable")
+        raise PredictorError(f"{who} returned {type(table).__name__}, expected a sida_ext.HashTable")
     try:
         table.check_for(input_ids, layers, num_experts)
     except ValueError as error:
-        raise PredictorError(f"{who}.predict returned a wrong table: {error}") from error
+        raise PredictorError(f"{who} returned a wrong table: {error}") from error
     return table

@@ -100,6 +100,7 @@ class Runtime:
         self._predictions: list[Event] = []
         self.predictor: Any = None  # what stream() takes when it is given none
         self.drift: tuple[Any, Any] | None = None  # a predictor and the watch over its hits, from stream to stream
+        self.decoder_predictor: Any = None  # what each step of a decoder is predicted by; may be changed at any time
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._handles, folder, os.getpid())
 
     header: StoreHeader

@@ -22,7 +22,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from sida_ext import ops
 from sida_ext.checkpoint import Checkpoint, ModuleExperts, resolve_folder
 from sida_ext.classification import SwitchTransformersForSequenceClassification
-from sida_ext.predictor import check_table
+from sida_ext.decoding import predict_decoder
+from sida_ext.predictor import check_table, split_predictors
 from sida_ext.runtime import Runtime, runtime_of
 from sida_ext.store import StoreHeader, check_source, default_cache, ensure_store, open_store, write_store
 
@@ -234,8 +235,7 @@ def _check_routing(routing: str, predictor: object, confidence: float) -> None:
             f"confidence is {confidence!r}, expected a probability from which the table decides: 0 for always, above "
             "1 for never"
         )
-    if predictor is not None and not callable(getattr(predictor, "predict", None)):
-        raise TypeError(f"predictor is {type(predictor).__name__}, expected an object with a predict method")
+    split_predictors(predictor)
 
 
 def _check_fit(config: SwitchTransformersConfig, header: StoreHeader, layers: dict[str, SparseMLP], path: str) -> None:
@@ -252,11 +252,27 @@ def _check_fit(config: SwitchTransformersConfig, header: StoreHeader, layers: di
         raise ValueError(f"{path} lacks the MoE layer {missing[0]}; it was packed from another model")
 
 
+def _check_stacks(model: nn.Module, predictor: Any) -> None:
+    """A decoder's predictor needs a decoder with MoE layers."""
+    decoder = split_predictors(predictor)[1]
+    if decoder is not None and not any("decoder" in name.split(".") for name in moe_layers(model)):
+        raise ValueError(
+            f"predictor holds {type(decoder).__name__}, which predicts a decoder, but {type(model).__name__} has no "
+            "decoder with MoE layers"
+        )
+
+
 def _attach_predictor(model: PreTrainedModel, predictor: Any, routing: str) -> None:
-    """Keep the predictor on the runtime; with predicted or confident routing the encoder builds its hash table when it
-    is called outside a stream, by ``model(x)`` or by ``generate``."""
+    """Keep the predictors on the runtime; with predicted or confident routing the encoder builds its hash table when it
+    is called outside a stream, by ``model(x)`` or by ``generate``. A decoder's steps are predicted in every routing."""
     runtime = runtime_of(model)
+    predictor, runtime.decoder_predictor = split_predictors(predictor)
     runtime.predictor = predictor
+    decoder = [
+        layer.name for layer in moe_layers(model).values() if isinstance(layer, SparseMLP) and layer.table_layer is None
+    ]
+    if decoder:
+        predict_decoder(model, runtime, decoder)
     if predictor is not None and routing != "router":
         encoder = model.get_submodule("encoder")
         covered = sum(isinstance(module, SparseMLP) for module in encoder.modules())
@@ -335,7 +351,8 @@ def from_pretrained(
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
             ``"confident"``: the table for a token and layer where its probability reaches ``confidence``, the router
             elsewhere.
-        predictor: a :class:`~sida_ext.predictor.Predictor`; what ``stream`` takes when it is given none.
+        predictor: a :class:`~sida_ext.predictor.Predictor`, what ``stream`` takes when it is given none; or a
+            :class:`~sida_ext.predictor.DecoderPredictor` for ``generate``; or a pair of both.
         model_class: the transformers class to load; None: the one that config.json names.
         store: an expert store made by ``sida pack``, in whose dtype the experts then are; None: the packed one in the
             cache.
@@ -398,6 +415,7 @@ def from_pretrained(
         model = WithoutExperts.from_pretrained(folder, use_safetensors=None if allow_pickle else True, **kwargs)
         model.__class__ = base
         _check_fit(model.config, runtime.header, layers, str(path))
+        _check_stacks(model, predictor)
         _connect(model, layers, runtime, routing, confidence)
         _attach_predictor(model, predictor, routing)
     except BaseException:
@@ -440,6 +458,7 @@ def swap_experts(
         raise ValueError(f"{type(model).__name__} has no Switch MoE layers; nothing to swap")
     if any(isinstance(layer, SparseMLP) for layer in found.values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
+    _check_stacks(model, predictor)
     experts = ModuleExperts(
         {name: cast(nn.ModuleDict, layer.experts) for name, layer in found.items()}, type(model).__name__
     )

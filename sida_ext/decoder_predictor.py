@@ -1,0 +1,172 @@
+"""Predictors of a decoder's routing inside `generate`: a trained recurrent one, and the token table."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .decoder_net import DecoderNet, DecoderState, copy_routers, decoder_options
+from .hash_predictor import HashPredictor
+from .hash_table import NO_EXPERT, HashTable
+from .moe_facts import check_tokens, check_top_k, stack_facts
+from .token_table import TokenTablePredictor
+
+# What a step names of each token: so many candidates at the most, the first always, the others if they are as likely.
+CANDIDATES = 4
+MIN_PROBABILITY = 0.1
+
+
+def likely(table: HashTable, min_probability: float) -> HashTable:
+    """The same table without candidates below a probability; each token's first candidate stays."""
+    probability = table.gate if table.probability is None else table.probability
+    unlikely = probability < min_probability
+    unlikely[..., 0] = False
+    return HashTable(
+        table.expert_index.masked_fill(unlikely, NO_EXPERT),
+        table.gate.masked_fill(unlikely, 0.0),
+        None if table.probability is None else table.probability.masked_fill(unlikely, 0.0),
+    )
+
+
+class RecurrentPredictor(HashPredictor):
+    """Names the experts of all decoder layers of a step from its tokens, recurrent over steps; a `DecoderPredictor`.
+
+    Args:
+        embedding, layers, experts, model_fingerprint, stack, options: see HashPredictor; `stack` is "decoder".
+        candidates, min_probability: attributes, what `step` names: at most so many candidates of each token and layer,
+            the first always and the others if their calibrated probability reaches `min_probability`.
+    """
+
+    kind = "recurrent_predictor"
+    nets: ClassVar[dict[str, type[nn.Module]]] = {"recurrent": DecoderNet}
+    net: DecoderNet
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        layers: int,
+        experts: int,
+        model_fingerprint: str,
+        variant: str = "recurrent",
+        stack: str = "decoder",
+        **options: Any,
+    ) -> None:
+        if stack != "decoder":
+            raise ValueError(f"stack is {stack!r}; RecurrentPredictor predicts the 'decoder'")
+        super().__init__(embedding, layers, experts, model_fingerprint, variant, stack, **options)
+        self.candidates, self.min_probability = min(CANDIDATES, experts), MIN_PROBABILITY
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, variant: str = "recurrent", seed: int = 0, stack: str = "decoder", **options: Any
+    ) -> RecurrentPredictor:
+        """An untrained predictor of the right sizes for `model`'s decoder; what is random in it depends on `seed`."""
+        facts = stack_facts(model, stack)
+        options = decoder_options(facts.stack, facts.layers, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = cls(facts.embedding, facts.layers, facts.experts, facts.fingerprint, variant, stack, **options)
+        copy_routers(made.net, facts.stack, facts.blocks)
+        return made
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_output: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits over experts, [B, T, layers, experts] float32, of whole rows at once (teacher forcing).
+
+        Args:
+            input_ids: [B, T], the tokens that the decoder reads, its start token first.
+            attention_mask: [B, T], 1 for tokens and 0 for padding, which stands at the end; None: all are tokens.
+            encoder_output: [B, S, d_model]; None: the encoder's result is not known, which makes the guesses worse.
+            encoder_mask: [B, S]; None: all are tokens.
+        """
+        check_tokens(input_ids, attention_mask, self.embedding.shape[0])
+        if encoder_output is None:
+            encoder_output = self.embedding.new_zeros(input_ids.shape[0], 0, self.embedding.shape[1])
+        return self._step(self.start(encoder_output, encoder_mask), input_ids)[0]
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        top_k: int = 1,
+        encoder_output: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+    ) -> HashTable:
+        """See `Predictor.predict`; the arguments are those of `forward`."""
+        check_top_k(top_k, self.experts)
+        real = check_tokens(input_ids, attention_mask, self.embedding.shape[0])
+        with torch.no_grad():
+            return self._table(self(input_ids, attention_mask, encoder_output, encoder_mask), real, top_k)
+
+    def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> DecoderState:
+        """See `DecoderPredictor.start`."""
+        if encoder_output.dim() != 3 or encoder_output.shape[2] != self.embedding.shape[1]:
+            raise ValueError(
+                f"encoder_output has shape {tuple(encoder_output.shape)}; expected [B, S, {self.embedding.shape[1]}]"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones(encoder_output.shape[:2], device=encoder_output.device)
+        if attention_mask.shape != encoder_output.shape[:2]:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected encoder_output's "
+                f"{tuple(encoder_output.shape[:2])}"
+            )
+        return self.net.start(encoder_output.float(), attention_mask != 0)
+
+    def step(self, state: DecoderState, input_ids: Tensor) -> tuple[HashTable, DecoderState]:
+        """See `DecoderPredictor.step`; the candidates are chosen by `candidates` and `min_probability`."""
+        real = check_tokens(input_ids, None, self.embedding.shape[0])
+        with torch.no_grad():
+            logits, state = self._step(state, input_ids)
+            return likely(self._table(logits, real, self.candidates), self.min_probability), state
+
+    def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
+        """See `DecoderPredictor.reorder`."""
+        return state.select(index)
+
+    def _step(self, state: DecoderState, input_ids: Tensor) -> tuple[Tensor, DecoderState]:
+        if state.rows != input_ids.shape[0]:
+            raise ValueError(f"the state is of {state.rows} rows, input_ids of {input_ids.shape[0]}; expected as many")
+        return self.net(self.embedding[input_ids.long()].float(), state)
+
+
+class TokenTableDecoder:
+    """A token table as a `DecoderPredictor`: what a token id went to, whatever came before it.
+
+    Args:
+        table: of the decoder, `TokenTablePredictor.for_model(model, "decoder")`.
+        candidates, min_probability: see RecurrentPredictor.
+    """
+
+    def __init__(
+        self, table: TokenTablePredictor, candidates: int = CANDIDATES, min_probability: float = MIN_PROBABILITY
+    ) -> None:
+        if table.stack != "decoder":
+            raise ValueError(f"the token table is of the {table.stack!r}; expected one of the 'decoder'")
+        check_top_k(min(candidates, table.experts), table.experts)
+        self.table, self.candidates, self.min_probability = table, min(candidates, table.experts), min_probability
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> TokenTableDecoder:
+        """Reads a token table of the decoder; see `TokenTablePredictor.from_pretrained`."""
+        return cls(TokenTablePredictor.from_pretrained(path, model))
+
+    def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
+        return self.table.predict(input_ids, attention_mask, top_k)
+
+    def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> None:
+        return None
+
+    def step(self, state: None, input_ids: Tensor) -> tuple[HashTable, None]:
+        return likely(self.table.predict(input_ids, None, self.candidates), self.min_probability), None
+
+    def reorder(self, state: None, index: Tensor) -> None:
+        return None
