@@ -236,15 +236,11 @@ def _remove_stale_partials(path: Path) -> None:
     """Remove what packers of ``path`` left that were killed: a living one holds the lock of its file."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         try:
-            file = open(stale, "rb")
-        except FileNotFoundError:  # its packer has just finished
-            continue
-        with file:
-            try:
+            with open(stale, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            stale.unlink(missing_ok=True)
+                stale.unlink(missing_ok=True)
+        except (FileNotFoundError, BlockingIOError):  # its packer has just finished, or is at work
+            continue
 
 
 @contextmanager
