@@ -8,6 +8,10 @@ The limit needs root and a memory control group (v1 or v2); ``--limit 0`` runs w
   accelerate   transformers, experts offloaded to disk by accelerate
   ours         sida_ext, experts read on demand
   oracle       sida_ext, hash tables that know the true routing, four batches ahead
+
+``--reuse 40`` draws the sentences from that many. Our ways also tell what bounds them: the time of a forward whose
+experts are all in memory, the disk's rate, measured in the same process after the runs, and, where the routing is
+known, what Belady's optimal replacement would have read over the whole run.
 """
 
 from __future__ import annotations
@@ -47,12 +51,17 @@ class MemoryGroup:
         return int((self.folder / self.peak_name).read_text())
 
 
-def batches(count: int, batch: int, seed: int) -> Iterator[dict[str, Any]]:
+def batches(count: int, batch: int, seed: int, reuse: int = 0) -> Iterator[dict[str, Any]]:
+    """Random sentences; with `reuse`, each drawn from that many."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
+    known = torch.randint(2, 32000, (reuse, LENGTH), generator=random)
     for _ in range(count):
-        yield {"input_ids": torch.randint(2, 32000, (batch, LENGTH), generator=random)}
+        if reuse:
+            yield {"input_ids": known[torch.randint(reuse, (batch,), generator=random)]}
+        else:
+            yield {"input_ids": torch.randint(2, 32000, (batch, LENGTH), generator=random)}
 
 
 def load_mmap(checkpoint: Path) -> Any:
@@ -110,10 +119,12 @@ def oracle(checkpoint: Path, inputs: list[dict[str, Any]], arguments: argparse.N
     import torch
 
     import sida_ext
+    from sida_ext import _C
     from sida_ext.switch import moe_layers
 
     model = load_ours(checkpoint, arguments)
     tables: dict[int, Any] = {}
+    used: list[list[tuple[int, list[int]]]] = []
     routed: list[Any] = []
     for layer in moe_layers(model).values():
         layer.router.register_forward_hook(lambda _, args, output: routed.append(output[:2]))
@@ -124,10 +135,16 @@ def oracle(checkpoint: Path, inputs: list[dict[str, Any]], arguments: argparse.N
             index = torch.stack([pair[0] for pair in routed], dim=2).unsqueeze(-1).clone()
             gate = torch.stack([pair[1] for pair in routed], dim=2).unsqueeze(-1).clone()
             gate[index < 0] = 0  # over capacity: no expert is wanted
+            used.append([(layer, index[:, :, layer].unique().tolist()) for layer in range(index.shape[2])])
+            used[-1] = [(layer, [expert for expert in experts if expert >= 0]) for layer, experts in used[-1]]
             tables[hash(batch["input_ids"].numpy().tobytes())] = sida_ext.HashTable(index, gate)
+    header = model.sida.header
+    optimal = _C.run_optimal(len(header.layers), header.num_experts, used, model.sida.slots)[1] * header.record_bytes
     model.sida.close()
 
     class Oracle:
+        optimal_bytes = optimal
+
         def predict(self, input_ids: Any, attention_mask: Any = None, top_k: int = 1) -> Any:
             return tables[hash(input_ids.numpy().tobytes())]
 
@@ -168,7 +185,9 @@ def child(way: str, arguments: argparse.Namespace) -> None:
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    inputs = list(batches(arguments.cold + arguments.warm_up + arguments.runs, arguments.batch, seed=0))
+    count = arguments.cold + arguments.warm_up + arguments.runs
+    inputs = list(batches(count, arguments.batch, seed=0, reuse=arguments.reuse))
+    read: list[int] = []
     extra: dict[str, Any] = {}
     if way in ("mmap", "accelerate"):
         model = (load_mmap if way == "mmap" else load_accelerate)(arguments.checkpoint)
@@ -187,6 +206,7 @@ def child(way: str, arguments: argparse.Namespace) -> None:
             model.sida.reset_stats()
             for _ in sida_ext.stream(model, part, predictor):
                 pass
+            read.append(model.sida.stats().bytes_read)
 
     result = measure(run, inputs, arguments.cold, arguments.warm_up)
     if way in ("ours", "oracle"):
@@ -197,6 +217,9 @@ def child(way: str, arguments: argparse.Namespace) -> None:
             "read_mib": stats.bytes_read / max(1, arguments.runs) / 2**20,
             "stall_ms": stats.stall_seconds / max(1, arguments.runs) * 1e3,
         }
+        extra |= bounds(model, inputs[-1], stats.bytes_read / max(1, arguments.runs), result["warm_ms"])
+        if predictor is not None:
+            extra["read_x_optimal"] = sum(read) / predictor.optimal_bytes
         model.sida.close()
     result |= {
         "way": way,
@@ -206,6 +229,33 @@ def child(way: str, arguments: argparse.Namespace) -> None:
         **extra,
     }
     print(json.dumps(result), flush=True)
+
+
+def bounds(model: Any, batch: dict[str, Any], read: float, warm_ms: float) -> dict[str, float]:
+    """What a forward could not be faster than: its computation alone, or its reads at the disk's rate."""
+    import torch
+
+    from sida_ext import _C
+
+    times = []
+    with torch.inference_mode():
+        for _ in range(12):
+            model.sida.reset_stats()
+            start = time.perf_counter()
+            model(**batch)
+            if model.sida.stats().bytes_read == 0:
+                times.append(time.perf_counter() - start)
+    if not times:
+        raise RuntimeError("the experts of one forward do not fit in the expert memory: raise --expert-memory")
+    compute_ms = sorted(times)[len(times) // 2] * 1e3
+    rate = _C.measure_disk_rate(str(model.sida.store_path.parent), bytes=2**30, readers=4).bytes_per_second
+    disk_ms = read / rate * 1e3
+    return {
+        "compute_ms": compute_ms,
+        "disk_gb_per_second": rate / 1e9,
+        "disk_ms": disk_ms,
+        "x_bound": warm_ms / max(compute_ms, disk_ms),
+    }
 
 
 def drop_page_cache() -> None:
@@ -226,6 +276,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=10)
     parser.add_argument("--runs", type=int, default=20, help="forwards measured after the warm-up")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all ways; medians are printed")
+    parser.add_argument("--reuse", type=int, default=0, help="draw the sentences from so many; 0: all are new")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
