@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench sass soak clean
+.PHONY: help setup demo test test-cpp lint bench sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
+	@echo "make nightly 20,000 seeds of the expert engine's simulator"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -55,6 +56,11 @@ soak: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DSIDA_CPP_TESTS=ON
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp -j $(JOBS) --target test_soak
 	build/cpp/test_soak --seconds 600
+
+nightly: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DSIDA_CPP_TESTS=ON
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp -j $(JOBS) --target test_simulator
+	build/cpp/test_simulator --seeds 20000
 
 clean:
 	rm -rf build $(VENV) *.egg-info sida_ext/*.so sida_ext/_build_info.json

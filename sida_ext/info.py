@@ -12,7 +12,7 @@ __all__ = ["collect", "show"]
 
 def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     """Facts by section. Measuring streams more memory than a cache holds and reads a file of 1 GiB past the page cache;
-    it takes a few seconds.
+    it takes a few seconds. The reads' plan is measured again, and remembered for the next start.
 
     Args:
         path: folder whose disk is measured; None: the store cache.
@@ -53,7 +53,34 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             f"disk read rate of {folder}, GB/s": round(disk.bytes_per_second / 1e9, 2),
             "disk read past the page cache": disk.direct,
         }
+        plan = _measured_plan(folder)
+        found["reads of an expert store there"] = {
+            "lanes": plan.lanes,
+            "largest read": format_bytes(plan.read_bytes),
+            "why": plan.why,
+            "by hand": "lanes=, read_bytes= of from_pretrained",
+            "lookahead": "4 batches, unless stream(lookahead=) says otherwise; it sets what eviction knows and does "
+            "not depend on the disk",
+        }
     return found
+
+
+def _measured_plan(folder: Path) -> Any:
+    """What Runtime would pick for a store in the folder, from a file of our own that is removed again."""
+    import tempfile
+
+    from sida_ext.read_plan import SMALLEST_STORE_BYTES, default_plan, read_plan
+
+    piece = os.urandom(1 << 20)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".read-plan-") as file:
+            for _ in range(SMALLEST_STORE_BYTES >> 20):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            return read_plan(Path(file.name), again=True)
+    except OSError as error:
+        return default_plan(f"no file to measure with: {error}")
 
 
 def _cuda_devices() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from sida_ext import _C
 from sida_ext.budget import format_bytes, parse_memory
+from sida_ext.read_plan import ReadPlan, read_plan
 from sida_ext.stats import Stats
 from sida_ext.store import StoreHeader, open_store
 from sida_ext.timeline import Event, write_chrome_trace
@@ -51,7 +52,8 @@ class Runtime:
     Args:
         store: path of the expert store.
         expert_memory: the budget: bytes, ``"2GiB"``, ``"25%"`` of the experts, or ``"auto"``.
-        lanes: reads under way at once; None: 4.
+        lanes: reads under way at once; None: measured (see :mod:`sida_ext.read_plan`).
+        read_bytes: largest single read, a multiple of 4096; 0: an expert at once; None: measured.
         eviction: next_use, lru, lfu or fifo.
         wait_deadline: seconds after which a wait for an expert raises TimeoutError.
         faults: injected faults, for tests: see ``_C.Faults``.
@@ -73,6 +75,7 @@ class Runtime:
         *,
         expert_memory: str | int = "auto",
         lanes: int | None = None,
+        read_bytes: int | None = None,
         eviction: str = "next_use",
         wait_deadline: float = 60.0,
         faults: _C.Faults | None = None,
@@ -84,10 +87,12 @@ class Runtime:
         if eviction not in EVICTIONS:
             raise ValueError(f"eviction is {eviction!r}, expected one of {', '.join(EVICTIONS)}")
         expert_store, self.header = open_store(store)
+        self.read_plan = self._read_plan(lanes, read_bytes)
         self._engine = _C.TransferEngine(
             expert_store,
             slots=self._slots(expert_memory, reserved),
-            lanes=4 if lanes is None else lanes,
+            lanes=self.read_plan.lanes,
+            read_bytes=self.read_plan.read_bytes,
             eviction=eviction,
             wait_deadline_ms=round(wait_deadline * 1000),
             faults=faults if faults is not None else _C.Faults(),
@@ -104,6 +109,17 @@ class Runtime:
         self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._handles, folder, os.getpid())
 
     header: StoreHeader
+    read_plan: ReadPlan  # how the lanes read, and why so
+
+    def _read_plan(self, lanes: int | None, read_bytes: int | None) -> ReadPlan:
+        if lanes is not None and read_bytes is not None:
+            return ReadPlan(lanes, read_bytes, "set by hand")
+        plan = read_plan(self.store_path)
+        if lanes is not None:
+            return ReadPlan(lanes, plan.read_bytes, f"lanes set by hand; read size: {plan.why}")
+        if read_bytes is not None:
+            return ReadPlan(plan.lanes, read_bytes, f"read size set by hand; lanes: {plan.why}")
+        return plan
 
     def _slots(self, expert_memory: str | int, reserved: int = 0) -> int:
         record = self.header.record_bytes

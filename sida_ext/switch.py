@@ -327,6 +327,7 @@ def from_pretrained(
     store: str | os.PathLike[str] | None = None,
     store_cache: str | os.PathLike[str] | None = None,
     lanes: int | None = None,
+    read_bytes: int | None = None,
     eviction: str = "next_use",
     wait_deadline: float = 60.0,
     confidence: float = 0.9,
@@ -360,7 +361,7 @@ def from_pretrained(
             predictor gives none) from which the table decides. 0 gives the bits of ``"predicted"``, more than 1 those
             of ``"router"``. Expert capacity binds the router's choices alone; the router's choice for a token that the
             table decides still takes its place in it.
-        lanes, eviction, wait_deadline, faults: see :class:`~sida_ext.runtime.Runtime`.
+        lanes, read_bytes, eviction, wait_deadline, faults: see :class:`~sida_ext.runtime.Runtime`.
         kwargs: passed to transformers (``dtype`` of everything but the experts, ``attn_implementation``, ``revision``,
             ``token``, ``cache_dir``, ...); ``device_map`` and ``quantization_config`` are refused.
 
@@ -406,6 +407,7 @@ def from_pretrained(
         path,
         expert_memory=expert_memory,
         lanes=lanes,
+        read_bytes=read_bytes,
         eviction=eviction,
         wait_deadline=wait_deadline,
         faults=faults,
@@ -437,6 +439,7 @@ def swap_experts(
     *,
     store: str | os.PathLike[str] | None = None,
     lanes: int | None = None,
+    read_bytes: int | None = None,
     eviction: str = "next_use",
     wait_deadline: float = 60.0,
     confidence: float = 0.9,
@@ -473,6 +476,7 @@ def swap_experts(
             path,
             expert_memory=expert_memory,
             lanes=lanes,
+            read_bytes=read_bytes,
             eviction=eviction,
             wait_deadline=wait_deadline,
             faults=faults,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from reference import build, small_config
@@ -63,3 +68,23 @@ def test_the_routing_of_a_model_is_what_its_router_chose(tmp_path):
     model.sida.close()
     with pytest.raises(ValueError, match="no swapped MoE layers"):
         record_routing(reference, [batch])
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """120 sentences of the bundled model, with its predictor's tables: python -m bench.policy --record."""
+    text = gzip.decompress((Path(__file__).parent / "routing_demo.json.gz").read_bytes())
+    return Routing(**json.loads(text))
+
+
+@pytest.mark.parametrize("perfect", [True, False])
+def test_next_use_on_real_routing(recorded, perfect):
+    routing = replace(recorded, predicted=[]) if perfect else recorded
+    for row in compare(routing, [percent / 100 for percent in range(10, 100, 10)], lookahead=4):
+        rate = row.hit_rate
+        if perfect:
+            assert rate["next_use"] >= 0.97 * rate["opt"], row
+        assert rate["next_use"] <= rate["opt"]
+        assert rate["next_use"] >= max(rate["lru"], rate["lfu"], rate["fifo"]), row
+        if rate["opt"] > rate["lru"] + 0.01:
+            assert rate["next_use"] > rate["lru"], row

@@ -241,14 +241,15 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<TransferEngine, std::shared_ptr<TransferEngine>>(m, "TransferEngine")
       .def(py::init([](std::shared_ptr<ExpertStore> store, int64_t slots, int lanes, const std::string& eviction,
-                       int64_t wait_deadline_ms, const Faults& faults, bool populate) {
+                       int64_t wait_deadline_ms, const Faults& faults, bool populate, int64_t read_bytes) {
              const py::gil_scoped_release released;
              EngineOptions options{slots, lanes, eviction, std::chrono::milliseconds(wait_deadline_ms), faults};
              options.populate = populate;
+             options.read_bytes = read_bytes;
              return std::make_shared<TransferEngine>(std::move(store), std::move(options));
            }),
            py::arg("store"), py::kw_only(), py::arg("slots"), py::arg("lanes"), py::arg("eviction"),
-           py::arg("wait_deadline_ms"), py::arg("faults"), py::arg("populate"))
+           py::arg("wait_deadline_ms"), py::arg("faults"), py::arg("populate"), py::arg("read_bytes"))
       .def("announce", &announce, py::arg("wanted"))
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
@@ -266,6 +267,21 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("direct", &DiskRate::direct);
   m.def("measure_disk_rate", &measure_disk_rate, py::arg("folder"), py::arg("bytes") = int64_t{1} << 30,
         py::arg("readers") = 4, WithoutLock());
+  m.def(
+      "measure_read_rates",
+      [](const std::string& path, double seconds) {
+        ReadRates found;
+        {
+          const py::gil_scoped_release released;
+          found = measure_read_rates(path, seconds);
+        }
+        py::list rates;
+        for (const ReadRate& rate : found.rates) {
+          rates.append(py::make_tuple(rate.read_bytes, rate.lanes, rate.bytes_per_second));
+        }
+        return py::make_tuple(rates, found.direct);
+      },
+      py::arg("path"), py::arg("seconds"));
   m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
         WithoutLock());
 

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,10 +11,12 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <thread>
 #include <vector>
 
 #include "base/error.h"
+#include "experts/store.h"
 
 namespace sida {
 namespace {
@@ -110,6 +113,67 @@ DiskRate measure_disk_rate(const std::string& folder, int64_t bytes, int readers
   const double seconds = seconds_since(begin);
   if (failed) file->fail_with("reading");
   return {static_cast<double>(chunks * chunk) / seconds, direct};
+}
+
+ReadRates measure_read_rates(const std::string& path, double seconds) {
+  constexpr int64_t sizes[] = {1 << 20, 2 << 20, 4 << 20, 8 << 20};
+  constexpr int lane_counts[] = {1, 2, 4, 8};
+  constexpr int64_t largest = 8 << 20, smallest_file = 64 << 20;
+  const auto begin = Clock::now();
+  auto file = std::make_unique<File>(path, O_RDONLY | O_DIRECT);
+  const bool direct = file->fd() >= 0;
+  if (!direct) {
+    if (errno != EINVAL) file->fail_with("opening for direct reads");
+    file = std::make_unique<File>(path, O_RDONLY);
+    if (file->fd() < 0) file->fail_with("opening");
+  }
+  struct stat status{};
+  if (::fstat(file->fd(), &status) != 0) file->fail_with("fstat");
+  if (status.st_size < smallest_file) {
+    fail(ErrorKind::invalid, path, " has ", status.st_size, " bytes, expected at least ", smallest_file,
+         " to measure read rates with");
+  }
+  const Pages pages(largest * 8);
+  ReadRates found{{}, direct, 0};
+  double slowest_lane = 0;  // bytes a second of the first pair, the only guess there is for the next
+  std::mt19937_64 random(1);
+  const double share = seconds / static_cast<double>(std::size(sizes) * std::size(lane_counts));
+  for (const int lanes : lane_counts) {
+    for (const int64_t size : sizes) {
+      const double left = seconds - seconds_since(begin);
+      if (left <= 0 || (slowest_lane > 0 && static_cast<double>(lanes * size) / slowest_lane > left)) continue;
+      const auto pair_begin = Clock::now();
+      std::atomic<int64_t> bytes{0};
+      std::atomic<int> error{0};
+      std::vector<std::thread> threads;
+      for (int lane = 0; lane < lanes; ++lane) {
+        threads.emplace_back([&, lane, seed = random()] {
+          std::mt19937_64 place(seed);
+          char* into = static_cast<char*>(pages.data()) + lane * largest;
+          do {
+            const auto piece = static_cast<int64_t>(place() % static_cast<uint64_t>(status.st_size / size));
+            const ssize_t got = ::pread(file->fd(), into, static_cast<size_t>(size), piece * size);
+            if (got != size) {
+              error = got < 0 ? errno : EIO;
+              return;
+            }
+            (void)record_checksum(into, size);
+            bytes += size;
+          } while (seconds_since(pair_begin) < share && error == 0);
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+      if (error != 0) {
+        errno = error;
+        file->fail_with("reading");
+      }
+      const double rate = static_cast<double>(bytes) / seconds_since(pair_begin);
+      if (slowest_lane == 0) slowest_lane = rate;
+      found.rates.push_back({size, lanes, rate});
+    }
+  }
+  found.seconds = seconds_since(begin);
+  return found;
 }
 
 double measure_memory_bandwidth(int threads, int64_t bytes) {
