@@ -81,6 +81,7 @@ class SparseMLP(nn.Module):
         self.routing = "router"
         self.confidence = 0.0
         self.watched = False
+        self.observer: Callable[[str, Tensor], None] | None = None  # told the layer's name and the experts in force
         self.training = False
 
     def connect(self, runtime: Runtime, activation: str, routing: str, confidence: float) -> None:
@@ -105,6 +106,8 @@ class SparseMLP(nn.Module):
                 sure = probability >= self.confidence
                 expert_index = torch.where(sure, named, expert_index)
                 gate = torch.where(sure, factor, gate)
+        if self.observer is not None:
+            self.observer(self.name, expert_index)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         out = ops.moe_layer(tokens, expert_index.reshape(-1, 1), gate.reshape(-1, 1), self.handle)
         return out.view(hidden_states.shape)
