@@ -289,7 +289,9 @@ def _build_table(
     runtime.open_tables.append(None)
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if runtime.current.table is None and input_ids is not None:
-        table = runtime.predictor.predict(input_ids, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        with torch.profiler.record_function("sida::predict"):
+            table = runtime.predictor.predict(input_ids, mask)
         check_table(table, runtime.predictor, input_ids, layers, runtime.header.num_experts)
         block = runtime.batch(runtime.current.number, table)
         block.__enter__()
