@@ -16,6 +16,7 @@ from sida_ext.errors import PredictorError, StoreError  # noqa: E402
 from sida_ext.pipeline import stream  # noqa: E402
 from sida_ext.predictor import DecoderPredictor, HashPredictor, HashTable, Predictor, TokenTablePredictor  # noqa: E402
 from sida_ext.runtime import Runtime  # noqa: E402
+from sida_ext.schedule import TokenBatch, batches_by_tokens, stream_by_tokens  # noqa: E402
 from sida_ext.stats import LayerStats, Stats  # noqa: E402
 from sida_ext.store import pack  # noqa: E402
 from sida_ext.switch import from_pretrained, swap_experts  # noqa: E402
@@ -36,9 +37,12 @@ __all__ = [
     "Stats",
     "StoreError",
     "SwitchTransformersForSequenceClassification",
+    "TokenBatch",
     "TokenTablePredictor",
+    "batches_by_tokens",
     "from_pretrained",
     "pack",
     "stream",
+    "stream_by_tokens",
     "swap_experts",
 ]

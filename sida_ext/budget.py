@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["available_memory", "format_bytes", "parse_bytes", "parse_memory"]
+__all__ = ["available_memory", "cgroup_room", "format_bytes", "parse_bytes", "parse_memory"]
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -42,46 +42,70 @@ def parse_bytes(text: str | int, name: str = "size") -> int:
     return int(value)
 
 
-def _cgroup_room() -> int | None:
-    """Bytes left under the memory limit of this process's control group (v2 or v1); None without one."""
+def cgroup_room(root: Path = Path("/")) -> int | None:
+    """Bytes left under the memory limits of this process's control groups, v2 or v1; None without a limit.
+
+    File pages that were not used lately count as free: the kernel drops them before it refuses memory.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
     room: int | None = None
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            root, limit_name, usage_name = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+            mount, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root, limit_name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-            usage_name = "memory.usage_in_bytes"
+            mount = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
         # A limit of any group on the way up binds; inside a container the path may not be visible.
-        folder = root / group.lstrip("/")
+        folder = mount / group.lstrip("/")
         for parent in (folder, *folder.parents):
-            if not parent.is_relative_to(root):
+            if not parent.is_relative_to(mount):
                 break
-            try:
-                limit, usage = (parent / limit_name).read_text().strip(), (parent / usage_name).read_text().strip()
-            except OSError:
-                continue
-            if limit != "max" and int(limit) < 2**60:
-                room = min(room if room is not None else 2**62, int(limit) - int(usage))
+            left = _room_of_group(parent, *files)
+            if left is not None:
+                room = left if room is None else min(room, left)
     return room
 
 
-def available_memory() -> int:
-    """Bytes that can be allocated now: the kernel's estimate, or what the control group leaves, if that is less."""
+def _room_of_group(folder: Path, limit_name: str, usage_name: str, idle_name: str) -> int | None:
+    try:
+        limit, usage = (folder / limit_name).read_text().strip(), int((folder / usage_name).read_text())
+    except OSError:
+        return None
+    if limit == "max" or int(limit) >= 2**60:
+        return None
+    try:
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        counts = {}
+    return max(0, int(limit) - usage + min(usage, int(counts.get(idle_name, 0))))
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that can be allocated now: the kernel's estimate, or what the control groups leave, if that is less.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+
+    Raises:
+        RuntimeError: the kernel gives no estimate.
+    """
     available = None
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in (root / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
     if available is None:
         raise RuntimeError("/proc/meminfo has no MemAvailable; give expert_memory in bytes instead of 'auto'")
-    room = _cgroup_room()
-    return available if room is None else min(available, max(0, room))
+    room = cgroup_room(root)
+    return available if room is None else min(available, room)
 
 
 def parse_memory(budget: str | int, experts_bytes: int, name: str = "expert_memory", *, reserved: int = 0) -> int:
@@ -91,7 +115,8 @@ def parse_memory(budget: str | int, experts_bytes: int, name: str = "expert_memo
         budget: bytes, ``"2GiB"``, ``"25%"`` (of the bytes of all experts) or ``"auto"`` (the memory that is free now,
             control groups respected, less a reserve of 512 MiB and 10 %; at most all experts).
         experts_bytes: bytes of all experts.
-        reserved: bytes that are about to be allocated for something else; ``"auto"`` leaves them free.
+        reserved: bytes that are about to be allocated for something else; ``"auto"`` leaves them free. Negative: bytes
+            that the expert memory holds already, and may keep.
     """
     if isinstance(budget, str) and budget.strip() == "auto":
         free = available_memory() - reserved

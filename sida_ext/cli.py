@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from sida_ext.runtime import Runtime
+    from sida_ext.schedule import OrderSavings
 
 app = typer.Typer(
     name="sida",
@@ -119,8 +125,6 @@ def train(
     ] = False,
 ) -> None:
     """Train a hash predictor on a model's own routing; go on after Ctrl-C with the same command."""
-    from transformers import AutoTokenizer
-
     from sida_ext import from_pretrained
     from sida_ext.distill import TrainingOptions, train_predictor
     from sida_ext.runtime import runtime_of
@@ -131,7 +135,7 @@ def train(
     try:
         train_predictor(
             loaded,
-            AutoTokenizer.from_pretrained(model),
+            _tokenizer_of(model),
             lines,
             out,
             TrainingOptions(
@@ -172,8 +176,6 @@ def plan(
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
 ) -> None:
     """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
-    from transformers import AutoTokenizer
-
     from sida_ext import from_pretrained
     from sida_ext.plan import POLICIES, compare, record_routing
     from sida_ext.predictor import find_predictor
@@ -183,7 +185,7 @@ def plan(
     loaded = from_pretrained(model, expert_memory="auto", store=store, say=lambda text: console.print(text))
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
-        given = _tokenized(AutoTokenizer.from_pretrained(model), lines, batch_size, max_length)
+        given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
         with _Bar("routing") as bar:
 
             def counted() -> Iterator[dict[str, Any]]:
@@ -202,6 +204,17 @@ def plan(
         rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *POLICIES)]
         table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
     Console().print(table)
+
+
+def _tokenizer_of(model: str) -> Any:
+    """The tokenizer of a checkpoint. Where its files are missing, transformers makes one that knows no word."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    words = {word for word, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids}
+    if words <= {"\u2581"}:  # the sign that stands for a space
+        raise ValueError(f"{model} has no tokenizer: every word would be unknown; save it beside the model")
+    return tokenizer
 
 
 def _tokenized(tokenizer: Any, lines: list[str], batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
@@ -224,19 +237,28 @@ def run(
     confidence: Annotated[
         float, typer.Option(min=0, help="With confident: probability from which the prediction decides.")
     ] = 0.9,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 1,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sentences in a batch; default: 1.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Form batches of similar length with this many tokens at the most.")
+    ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
     lookahead: Annotated[int, typer.Option(min=1, help="Batches whose experts are predicted ahead.")] = 4,
     order: Annotated[str, typer.Option(help="given or overlap.")] = "given",
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here, and a PNG beside it.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one JSON line for each text here.")] = None,
 ) -> None:
     """Run texts through a model and say what it did: tokens/s, hit rate, stall time, bytes read."""
-    from transformers import AutoTokenizer
+    import torch
 
     from sida_ext import from_pretrained, stream
+    from sida_ext.predictor import find_predictor
     from sida_ext.runtime import runtime_of
+    from sida_ext.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
 
+    if batch_size is not None and max_tokens is not None:
+        raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
+    if trace is not None and trace.suffix == ".png":
+        raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
     lines = read_texts(texts)
     loaded = from_pretrained(
         model,
@@ -247,49 +269,103 @@ def run(
         confidence=confidence,
         say=lambda text: console.print(text),
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    chosen = None
-    if predictor is not None:
-        from sida_ext.predictor import find_predictor
-
-        chosen = find_predictor(predictor, loaded)
-    if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
-        raise ValueError("sida run takes encoders and classifiers; for generate() use the Python interface")
-
-    tokens = 0
-
-    def batches() -> Iterator[dict[str, Any]]:
-        nonlocal tokens
-        for batch in _tokenized(tokenizer, lines, batch_size, max_length):
-            tokens += int(batch["attention_mask"].sum())
-            yield batch
-
-    if trace is not None:
-        runtime_of(loaded).start_trace()
-    rows: list[dict[str, Any]] = []
-    begin = time.perf_counter()
+    runtime = runtime_of(loaded)
     try:
-        with _Bar("running") as bar:
-            for output in stream(loaded, batches(), chosen, lookahead, order):
-                if "logits" in output:
-                    rows += [{"label": int(row.argmax()), "logits": row.tolist()} for row in output.logits.float()]
-                else:
-                    states = output.last_hidden_state.float()
-                    rows += [{"mean": row.mean().item(), "norm": row.norm().item()} for row in states]
+        if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
+            raise ValueError("sida run takes encoders and classifiers; for generate() use the Python interface")
+        tokenizer = _tokenizer_of(model)
+        chosen = find_predictor(predictor, loaded) if predictor is not None else None
+        pad = tokenizer.pad_token_id or 0
+
+        def encoded() -> Iterator[list[int]]:
+            for line in lines:
+                yield tokenizer(line, truncation=True, max_length=max_length)["input_ids"]
+
+        def of_size(size: int) -> Iterator[TokenBatch]:
+            rows = enumerate(torch.tensor(ids) for ids in encoded())
+            while part := list(itertools.islice(rows, size)):
+                yield TokenBatch(part, pad)
+
+        formed: list[TokenBatch] = []
+
+        def batches() -> Iterator[TokenBatch]:
+            source = of_size(batch_size or 1)
+            if max_tokens is not None:
+                source = batches_by_tokens(encoded(), max_tokens, pad_token_id=pad)
+            for batch in source:
+                formed.append(batch)
+                yield batch
+
+        rows: dict[int, dict[str, Any]] = {}
+        if trace is not None:
+            runtime.start_trace()
+        begin = time.perf_counter()
+        with watch_order(loaded) if order == "overlap" else nullcontext() as watch, _Bar("running") as bar:
+            given = batches() if watch is None else watch.batches(batches())
+            for number, output in enumerate(stream(loaded, given, chosen, lookahead, order)):
+                batch = formed[number]
+                for position, row in zip(batch.positions, rows_of(output, batch), strict=True):
+                    rows[position] = _summary(row)
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
-        if trace is not None:
-            runtime_of(loaded).write_trace(trace)
-            console.print(f"trace: {trace} (open it in ui.perfetto.dev or chrome://tracing)")
         if out is not None:
-            partial = out.with_name(out.name + ".partial")
-            with open(partial, "w", encoding="utf-8") as file:
-                for text, row in zip(lines, rows, strict=True):
-                    file.write(json.dumps({"text": text, **row}) + "\n")
-            partial.replace(out)
-        print_stats(runtime_of(loaded), tokens, seconds)
+            with _written_whole(out) as file:
+                for number, text in enumerate(lines):
+                    file.write(json.dumps({"text": text, **rows[number]}) + "\n")
+        tokens = sum(sum(batch.lengths) for batch in formed)
+        padding = sum(batch["input_ids"].numel() for batch in formed) - tokens
+        print_stats(runtime, tokens, seconds)
+        print(f"{len(formed)} batches, {padding / (tokens + padding):.1%} of their tokens padding")
+        if watch is not None:
+            _print_savings(watch.savings(lookahead))
+        if trace is not None:
+            _write_trace(runtime, trace)
     finally:
-        runtime_of(loaded).close()
+        runtime.close()
+
+
+def _summary(output: Any) -> dict[str, Any]:
+    """What a run keeps of one text's output."""
+    if "logits" in output:
+        logits = output.logits[0].float()
+        return {"label": int(logits.argmax()), "logits": logits.tolist()}
+    states = output.last_hidden_state.float()
+    return {"mean": states.mean().item(), "norm": states.norm().item()}
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file that appears under its name when it is complete, and leaves nothing behind otherwise."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _print_savings(savings: OrderSavings) -> None:
+    from sida_ext.budget import format_bytes
+
+    share = savings.saved_bytes / savings.given_bytes if savings.given_bytes else 0.0
+    print(
+        f"order overlap: {format_bytes(savings.run_bytes)} to read, {format_bytes(savings.given_bytes)} in the given "
+        f"order, {format_bytes(savings.saved_bytes)} ({share:.1%}) saved (simulated for this run's experts and budget)"
+    )
+
+
+def _write_trace(runtime: Runtime, path: Path) -> None:
+    from sida_ext.timeline import draw, write_chrome_trace
+
+    try:
+        events = runtime.take_trace()
+    except RuntimeError as error:
+        raise ValueError(f"--trace: {error}") from error
+    write_chrome_trace(events, path)
+    picture = path.with_suffix(".png")
+    draw([("sida run", events)], picture)
+    console.print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing), {picture}")
 
 
 def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
@@ -340,7 +416,7 @@ def main() -> None:
 
     try:
         app()
-    except (StoreError, PredictorError, ValueError, OSError, TimeoutError) as error:
+    except (StoreError, PredictorError, ValueError, OSError, TimeoutError, ImportError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
 

@@ -167,7 +167,10 @@ class _HashBuilder:
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
             raise ValueError(f"batch {position} has no input_ids of shape [B, S], which the predictor reads")
         begin = time.perf_counter_ns()
-        table = self.predictor.predict(input_ids, batch.get("attention_mask"), top_k=min(CANDIDATES, self.num_experts))
+        with torch.profiler.record_function("sida::predict"):
+            table = self.predictor.predict(
+                input_ids, batch.get("attention_mask"), top_k=min(CANDIDATES, self.num_experts)
+            )
         self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
         wanted = {name: self.prefetch.experts(table, layer) for layer, name in enumerate(self.layers)}

@@ -155,8 +155,11 @@ class Runtime:
         return self._engine.budget
 
     def set_budget(self, expert_memory: str | int) -> None:
-        """Change the budget while the model runs: grows at once, shrinks as pinned experts are released."""
-        self._engine.set_budget(self._slots(expert_memory))
+        """Change the budget while the model runs, from any thread: grows at once; shrinks at once by what no layer
+        computes from, and by the rest as the layers that compute now end. ``"auto"`` counts the expert memory that is
+        in use now as free."""
+        held = self._engine.stats()["committed_slots"] * self.header.record_bytes
+        self._engine.set_budget(self._slots(expert_memory, reserved=-held))
 
     def announce(self, wanted: Mapping[str, Sequence[int]]) -> int:
         """Tell the engine which experts a queued batch will want; returns the batch's number.

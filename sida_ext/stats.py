@@ -49,6 +49,7 @@ class Stats(Counters):
     """Counters of all layers together."""
 
     layers: tuple[LayerStats, ...]
+    committed_slots: int  # experts in memory now, reads under way included
     peak_slots: int  # experts in memory at once, reads under way included
     read_seconds: float  # of all lanes together, checks included
     direct: bool  # reads go past the page cache
@@ -69,6 +70,7 @@ class Stats(Counters):
         return cls(
             **{name: sum(layer[name] for layer in raw["layers"]) for name in counters},
             layers=layers,
+            committed_slots=raw["committed_slots"],
             peak_slots=raw["peak_slots"],
             read_seconds=raw["read_seconds"],
             direct=raw["direct"],

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -235,12 +235,10 @@ def _fill_record(record: np.ndarray, fmt: _C.ExpertFormat, dtype: str, wi: Tenso
 def _remove_stale_partials(path: Path) -> None:
     """Remove what packers of ``path`` left that were killed: a living one holds the lock of its file."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        try:
-            with open(stale, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                stale.unlink(missing_ok=True)
-        except (FileNotFoundError, BlockingIOError):  # its packer has just finished, or is at work
-            continue
+        # Its packer may just have finished, or still be at work.
+        with suppress(FileNotFoundError, BlockingIOError), open(stale, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink()
 
 
 @contextmanager

@@ -81,6 +81,7 @@ class SparseMLP(nn.Module):
         self.routing = "router"
         self.confidence = 0.0
         self.watched = False
+        self.observer: Callable[[str, Tensor], None] | None = None  # told the layer's name and the experts in force
         self.training = False
 
     def connect(self, runtime: Runtime, activation: str, routing: str, confidence: float) -> None:
@@ -105,6 +106,8 @@ class SparseMLP(nn.Module):
                 sure = probability >= self.confidence
                 expert_index = torch.where(sure, named, expert_index)
                 gate = torch.where(sure, factor, gate)
+        if self.observer is not None:
+            self.observer(self.name, expert_index)
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         out = ops.moe_layer(tokens, expert_index.reshape(-1, 1), gate.reshape(-1, 1), self.handle)
         return out.view(hidden_states.shape)
@@ -286,7 +289,9 @@ def _build_table(
     runtime.open_tables.append(None)
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if runtime.current.table is None and input_ids is not None:
-        table = runtime.predictor.predict(input_ids, kwargs.get("attention_mask", args[1] if len(args) > 1 else None))
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        with torch.profiler.record_function("sida::predict"):
+            table = runtime.predictor.predict(input_ids, mask)
         check_table(table, runtime.predictor, input_ids, layers, runtime.header.num_experts)
         block = runtime.batch(runtime.current.number, table)
         block.__enter__()

@@ -26,30 +26,67 @@ class Event:
 COLOURS = {"compute": "#3b6fb6", "copy": "#5aa469", "stall": "#c8553d", "predict": "#b58db6"}
 
 
+# Rows in this order from the top; others follow by name.
+FIRST_ROWS = ("predictor", "compute")
+
+
+def _tracks(events: Sequence[Event]) -> dict[str, list[list[Event]]]:
+    """Row -> tracks, on each of which any two events are apart or one inside the other, as a viewer expects it of a
+    thread. A second track is needed where two threads compute in one model."""
+    rows: dict[str, list[list[Event]]] = {}
+    open_until: dict[tuple[str, int], list[int]] = {}  # ends of the events that are open on a track, innermost last
+    for event in sorted(events, key=lambda event: (event.begin, -event.end)):
+        tracks = rows.setdefault(event.row, [])
+        for number in range(len(tracks) + 1):
+            ends = open_until.setdefault((event.row, number), [])
+            while ends and ends[-1] <= event.begin:
+                ends.pop()
+            if not ends or event.end <= ends[-1]:
+                break
+        if number == len(tracks):
+            tracks.append([])
+        tracks[number].append(event)
+        ends.append(event.end)
+    order = {name: place for place, name in enumerate(FIRST_ROWS)}
+    return dict(sorted(rows.items(), key=lambda entry: (order.get(entry[0], len(order)), entry[0])))
+
+
 def write_chrome_trace(events: Sequence[Event], path: str | os.PathLike[str]) -> None:
-    """Write the JSON that ui.perfetto.dev and chrome://tracing open; times in microseconds from the first event."""
+    """Write the JSON that ui.perfetto.dev and chrome://tracing open; times in microseconds from the first event.
+
+    Every row is a named thread; a second thread of the same row has its number in the name.
+    """
     start = min((event.begin for event in events), default=0)
-    rows = {row: number for number, row in enumerate(sorted({event.row for event in events}))}
-    entries: list[dict] = [
-        {"ph": "M", "pid": 1, "tid": number, "name": "thread_name", "args": {"name": row}}
-        for row, number in rows.items()
-    ]
-    entries += [
-        {
-            "ph": "X",
-            "pid": 1,
-            "tid": rows[event.row],
-            "name": event.name,
-            "cat": event.kind,
-            "ts": (event.begin - start) / 1e3,
-            "dur": (event.end - event.begin) / 1e3,
-            "args": {"batch": event.batch},
-        }
-        for event in events
-    ]
+    entries: list[dict] = [_metadata("process_name", 0, {"name": "sida_ext"})]
+    tid = 0
+    for row, tracks in _tracks(events).items():
+        for number, track in enumerate(tracks, 1):
+            tid += 1
+            entries.append(_metadata("thread_name", tid, {"name": row if number == 1 else f"{row} {number}"}))
+            entries.append(_metadata("thread_sort_index", tid, {"sort_index": tid}))
+            entries += [
+                {
+                    "ph": "X",
+                    "pid": 1,
+                    "tid": tid,
+                    "name": event.name,
+                    "cat": event.kind,
+                    "ts": (event.begin - start) / 1e3,
+                    "dur": (event.end - event.begin) / 1e3,
+                    "args": {"batch": event.batch},
+                }
+                for event in track
+            ]
     partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _metadata(name: str, tid: int, args: dict) -> dict:
+    return {"ph": "M", "pid": 1, "tid": tid, "ts": 0, "name": name, "args": args}
 
 
 def draw(

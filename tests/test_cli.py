@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import sida_ext
-from sida_ext.cli import read_texts
+from sida_ext.cli import main, read_texts
 from sida_ext.info import collect
 
 WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
@@ -33,6 +35,15 @@ def folder(tmp_path_factory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def untokenized(folder, tmp_path_factory) -> Path:
+    """The same classifier without its tokenizer."""
+    path = tmp_path_factory.mktemp("untokenized")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, path)
     return path
 
 
@@ -78,6 +89,70 @@ def test_pack_then_run(folder, texts, tmp_path):
         torch.testing.assert_close(torch.tensor(row["logits"]), logits, rtol=0, atol=1e-4)
     events = json.loads(trace.read_text())["traceEvents"]
     assert {"copy", "compute"} <= {event.get("cat") for event in events}
+
+
+@pytest.fixture
+def sida_here(monkeypatch, capsys):
+    """The command in this process, which saves the start of another: exit status, output, errors."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["sida", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, exit.value.code or 0, out, err)
+
+    return call
+
+
+def test_batches_by_tokens_give_the_same_answers_in_the_same_order(folder, texts, tmp_path, sida_here):
+    rows = []
+    for number, options in enumerate((["--batch-size", 7], ["--max-tokens", 50])):
+        out = tmp_path / f"{number}.jsonl"
+        done = sida_here("run", folder, texts, "--expert-dtype", "float32", "-o", out, *options)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"\d+ batches, [\d.]+% of their tokens padding", done.stdout)
+        rows.append([json.loads(line) for line in out.read_text().splitlines()])
+        assert [row["text"] for row in rows[-1]] == read_texts([texts])
+    for first, second in zip(*rows, strict=True):
+        torch.testing.assert_close(torch.tensor(first["logits"]), torch.tensor(second["logits"]), rtol=0, atol=1e-4)
+
+
+class Fixed:
+    def predict(self, input_ids, attention_mask=None, top_k=1):
+        shape = (*input_ids.shape, 2, 1)
+        return sida_ext.HashTable(torch.zeros(shape, dtype=torch.int64), torch.full(shape, 0.5))
+
+
+def test_the_order_says_what_it_saved(folder, texts, sida_here, monkeypatch):
+    monkeypatch.setattr("sida_ext.predictor.find_predictor", lambda name, model: Fixed())
+    done = sida_here("run", folder, texts, "--predictor", "x", "--order", "overlap", "--expert-memory", "30%")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"order overlap: .* to read, .* in the given order, .*%\) saved", done.stdout)
+
+
+def test_errors_of_run_are_one_line_and_close_the_runtime(folder, untokenized, texts, tmp_path, sida_here, monkeypatch):
+    closed = []
+    close = sida_ext.Runtime.close
+    monkeypatch.setattr(sida_ext.Runtime, "close", lambda runtime: (closed.append(runtime), close(runtime)))
+    for arguments, message in (
+        ([untokenized, texts], "tokenizer"),
+        ([folder, texts, "--predictor", "nowhere"], "neither a folder"),
+        ([folder, texts, "--order", "overlap"], "order='overlap' needs a predictor"),
+    ):
+        closed.clear()
+        done = sida_here("run", *arguments)
+        assert (done.returncode, len(closed)) == (1, 1), done.stderr
+        assert message in done.stderr
+    for arguments, message in (
+        (["--batch-size", 2, "--max-tokens", 9], "are both given"),
+        (["--trace", tmp_path / "x.png"], "expected a name for JSON"),
+    ):
+        done = sida_here("run", folder, texts, *arguments)
+        assert done.returncode == 1
+        assert message in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_train_then_run_and_plan(folder, texts, tmp_path):

@@ -344,3 +344,98 @@ def test_every_batch_before_a_failure_is_computed(model, order):
     with pytest.raises(ZeroDivisionError):
         next(stream)
     assert equal(outputs, expected(model, given[:4]))
+
+
+class Resizer:
+    """Changes the budget from a thread of its own, at the start of a layer or while it computes."""
+
+    def __init__(self, model, budgets, during=False):
+        self.runtime, self.budgets, self.seen, self.during = model.sida, list(budgets), [], during
+        self.thread = None
+
+    def __call__(self, name, expert_index):
+        if self.during:
+            self.arrived()
+        if not self.budgets:
+            return
+        self.thread = threading.Thread(target=self.runtime.set_budget, args=(self.budgets.pop(0),))
+        self.thread.start()
+        if not self.during:
+            self.arrived()
+
+    def arrived(self):
+        """The change is made. No layer computes, so that nothing is pinned: what is over the new budget goes when the
+        reads that are under way have ended, and before this layer takes anything."""
+        if self.thread is None:
+            return
+        self.thread.join(30)
+        self.thread = None
+        slots = self.runtime.slots
+        wait_until(lambda: self.runtime.stats().committed_slots <= slots)
+        self.seen.append(slots)
+
+
+@pytest.mark.parametrize("during", [False, True])
+@pytest.mark.parametrize("predictor", [None, Random()])
+def test_the_budget_changes_within_a_layer_of_a_stream(folder, predictor, during):
+    model = sida_ext.from_pretrained(
+        folder, expert_dtype="float32", expert_memory="100%", faults=_C.Faults(seed=3, delay_us_max=500)
+    )
+    given = batches(8)
+    plain = expected(model, given)
+    record = model.sida.header.record_bytes
+    budgets = ["25%", "100%", record, "50%", str(3 * record), "auto", "7%", 5 * record, "100%", "12.5%"]
+    resizer = Resizer(model, budgets, during)
+    for layer in model.modules():
+        if type(layer).__name__ == "SparseMLP":
+            layer.observer = resizer
+    assert equal(states(sida_ext.stream(model, given, predictor, 2)), plain)
+    assert resizer.seen == [4, 16, 1, 8, 3, 16, 1, 5, 16, 2]
+    model.sida.close()
+
+
+def test_a_budget_that_grows_is_used_at_once(folder):
+    model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="7%")
+    given = batches(4)
+    plain = expected(model, given)
+    resizer = Resizer(model, ["100%"])
+    model.encoder.block[1].layer[1].mlp.observer = resizer
+    model.sida.reset_stats()
+    assert equal(states(sida_ext.stream(model, given)), plain)
+    stats = model.sida.stats()
+    assert resizer.seen == [16]
+    assert stats.evictions == 0
+    assert stats.committed_slots == stats.loads + 1  # the one that was there before
+    model.sida.close()
+
+
+def test_the_budget_changes_at_any_time_and_no_bit_with_it(folder):
+    model = sida_ext.from_pretrained(
+        folder, expert_dtype="float32", expert_memory="100%", faults=_C.Faults(seed=5, delay_us_max=300)
+    )
+    given = batches(16)
+    plain = expected(model, given)
+    changes, errors, done = [], [], threading.Event()
+
+    def change():
+        random = torch.Generator().manual_seed(2)
+        try:
+            while not done.is_set():
+                slots = int(torch.randint(1, 17, (1,), generator=random))
+                model.sida.set_budget(slots * model.sida.header.record_bytes)
+                changes.append(slots)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        while len(changes) < 50:
+            assert equal(states(sida_ext.stream(model, given, Random(), 3)), plain)
+    finally:
+        done.set()
+        thread.join(30)
+    assert not errors
+    slots = model.sida.slots
+    wait_until(lambda: model.sida.stats().committed_slots <= slots)
+    model.sida.close()

@@ -109,6 +109,7 @@ py::dict stats_of(const TransferEngine& engine) {
   py::dict fields;
   fields["layers"] = layers;
   fields["peak_slots"] = stats.peak_slots;
+  fields["committed_slots"] = stats.committed_slots;
   fields["read_seconds"] = stats.read_seconds;
   fields["direct"] = stats.direct;
   return fields;

@@ -5,6 +5,7 @@
 #include <ATen/ops/max.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -264,7 +265,10 @@ class ScopedDemand {
   ScopedDemand(const ScopedDemand&) = delete;
   ScopedDemand& operator=(const ScopedDemand&) = delete;
 
-  Wave next() { return engine_.next_wave(id_, signal_raised); }
+  Wave next() {
+    RECORD_USER_SCOPE("sida::demand");
+    return engine_.next_wave(id_, signal_raised);
+  }
   void release(const Wave& wave) { engine_.release(id_, wave); }
 
  private:
@@ -317,7 +321,10 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
     for (Wave wave = demand.next(); !wave.experts.empty(); wave = demand.next()) {
       for (size_t i = 0; i < wave.experts.size(); ++i) slot_of_expert[wave.experts[i]] = wave.slots[i];
       const int64_t begin = Trace::now_ns();
-      cpu::moe_ffn(args, torch_threads());
+      {
+        RECORD_USER_SCOPE("sida::moe_ffn");
+        cpu::moe_ffn(args, torch_threads());
+      }
       engine.trace().record({TraceEvent::Kind::compute, 0, layer->index, static_cast<int32_t>(wave.experts.size()),
                              current_batch(), begin, Trace::now_ns()});
       for (const int32_t expert : wave.experts) slot_of_expert[expert] = -1;
