@@ -1,13 +1,15 @@
 """``python -m bench``: the kernel benchmarks, one line for each case, and a roofline picture.
 
 ``--minutes`` ends the run after the case that is in progress then. Results go to bench/results/NAME.json (as
-pytest-benchmark writes them) and NAME.png.
+pytest-benchmark writes them) and NAME.png. ``--add`` keeps the cases that the file has already, so that a long run can
+be made in pieces (``-k`` picks the cases); each case carries the machine's rates as its own process measured them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -28,29 +30,51 @@ class Deadline:
             pytest.skip(f"the {self.minutes:g} minutes are over; --minutes gives more")
 
 
-def cases(path: Path) -> list[dict[str, Any]]:
-    return [entry["extra_info"] for entry in json.loads(path.read_text())["benchmarks"]]
+def case_key(entry: dict[str, Any]) -> tuple[str, str]:
+    return entry["extra_info"]["instruction_set"], entry["name"]
+
+
+def write_record(new: Path, record: Path, add: bool) -> list[dict[str, Any]]:
+    """Moves pytest-benchmark's file to ``record``, without the host's name; its cases, with those kept."""
+    made = json.loads(new.read_text())
+    new.unlink()
+    made["machine_info"].pop("node", None)
+    entries = {case_key(entry): entry for entry in made["benchmarks"]}
+    if add and record.exists():
+        kept = {case_key(entry): entry for entry in json.loads(record.read_text())["benchmarks"]}
+        entries = kept | entries
+    made["benchmarks"] = list(entries.values())
+    record.write_text(json.dumps(made, indent=1) + "\n")
+    return [entry["extra_info"] for entry in made["benchmarks"]]
 
 
 def print_table(found: list[dict[str, Any]]) -> None:
-    first = found[0]
-    print(
-        f"\n{first['instruction_set']}, {first['threads']} threads, {first['bandwidth'] / 1e9:.1f} GB/s read, "
-        f"{first['gemm'] / 1e9:.0f} GFLOP/s fp32 GEMM"
-    )
-    head = (
-        f"{'shape':24} {'weights':9} {'tokens':>6} {'experts':>7} {'ms':>9} {'GB/s':>6} {'GFLOP/s':>8} {'x floor':>8}"
-    )
-    print(head + f" {'x transformers':>15} {'x grouped':>10}")
-    by_shape = {(c["shape"], c["tokens"]): c["peer_ms"].get("transformers") for c in found if c["dtype"] == "float32"}
+    """One line a case. "x transformers" is transformers in the weights' dtype; "x fp32" transformers in float32."""
+    by_shape = {
+        (c["instruction_set"], c["shape"], c["tokens"]): c["peer_ms"].get("transformers")
+        for c in found
+        if c["dtype"] == "float32"
+    }
+    rates: tuple[float, ...] = ()
     for case in found:
+        if (case["bandwidth"], case["gemm"], case["multiply_add"]) != rates:
+            rates = case["bandwidth"], case["gemm"], case["multiply_add"]
+            print(
+                f"\n{case['instruction_set']}, {case['threads']} threads; measured: {rates[0] / 1e9:.1f} GB/s read, "
+                f"{rates[1] / 1e9:.0f} GFLOP/s torch.mm float32, {rates[2] / 1e9:.0f} GFLOP/s FMA in registers"
+            )
+            print(
+                f"{'shape':20} {'weights':9} {'tokens':>6} {'experts':>7} {'ms':>9} {'GB/s':>6} {'GFLOP/s':>8} "
+                f"{'x floor':>8} {'x transformers':>15} {'x fp32':>7} {'x grouped':>10} {'undisturbed':>12}"
+            )
         peers = []
-        for value in (by_shape.get((case["shape"], case["tokens"])), case["peer_ms"].get("grouped")):
+        fp32 = by_shape.get((case["instruction_set"], case["shape"], case["tokens"]))
+        for value in (case["peer_ms"].get("transformers"), fp32, case["peer_ms"].get("grouped")):
             peers.append("-" if value is None else f"{value / case['ms']:.2f}")
         print(
-            f"{case['shape']:24} {case['dtype']:9} {case['tokens']:6d} {case['distinct_experts']:7.1f} "
+            f"{case['shape']:20} {case['dtype']:9} {case['tokens']:6d} {case['distinct_experts']:7.1f} "
             f"{case['ms']:9.3f} {case['gb_per_s']:6.1f} {case['gflop_per_s']:8.1f} {case['x_floor']:8.2f} "
-            f"{peers[0]:>15} {peers[1]:>10}"
+            f"{peers[0]:>15} {peers[1]:>7} {peers[2]:>10} {case['undisturbed']:>6}/{case['rounds']}"
         )
 
 
@@ -65,6 +89,8 @@ def draw_roofline(found: list[dict[str, Any]], path: Path) -> None:
     bandwidth, gemm = found[0]["bandwidth"] / 1e9, found[0]["gemm"] / 1e9
     intensity = np.logspace(-1, 3, 200)
     axes.loglog(intensity, np.minimum(intensity * bandwidth, gemm), color="black", label="floor: read rate, fp32 GEMM")
+    peak = found[0]["multiply_add"] / 1e9
+    axes.axhline(peak, color="gray", linestyle=":", label="fused multiply-adds in registers")
     for dtype, marker in (("float32", "o"), ("bfloat16", "s"), ("float16", "^"), ("int8", "D")):
         chosen = [c for c in found if c["dtype"] == dtype]
         points = [(c["flops_per_byte"], c["gflop_per_s"]) for c in chosen]
@@ -84,18 +110,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--name", default="latest", help="of the files in bench/results")
+    parser.add_argument("--add", action="store_true", help="keep the cases that the record has already")
     parser.add_argument("-k", default="", help="cases, as in pytest -k")
     arguments = parser.parse_args()
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     record, picture = results / f"{arguments.name}.json", results / f"{arguments.name}.png"
+    new = results / f"{arguments.name}.new.json"
     flags = [f"--rootdir={HERE}", f"--confcutdir={HERE}", "-c", str(HERE.parent / "pyproject.toml"), "-k", arguments.k]
-    flags += ["--benchmark-enable", f"--benchmark-json={record}", "--benchmark-columns=median"]
+    flags += ["--benchmark-enable", f"--benchmark-json={new}", "--benchmark-columns=median"]
     flags += ["-q", "-p", "no:cacheprovider"]
+    # Huge pages where the system gives them on request, as the slots of the engine have. torch reads it when loaded.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     status = pytest.main([str(HERE / "bench_moe_ffn.py"), *flags], plugins=[Deadline(arguments.minutes)])
     if status != 0:
         return int(status)
-    found = cases(record)
+    found = write_record(new, record, arguments.add)
     print_table(found)
     draw_roofline(found, picture)
     print(f"\nrecord: {record}\nroofline: {picture}")

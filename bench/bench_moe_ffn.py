@@ -1,11 +1,18 @@
 """One MoE layer beside transformers, torch's grouped products and the floor; run it with ``python -m bench``.
 
-The floor is max(bytes of the distinct experts / read bandwidth, multiply-adds / fp32 GEMM peak), both measured in this
-process. Every call gets fresh tokens and fresh uniform routing (or Zipf's, in the skewed groups).
+The floor is max(bytes of the distinct experts / read bandwidth, floating-point operations / fp32 GEMM peak), both
+measured in this process: the bandwidth by streaming 2 GiB with all threads, the peak as torch's own best ``mm``. Beside
+them stands the rate of fused multiply-adds in registers for the instruction set in force, which no GEMM can pass.
+
+Every call gets fresh tokens and fresh uniform routing (or Zipf's, in the skewed groups). A round during which the
+system took a core away from this process (an involuntary context switch) is not counted, unless that happened in more
+than half of the rounds; ``undisturbed`` says how many were counted that were not disturbed.
 """
 
 from __future__ import annotations
 
+import functools
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -82,7 +89,7 @@ class Layer:
         return ops.moe_ffn(x, index, gate, self.wi, self.wo, self.slots, **self.scales)
 
     def transformers(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """transformers' experts over the same memory (float32, top-1)."""
+        """transformers' experts over the same memory, in the weights' dtype."""
         s = self.shape
         config = SwitchTransformersConfig(d_model=s.d_model, d_ff=s.d_ff, num_experts=s.experts, dropout_rate=0.0)
         with torch.device("meta"):
@@ -92,7 +99,7 @@ class Layer:
             experts[f"expert_{e}"].wo.weight = torch.nn.Parameter(self.wo[e], requires_grad=False)
 
         def call(x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-            result: Tensor = experts(x, F.one_hot(index, s.experts), gate)
+            result: Tensor = experts(x.to(self.dtype), F.one_hot(index, s.experts), gate.to(self.dtype))
             return result
 
         return call
@@ -139,87 +146,123 @@ def layers() -> Layers:
     return Layers()
 
 
+def best_seconds(call: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 @pytest.fixture(scope="session")
 def machine() -> dict[str, Any]:
     """Measured rates of this process; the best of several, as the floor must not be passed."""
     torch.set_num_threads(THREADS)
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
+    stream = torch.ones(1 << 29)  # 2 GiB: more than any cache holds
+    by_sum = stream.numel() * 4 / best_seconds(stream.sum, 4)
+    del stream
+    gemm = 0.0
+    for rows, inner, columns in ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048)):
+        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+        gemm = max(gemm, 2.0 * rows * inner * columns / best_seconds(functools.partial(torch.mm, a, b), 6))
     return {
         "instruction_set": _C.instruction_set(),
         "threads": THREADS,
-        "bandwidth": _C.measure_memory_bandwidth(THREADS),
-        "gemm": 2 * 2048**3 / min(times),
+        "bandwidth": max(by_sum, _C.measure_memory_bandwidth(THREADS)),
+        "gemm": gemm,
+        "multiply_add": _C.measure_multiply_add_rate(THREADS),
     }
 
 
+def switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def undisturbed(values: list[float], disturbed: list[bool]) -> list[float]:
+    """The values of the undisturbed rounds, or all where those are less than half."""
+    clean = [value for value, was in zip(values, disturbed, strict=True) if not was]
+    return clean if 2 * len(clean) >= len(values) else values
+
+
 def measure(call: Callable[..., Tensor], draws: list[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Median seconds over the draws."""
-    times = []
+    """Median seconds over the undisturbed draws; the first one only warms up."""
+    times, disturbed = [], []
     for arguments in draws:
-        start = time.perf_counter()
+        before, start = switches(), time.perf_counter()
         call(*arguments)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        disturbed.append(switches() > before)
+    return statistics.median(undisturbed(times[1:], disturbed[1:]))
 
 
 SWITCH_BASE = Shape()
+COUNTS = (1, 8, 32, 64, 256, 1024, 4096)
+CURVE = (1, 32, 256, 1024)
 CASES = [
-    *((SWITCH_BASE, dtype, t) for dtype in ("float32", "bfloat16", "int8") for t in (1, 8, 32, 64, 256, 1024, 4096)),
-    *((SWITCH_BASE, "float16", t) for t in (1, 32, 1024)),
-    *((Shape(skewed=True), "bfloat16", t) for t in (8, 64, 1024)),
-    *((Shape(top_k=2), "bfloat16", t) for t in (8, 64, 1024)),
-    *((Shape(1024, 4096), "bfloat16", t) for t in (1, 32, 1024)),
-    *((Shape(experts=8), "bfloat16", t) for t in (1, 32, 1024)),
+    *((SWITCH_BASE, dtype, t) for dtype in ("float32", "bfloat16", "int8", "float16") for t in COUNTS),
+    *((Shape(1024, 4096), dtype, t) for dtype in ("float32", "bfloat16", "int8") for t in CURVE),
+    *((Shape(experts=8), dtype, t) for dtype in ("float32", "bfloat16", "int8") for t in CURVE),
     *((Shape(experts=32), "bfloat16", t) for t in (32,)),
-    *((Shape(experts=256), "bfloat16", t) for t in (32, 1024)),
+    *((Shape(experts=256), dtype, t) for dtype in ("bfloat16", "int8") for t in CURVE),
+    *((Shape(skewed=True), dtype, t) for dtype in ("bfloat16", "int8") for t in CURVE),
+    *((Shape(top_k=2), dtype, t) for dtype in ("bfloat16", "int8") for t in CURVE),
 ]
+ROUNDS = {1: 41, 8: 31, 32: 15, 64: 11, 256: 7, 1024: 5, 4096: 3}
 
 
-# Float32 first: the other dtypes' lines are compared with its transformers.
+# Float32 first: the lines of the same shape in other dtypes are compared with its transformers, too.
 @pytest.mark.parametrize(("shape", "dtype", "tokens"), CASES, ids=lambda v: str(v).replace(" ", "-"))
 def test_moe_ffn(
     benchmark: Any, machine: dict[str, Any], layers: Layers, shape: Shape, dtype: str, tokens: int
 ) -> None:
     benchmark.group = f"{shape} {dtype}"
     layer = layers.get(shape, dtype)
-    rounds = 5 if tokens >= 1024 else 15 if tokens >= 32 else 31
     distinct: list[int] = []
+    disturbed: list[bool] = []
 
     def setup() -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         drawn = layer.draw(tokens)
         distinct.append(int(drawn[1].unique().numel()))
         return drawn, {}
 
-    benchmark.pedantic(layer.ours, setup=setup, rounds=rounds, warmup_rounds=1)
+    def call(x: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+        before = switches()
+        out = layer.ours(x, index, gate)
+        disturbed.append(switches() > before)
+        return out
+
+    rounds = ROUNDS[tokens]
+    benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=1)
     if benchmark.disabled:
         return
-    seconds = benchmark.stats.stats.median
-    experts = statistics.mean(distinct)
     flops = 4.0 * tokens * shape.top_k * shape.d_model * shape.d_ff
-    read = experts * layer.expert_bytes
-    floor = max(read / machine["bandwidth"], flops / machine["gemm"])
+    seconds = list(benchmark.stats.stats.data)
+    read = [experts * layer.expert_bytes for experts in distinct[-rounds:]]
+    floors = [max(r / machine["bandwidth"], flops / machine["gemm"]) for r in read]
+    ratios = [s / f for s, f in zip(seconds, floors, strict=True)]
+    rates = [r / s for r, s in zip(read, seconds, strict=True)]
+    flags = disturbed[-rounds:]
+    median = statistics.median(undisturbed(seconds, flags))
     peers: dict[str, float] = {}
-    draws = [layer.draw(tokens) for _ in range(3 if tokens >= 256 else 7)]
-    if dtype == "float32" and shape.top_k == 1:
+    draws = [layer.draw(tokens) for _ in range(3 if tokens >= 1024 else 4)]
+    if dtype in ("float32", "bfloat16") and shape.top_k == 1:
         peers["transformers"] = measure(layer.transformers(), draws)
     grouped = layer.grouped() if dtype in ("float32", "bfloat16") and tokens <= 1024 else None
     if grouped is not None:
-        peers["grouped"] = measure(grouped, draws[:3])
+        peers["grouped"] = measure(grouped, draws)
     benchmark.extra_info |= {
         **machine,
         "shape": str(shape),
         "dtype": dtype,
         "tokens": tokens,
-        "distinct_experts": experts,
-        "ms": seconds * 1e3,
-        "gb_per_s": read / seconds / 1e9,
-        "gflop_per_s": flops / seconds / 1e9,
-        "x_floor": seconds / floor,
+        "distinct_experts": statistics.mean(distinct[-rounds:]),
+        "ms": median * 1e3,
+        "gb_per_s": statistics.median(undisturbed(rates, flags)) / 1e9,
+        "gflop_per_s": flops / median / 1e9,
+        "x_floor": statistics.median(undisturbed(ratios, flags)),
+        "rounds": rounds,
+        "undisturbed": rounds - sum(flags),
         "peer_ms": {name: value * 1e3 for name, value in peers.items()},
-        "flops_per_byte": flops / read,
+        "flops_per_byte": flops / statistics.mean(read),
     }

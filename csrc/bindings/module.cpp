@@ -285,6 +285,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("path"), py::arg("seconds"));
   m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
         WithoutLock());
+  m.def("measure_multiply_add_rate", &cpu::measure_multiply_add_rate, py::arg("threads"), WithoutLock());
 
   m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));

@@ -10,6 +10,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <pthread.h>
+
+#include <atomic>
 #include <functional>
 #include <optional>
 #include <string_view>
@@ -128,9 +131,22 @@ std::pair<Activation, bool> checked_activation(std::string_view name, const char
   return {activation, gated};
 }
 
+#if AT_PARALLEL_OPENMP && !defined(_OPENMP)
+#error "at::parallel_for would run on one thread: compile this file with -fopenmp"
+#endif
+
+// Set in a child of fork(): the threads of torch's pool stayed with the parent, and GNU's OpenMP runtime would wait for
+// them for ever.
+std::atomic<bool> is_forked{false};
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
 ParallelFor torch_threads() {
-  return ParallelFor{at::in_parallel_region() ? 1 : at::get_num_threads(),
-                     [](int64_t count, void (*body)(void*, int64_t), void* context) {
+  if (is_forked || at::in_parallel_region()) {
+    return ParallelFor{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
+                         for (int64_t i = 0; i < count; ++i) body(context, i);
+                       }};
+  }
+  return ParallelFor{at::get_num_threads(), [](int64_t count, void (*body)(void*, int64_t), void* context) {
                        at::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
                          for (int64_t i = begin; i < end; ++i) body(context, i);
                        });

@@ -82,6 +82,9 @@ void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel);
 // The instruction set in force: the best one that this CPU has, or the one that SIDA_CPU names.
 // Throws Error(invalid) if SIDA_CPU names an unknown set or one that the CPU lacks.
 const char* instruction_set();
+// Floating-point operations a second of `threads` threads that do fused multiply-adds in registers and nothing else, in
+// the instruction set in force; the best of several tries. Takes some 50 ms.
+double measure_multiply_add_rate(int threads);
 // All that this CPU has, best first.
 std::vector<std::string> instruction_sets();
 

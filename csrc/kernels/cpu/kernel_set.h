@@ -306,8 +306,21 @@ struct KernelSet {
     return rows;
   }
 
-  static constexpr Kernels table{S::name, group,    S::tile_tokens, common_rows(), pack,
-                                 project, activate, finish,         combine};
+  static constexpr int chains = 12;  // more than latency times instructions a cycle on any CPU so far
+
+  static float multiply_add(int64_t rounds) {
+    F sum[chains], factor = S::in_register(broadcast<S>(0.999f));
+    unroll<chains>([&](auto i) SIDA_INLINE { sum[i.value] = factor; });
+    for (int64_t round = 0; round < rounds; ++round) {
+      unroll<chains>([&](auto i) SIDA_INLINE { S::accumulate(sum[i.value], factor, factor); });
+    }
+    F total{};
+    unroll<chains>([&](auto i) SIDA_INLINE { total += sum[i.value]; });
+    return total[0];
+  }
+
+  static constexpr Kernels table{S::name, group,   S::tile_tokens, common_rows(),    pack, project, activate,
+                                 finish,  combine, multiply_add,   chains * S::lanes};
 };
 
 }  // namespace sida::cpu

@@ -68,6 +68,9 @@ struct Kernels {
   void (*finish)(const float* sums, int64_t rows, const float* scale, float gate, DType out_dtype, void* out);
   // out[i] = sum over k of partials[k * width + i] in the order of k, rounded to out_dtype
   void (*combine)(const float* partials, int64_t top_k, int64_t width, DType out_dtype, void* out);
+  // `rounds` times multiply_adds fused multiply-adds of one lane each, all in registers. For measuring.
+  float (*multiply_add)(int64_t rounds);
+  int64_t multiply_adds;
 };
 
 const Kernels* scalar_kernels();
