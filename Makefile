@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench sass soak clean
+.PHONY: help setup demo test test-cpp lint bench bench-gpu sass soak clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
+	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
 	@echo "make lint    ruff, mypy, clang-format"
@@ -44,6 +45,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench --minutes 5
+
+bench-gpu: setup
+	mkdir -p bench/results
+	$(BIN)/python -m pytest bench/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
 
 sass: $(VENV)/.tools
 	mkdir -p build
