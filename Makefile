@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench paper sass soak nightly clean
+.PHONY: help setup demo test test-cpp lint bench bench-gpu paper sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
 	@echo "make paper   the tables of the SiDA-MoE paper on models trained here, into docs/paper.md"
+	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
@@ -49,6 +50,10 @@ bench: setup
 
 paper: setup
 	$(BIN)/python bench/paper.py
+
+bench-gpu: setup
+	mkdir -p bench/results
+	$(BIN)/python -m pytest bench/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
 
 sass: $(VENV)/.tools
 	mkdir -p build
