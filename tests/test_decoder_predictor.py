@@ -285,7 +285,14 @@ def test_a_cache_that_was_filled_elsewhere_is_predicted_from_here_on(model):
         model.sida.decoder_predictor = recorder
         for place in (2, 3):
             model(**batch, decoder_input_ids=tokens[:, place : place + 1], cache=first.cache)
-    assert len(recorder.begun) == 1
+        assert len(recorder.begun) == 1
+        # A step that nobody predicted: the state has a gap, and prediction begins anew behind it.
+        model.sida.decoder_predictor = None
+        model(**batch, decoder_input_ids=tokens[:, :1], cache=first.cache)
+        model.sida.decoder_predictor = recorder
+        for place in (2, 3):
+            model(**batch, decoder_input_ids=tokens[:, place : place + 1], cache=first.cache)
+    assert len(recorder.begun) == 2
     afresh, _ = recorder.predictor.step(recorder.predictor.start(*recorder.begun[0]), tokens[:, 2:])
     torch.testing.assert_close(recorder.tables[-1].probability, afresh.probability[:, -1:], rtol=1e-4, atol=1e-5)
 
@@ -306,6 +313,33 @@ def test_another_predictor_between_two_steps_takes_over():
     for number in range(3):
         steps.step(Counting(), token, torch.zeros(2, 3, 4), None, number)
         assert steps._state == number + 1
+
+
+def test_each_step_is_one_announced_batch_that_is_retired(model, monkeypatch):
+    announced, retired, current = [], [], []
+    announce, retire = model.sida.announce, model.sida.retire
+
+    def note(wanted):
+        assert list(wanted) == [layer.name for layer in layers]
+        announced.append(announce(wanted))
+        return announced[-1]
+
+    monkeypatch.setattr(model.sida, "announce", note)
+    monkeypatch.setattr(model.sida, "retire", lambda number: retired.append(number) or retire(number))
+    layers = [layer for layer in model.decoder.modules() if isinstance(layer, sida_ext.switch.SparseMLP)]
+    hook = layers[0].register_forward_pre_hook(lambda *_: current.append(model.sida.current.number))
+    model.sida.decoder_predictor = recurrent(model)
+    generate(model, min_new_tokens=10)
+    assert len(announced) == 10
+    assert announced == retired == current
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layers[0].router), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            model.decoder(input_ids=torch.ones(1, 1, dtype=torch.int64), encoder_hidden_states=torch.zeros(1, 2, 24))
+    hook.remove()
+    assert len(announced) == 11
+    assert announced == retired
+    assert model.sida.current.number == 0
 
 
 def test_what_is_predicted_is_prefetched(reference):
@@ -522,21 +556,27 @@ def traced(model, pairs, keep=EXPERTS):
     return list(collect_decoder_traces(model, read_by_decoder(model, paired_batches(tokenizer, pairs), 8), keep))
 
 
-def test_traces_are_what_the_router_says_while_the_model_generates(model):
-    """A source alone is traced on what the model writes for it: token by token the same choices."""
-    (trace,) = traced(model, some_pairs(3, targets=False))
+def test_traces_are_what_the_router_says_while_the_model_generates(model, monkeypatch):
+    """A source alone is traced on what the model writes for it: token by token the same choices, up to its end."""
+    sources = some_pairs(3, targets=False)
+    ids = torch.tensor([tokenizer(sources[0], True, 512)["input_ids"]])
+    monkeypatch.setattr(
+        model.generation_config, "eos_token_id", int(model.generate(input_ids=ids, max_new_tokens=3)[0, -1])
+    )
+    (trace,) = traced(model, sources)
+    assert len(set(trace.length.tolist())) > 1
     routed: list[torch.Tensor] = []
     routers = [m.router for m in model.decoder.modules() if isinstance(m, sida_ext.switch.SparseMLP)]
     hooks = [router.register_forward_hook(lambda _, __, out: routed.append(out[2])) for router in routers]
     for row in range(trace.rows):
         part = trace.select(torch.tensor([row]))
         routed.clear()
-        text = some_pairs(3, targets=False)[int(part.document)]
-        source = torch.tensor([tokenizer(text, True, 512)["input_ids"]])
+        source = torch.tensor([tokenizer(sources[int(part.document)], True, 512)["input_ids"]])
         written = model.generate(input_ids=source, max_new_tokens=8)
         steps = torch.stack([torch.cat(routed[layer::LAYERS], dim=1) for layer in range(LAYERS)], dim=2)[0]
         length = int(part.length)
         assert part.input_ids.tolist() == written[0, :length].tolist()
+        assert length == written.shape[1] - 1
         assert torch.equal(part.top1, steps[:length].argmax(-1))
         encoded = model.encoder(input_ids=source).last_hidden_state[0]
         torch.testing.assert_close(part.encoded.float(), encoded, rtol=2e-3, atol=2e-3)
