@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,7 +346,7 @@ def test_each_step_is_one_announced_batch_that_is_retired(model, monkeypatch):
 
 
 def test_what_is_predicted_is_prefetched(reference):
-    """With the router's own choices as predictions and room for them, no expert of the decoder is missed."""
+    """What a table names is read before a layer has asked for it: held back until then, no expert is missed."""
     model = swap(reference, expert_memory="100%")
     names = [layer.name for layer in model.decoder.modules() if isinstance(layer, sida_ext.switch.SparseMLP)]
 
@@ -353,12 +356,21 @@ def test_what_is_predicted_is_prefetched(reference):
             index = torch.arange(EXPERTS).expand(shape)
             return HashTable(index, torch.full(shape, 1 / EXPERTS)), state
 
+    def counters():
+        return [layer for layer in model.sida.stats().layers if layer.name in names]
+
+    def hold(*_):
+        deadline = time.monotonic() + 60
+        while sum(layer.loads for layer in counters()) < LAYERS * EXPERTS:
+            assert time.monotonic() < deadline, "what was announced has not been read"
+            time.sleep(0.001)
+
     with model.sida:
         model.sida.decoder_predictor = All(0)
+        model.decoder.block[0].register_forward_pre_hook(hold)
         generate(model)
-        decoder = [layer for layer in model.sida.stats().layers if layer.name in names]
-        assert len(decoder) == LAYERS
-        assert all(layer.unique > 0 and layer.misses == 0 for layer in decoder)
+        assert len(counters()) == LAYERS
+        assert all(layer.unique > 0 and layer.unique == layer.hits for layer in counters())
 
 
 class Broken(Random):
@@ -647,3 +659,26 @@ def test_lines_with_and_without_target(tmp_path):
     lines.write_text('{"text": "one", "target": 2}\n')
     with pytest.raises(ValueError, match=r"pairs.jsonl:1: 'target' is int, expected a string"):
         read_pairs([lines])
+
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def test_the_bundled_denoiser_and_its_predictor(tmp_path):
+    """They fit each other, and generate gives transformers' own tokens while decoder layers are read ahead."""
+    folder = EXAMPLES / "demo_denoiser"
+    plain = SwitchTransformersForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    batch = words(["this thing is <mask> garbage.", "a tale of <mask> men."], padding=True, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = plain.generate(**batch, max_new_tokens=16)
+    assert words.decode(expected[0], skip_special_tokens=True).endswith("garbage.")
+    predictor = load_predictor(folder / "decoder_predictor", plain)
+    model = sida_ext.from_pretrained(
+        folder, expert_dtype="float32", dtype=torch.float32, expert_memory="30%", predictor=predictor,
+        store_cache=tmp_path,
+    )  # fmt: skip
+    with model.sida:
+        assert torch.equal(model.generate(**batch, max_new_tokens=16), expected)
+    report = json.loads((folder / "decoder_predictor" / "report.json").read_text())["held_out"]
+    assert report["predictor"]["mean_top3"] > 0.9 > report["token_table"]["mean_top3"]
