@@ -83,22 +83,34 @@ def read_texts(files: list[Path]) -> list[str]:
     Raises:
         ValueError: names file and line.
     """
-    texts: list[str] = []
+    return [text for text, _ in _read_lines(files)]
+
+
+def read_pairs(files: list[Path]) -> list[str | tuple[str, str]]:
+    """As :func:`read_texts`; a text whose JSON object has a ``target`` is a pair of both."""
+    return [text if target is None else (text, target) for text, target in _read_lines(files)]
+
+
+def _read_lines(files: list[Path]) -> list[tuple[str, str | None]]:
+    texts: list[tuple[str, str | None]] = []
     for path in files:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 if path.suffix != ".jsonl":
-                    texts.append(line.strip())
+                    texts.append((line.strip(), None))
                     continue
                 try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
+                    found = json.loads(line)
+                    text, target = found["text"], found.get("target")
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(f"{path}:{number}: expected a JSON object with a 'text', got {error!r}") from error
                 if not isinstance(text, str):
                     raise ValueError(f"{path}:{number}: 'text' is {type(text).__name__}, expected a string")
-                texts.append(text)
+                if target is not None and not isinstance(target, str):
+                    raise ValueError(f"{path}:{number}: 'target' is {type(target).__name__}, expected a string")
+                texts.append((text, target))
     if not texts:
         raise ValueError(f"no text in {', '.join(map(str, files))}")
     return texts
@@ -123,17 +135,28 @@ def train(
     fresh: Annotated[
         bool, typer.Option(help="Forget unfinished work in the folder instead of going on with it.")
     ] = False,
+    decoder: Annotated[
+        bool,
+        typer.Option(
+            "--decoder",
+            help="Train the decoder's predictor, for generate(). A .jsonl line may have a 'target' beside its 'text'; "
+            "without one the model writes it.",
+        ),
+    ] = False,
 ) -> None:
-    """Train a hash predictor on a model's own routing; go on after Ctrl-C with the same command."""
+    """Train a predictor on a model's own routing; go on after Ctrl-C with the same command."""
     from sida_ext import from_pretrained
+    from sida_ext.decoder_distill import train_decoder_predictor
     from sida_ext.distill import TrainingOptions, train_predictor
     from sida_ext.runtime import runtime_of
 
-    lines = read_texts(texts)
+    if decoder and variant is not None:
+        raise ValueError(f"--variant is {variant!r}; a decoder's predictor has one form, leave it out")
+    lines: Any = read_pairs(texts) if decoder else read_texts(texts)
     loaded = from_pretrained(model, expert_memory=expert_memory, say=lambda text: console.print(text))
     options: dict[str, Any] = {"variant": variant} if variant is not None else {}
     try:
-        train_predictor(
+        (train_decoder_predictor if decoder else train_predictor)(
             loaded,
             _tokenizer_of(model),
             lines,

@@ -10,25 +10,14 @@ from torch import Tensor, nn
 
 from .decoder_net import DecoderNet, DecoderState, copy_routers, decoder_options
 from .hash_predictor import HashPredictor
-from .hash_table import NO_EXPERT, HashTable
+from .hash_table import HashTable
 from .moe_facts import check_tokens, check_top_k, stack_facts
 from .token_table import TokenTablePredictor
 
-# What a step names of each token: so many candidates at the most, the first always, the others if they are as likely.
+# What is read ahead for a step: of so many candidates of each token, those that some token of the step needs with at
+# least this probability (docs/decoder.md).
 CANDIDATES = 4
-MIN_PROBABILITY = 0.1
-
-
-def likely(table: HashTable, min_probability: float) -> HashTable:
-    """The same table without candidates below a probability; each token's first candidate stays."""
-    probability = table.gate if table.probability is None else table.probability
-    unlikely = probability < min_probability
-    unlikely[..., 0] = False
-    return HashTable(
-        table.expert_index.masked_fill(unlikely, NO_EXPERT),
-        table.gate.masked_fill(unlikely, 0.0),
-        None if table.probability is None else table.probability.masked_fill(unlikely, 0.0),
-    )
+MIN_NEED = 0.1
 
 
 class RecurrentPredictor(HashPredictor):
@@ -36,8 +25,8 @@ class RecurrentPredictor(HashPredictor):
 
     Args:
         embedding, layers, experts, model_fingerprint, stack, options: see HashPredictor; `stack` is "decoder".
-        candidates, min_probability: attributes, what `step` names: at most so many candidates of each token and layer,
-            the first always and the others if their calibrated probability reaches `min_probability`.
+        candidates, min_need: attributes that may be changed: `step` names so many candidates of each token and layer,
+            and `generate` reads those ahead that the step needs with at least that probability (`HashTable.need`).
     """
 
     kind = "recurrent_predictor"
@@ -57,7 +46,7 @@ class RecurrentPredictor(HashPredictor):
         if stack != "decoder":
             raise ValueError(f"stack is {stack!r}; RecurrentPredictor predicts the 'decoder'")
         super().__init__(embedding, layers, experts, model_fingerprint, variant, stack, **options)
-        self.candidates, self.min_probability = min(CANDIDATES, experts), MIN_PROBABILITY
+        self.candidates, self.min_need = min(CANDIDATES, experts), MIN_NEED
 
     @classmethod
     def for_model(
@@ -122,11 +111,11 @@ class RecurrentPredictor(HashPredictor):
         return self.net.start(encoder_output.float(), attention_mask != 0)
 
     def step(self, state: DecoderState, input_ids: Tensor) -> tuple[HashTable, DecoderState]:
-        """See `DecoderPredictor.step`; the candidates are chosen by `candidates` and `min_probability`."""
+        """See `DecoderPredictor.step`."""
         real = check_tokens(input_ids, None, self.embedding.shape[0])
         with torch.no_grad():
             logits, state = self._step(state, input_ids)
-            return likely(self._table(logits, real, self.candidates), self.min_probability), state
+            return self._table(logits, real, self.candidates), state
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
         """See `DecoderPredictor.reorder`."""
@@ -143,30 +132,36 @@ class TokenTableDecoder:
 
     Args:
         table: of the decoder, `TokenTablePredictor.for_model(model, "decoder")`.
-        candidates, min_probability: see RecurrentPredictor.
+        candidates, min_need: see RecurrentPredictor.
     """
 
-    def __init__(
-        self, table: TokenTablePredictor, candidates: int = CANDIDATES, min_probability: float = MIN_PROBABILITY
-    ) -> None:
+    def __init__(self, table: TokenTablePredictor, candidates: int = CANDIDATES, min_need: float = MIN_NEED) -> None:
         if table.stack != "decoder":
             raise ValueError(f"the token table is of the {table.stack!r}; expected one of the 'decoder'")
         check_top_k(min(candidates, table.experts), table.experts)
-        self.table, self.candidates, self.min_probability = table, min(candidates, table.experts), min_probability
+        self.table, self.candidates, self.min_need = table, min(candidates, table.experts), min_need
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> TokenTableDecoder:
         """Reads a token table of the decoder; see `TokenTablePredictor.from_pretrained`."""
         return cls(TokenTablePredictor.from_pretrained(path, model))
 
-    def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
+    def predict(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        top_k: int = 1,
+        encoder_output: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+    ) -> HashTable:
+        """See `Predictor.predict`; what the encoder said is not read."""
         return self.table.predict(input_ids, attention_mask, top_k)
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> None:
         return None
 
     def step(self, state: None, input_ids: Tensor) -> tuple[HashTable, None]:
-        return likely(self.table.predict(input_ids, None, self.candidates), self.min_probability), None
+        return self.table.predict(input_ids, None, self.candidates), None
 
     def reorder(self, state: None, index: Tensor) -> None:
         return None

@@ -181,7 +181,9 @@ def _forward(decoder: nn.Module, runtime: Runtime, layers: list[str], *args: Any
     cache = given.get("cache", given.get("past_key_values"))
     steps = DecoderSteps() if cache is None else _steps_of(cache)
     table = _predict(runtime, predictor, layers, steps, given, 0 if cache is None else int(cache.get_seq_length()))
-    number = runtime.announce({name: table.experts_of(layer) for layer, name in enumerate(layers)})
+    # A predictor whose probabilities can be trusted says from which on an expert is worth reading ahead.
+    least = getattr(predictor, "min_need", 0.0)
+    number = runtime.announce({name: table.experts_of(layer, least) for layer, name in enumerate(layers)})
     try:
         with runtime.batch(number, runtime.current.table):
             output = type(decoder).forward(decoder, *args, **kwargs)

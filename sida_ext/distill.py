@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def train_predictor(
     if not resume and work.exists():
         shutil.rmtree(work)
     store = _collect(model, facts, tokenizer, texts, held_out_texts, work / "traces", options, progress)
-    trained, validation, held_out = (_Part(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
+    trained, validation, held_out = (SplitPart(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
     predictor = HashPredictor.for_model(model, options.variant, options.seed, **options.net)
     trainer = Trainer(predictor, trained, validation, options, work / "checkpoint")
     history = trainer.run(progress)
@@ -179,15 +179,33 @@ def _collect(
     identity = {"model_fingerprint": facts.fingerprint, "max_length": options.max_length}
     store = TraceStore(folder, identity)
     batches = tokenized_batches(tokenizer, texts, options.max_length)
+    held_out = None
     if held_out_texts is not None:
-        given = tokenized_batches(tokenizer, held_out_texts, options.max_length)
-        batches = itertools.chain(batches, ({**batch, "document": -1 - batch["document"]} for batch in given))
+        held_out = tokenized_batches(tokenizer, held_out_texts, options.max_length)
+    return fill_store(store, batches, held_out, lambda given: collect_traces(model, given), progress)
+
+
+def fill_store(
+    store: TraceStore,
+    batches: Iterator[dict[str, Any]],
+    held_out: Iterator[dict[str, Any]] | None,
+    collect: Callable[[Iterator[dict[str, Any]]], Iterator[Trace]],
+    progress: bool,
+) -> TraceStore:
+    """Traces all batches into `store`, going on after those that are already there.
+
+    Args:
+        batches, held_out: with `input_ids`, `attention_mask` and `document`; those of `held_out` are only reported on.
+        collect: makes traces of batches, one of each.
+    """
+    if held_out is not None:
+        batches = itertools.chain(batches, ({**batch, "document": -1 - batch["document"]} for batch in held_out))
     store.skip(batches)
     if store.complete:
         return store
     with tqdm(desc="tracing the router", unit="token", unit_scale=True, disable=not progress) as bar:
         bar.update(store.tokens)
-        with contextlib.closing(store.extend(collect_traces(model, batches))) as tokens:
+        with contextlib.closing(store.extend(collect(batches))) as tokens:
             for count in tokens:
                 bar.update(count)
     if not store.tokens:
@@ -195,7 +213,7 @@ def _collect(
     return store
 
 
-class _Part:
+class SplitPart:
     """One part of the split, as a callable that streams it: `part()` yields a Trace for each shard that has rows."""
 
     def __init__(self, store: TraceStore, options: TrainingOptions, part: int) -> None:

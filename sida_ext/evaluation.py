@@ -77,12 +77,12 @@ def evaluate(predictor: Predictor, traces: Iterable[Trace], batch_sentences: int
             part = trace.select(rows)
             input_ids, mask = part.padded()
             try:
-                table = predictor.predict(input_ids, mask.long(), top_k=3)
+                table = part.table_of(predictor, 3)
             except ValueError:
                 if trace.candidates.shape[-1] >= 3:
                     raise
                 # A model of one or two experts has no third candidate.
-                table = predictor.predict(input_ids, mask.long(), top_k=trace.candidates.shape[-1])
+                table = part.table_of(predictor, trace.candidates.shape[-1])
             # Traces do not say how many experts there are.
             experts = 2**15 if table.padding_need is None else table.padding_need.shape[1]
             table.check_for(input_ids, layers, experts)

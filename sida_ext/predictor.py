@@ -56,7 +56,8 @@ class DecoderPredictor(Predictor, Protocol):
     """Predicts the decoder's routing inside `generate`, step by step, with state that follows the cache.
 
     All three run in the model's thread, under `torch.no_grad()`. A state is opaque to others; `step` and `reorder` give
-    a new one and leave the old as it was.
+    a new one and leave the old as it was. All that a table names is read ahead; a predictor with a number `min_need`
+    leaves out what the step needs with less than that probability (`HashTable.need`).
     """
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> Any:

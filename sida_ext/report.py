@@ -16,8 +16,9 @@ def write_report(path: str | os.PathLike[str], report: dict[str, Any]) -> None:
 
     Args:
         path: folder of the predictor.
-        report: must hold `held_out` with the summaries of "predictor" and "token_table" (see `Evaluation.summary`), and
-            `confident`, what `routing_curve` gives.
+        report: must hold `held_out` with the summaries of "predictor" and "token_table" (see `Evaluation.summary`).
+            With `confident`, what `routing_curve` gives, its curves are drawn too; a decoder's report has none, as its
+            table never replaces the router.
     """
     folder = Path(path)
     temporary = folder / f".{REPORT_FILE}.{os.getpid()}"
@@ -32,9 +33,11 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
     from matplotlib.figure import Figure
 
     ours, table = report["held_out"]["predictor"], report["held_out"]["token_table"]
-    figure = Figure(figsize=(16, 4), layout="constrained")
+    panels = 3 if "confident" in report else 2
+    figure = Figure(figsize=(16 / 3 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    hits, trust, routed = figure.subplots(1, 3)
+    axes = figure.subplots(1, panels)
+    hits, trust = axes[:2]
     layers = range(len(ours["top1"]))
     for name, summary, offset, shade in (("predictor", ours, -0.2, 1.0), ("token table", table, 0.2, 0.45)):
         places = [layer + offset for layer in layers]
@@ -54,8 +57,16 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
         )
     trust.set(xlabel="predicted probability", ylabel="share that came true", title="Reliability of the first candidate")
     trust.legend(fontsize=8)
+    if "confident" in report:
+        _draw_confident(report["confident"], axes[2])
+    temporary = folder / f".{os.getpid()}.{PICTURE_FILE}"
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, folder / PICTURE_FILE)
+
+
+def _draw_confident(curve: list[dict[str, Any]], routed: Any) -> None:
     # The threshold above 1 is the router, which every curve is relative to.
-    points = [point for point in report["confident"] if point["threshold"] <= 1]
+    points = [point for point in curve if point["threshold"] <= 1]
     for field, label in (
         ("same_class", "same class as with the router"),
         ("by_table", "choices made by the table"),
@@ -67,6 +78,3 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
     routed.plot([p["threshold"] for p in points], kept, marker="o", label="1 - error of the encoder's output")
     routed.set(xlabel="threshold", ylabel="share", title='routing="confident" against the router')
     routed.legend(fontsize=8)
-    temporary = folder / f".{os.getpid()}.{PICTURE_FILE}"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, folder / PICTURE_FILE)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .hash_table import HashTable
 from .moe_facts import check_tokens, stack_facts
 
 SHARD_TOKENS = 100_000  # of one file of traces: some 70 MB for 6 layers
@@ -72,6 +73,16 @@ class Trace:
         input_ids[mask] = self.input_ids
         return input_ids, mask
 
+    def logits_of(self, predictor: nn.Module) -> Tensor:
+        """The predictor's logits for these tokens, [N, layers, experts]."""
+        input_ids, mask = self.padded()
+        return predictor(input_ids, mask.long())[mask]
+
+    def table_of(self, predictor: Any, top_k: int) -> HashTable:
+        """The predictor's table for these sentences, padded as `padded` has it."""
+        input_ids, mask = self.padded()
+        return predictor.predict(input_ids, mask.long(), top_k=top_k)
+
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
 
@@ -89,13 +100,13 @@ def collect_traces(
         model: holds a Switch encoder.
         batches: dicts with `input_ids` [B, S] and optionally `attention_mask` [B, S] and `document` [B].
         keep: candidates kept for each token and layer; at most the number of experts are.
-        stack: only "encoder": a decoder's routing depends on what the encoder read.
+        stack: only "encoder": a decoder's routing depends on what the encoder read, see decoder_traces.
 
     Raises:
         ValueError: an unknown token, a mask of another shape, or router logits that are NaN or infinite.
     """
     if stack != "encoder":
-        raise ValueError(f"stack is {stack!r}; traces are collected from 'encoder'")
+        raise ValueError(f"stack is {stack!r}; expected 'encoder'; collect_decoder_traces traces a decoder")
     if keep < 1:
         raise ValueError(f"keep is {keep}; expected at least 1 candidate")
     facts = stack_facts(model, stack)
@@ -119,23 +130,40 @@ def collect_traces(
             )
         finally:
             facts.stack.train(was_training)
-        recorded = output.router_logits
-        if recorded is None or len(recorded) != facts.layers:
-            found = 0 if recorded is None else len(recorded)
-            raise ValueError(f"the {stack} recorded router logits of {found} layers; it has {facts.layers} MoE layers")
-        logits = torch.stack([layer.float() for layer in recorded], dim=2).cpu()
-        if not bool(torch.isfinite(logits[real]).all()):
-            raise ValueError("the model's router logits hold NaN or inf; its weights or its dtype cannot be traced")
-        logits = logits[real]
-        best, index = logits.topk(keep, dim=-1)
         yield Trace(
             input_ids.cpu()[real].long(),
             real.sum(dim=1),
             torch.as_tensor(document, dtype=torch.int64),
-            index.to(torch.int16),
-            (best - best[..., :1]).half(),
-            (best[..., 0] - logits.logsumexp(dim=-1)).exp(),
+            *kept_choices(output.router_logits, real, facts.layers, keep, stack),
         )
+
+
+def kept_choices(
+    recorded: tuple[Tensor, ...] | None, real: Tensor, layers: int, keep: int, stack: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """candidates, logits and gate of a Trace.
+
+    Args:
+        recorded: each MoE layer's router logits [B, S, experts], as transformers records them.
+        real: [B, S] bool, the tokens that are kept.
+        layers: MoE layers of the stack, named `stack`.
+        keep: candidates kept for each token and layer.
+
+    Raises:
+        ValueError: another number of layers, or NaN or infinite logits.
+    """
+    if recorded is None or len(recorded) != layers:
+        found = 0 if recorded is None else len(recorded)
+        raise ValueError(f"the {stack} recorded router logits of {found} layers; it has {layers} MoE layers")
+    logits = torch.stack([layer.float() for layer in recorded], dim=2).cpu()[real]
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("the model's router logits hold NaN or inf; its weights or its dtype cannot be traced")
+    best, index = logits.topk(keep, dim=-1)
+    return (
+        index.to(torch.int16),
+        (best - best[..., :1]).half(),
+        (best[..., 0] - logits.logsumexp(dim=-1)).exp(),
+    )
 
 
 class TraceStore:
@@ -146,6 +174,7 @@ class TraceStore:
     Args:
         folder: made if missing.
         identity: what the traces depend on (model, texts, options); a folder of another identity is refused.
+        kind: the class of the traces.
 
     Raises:
         ValueError: the folder holds traces of another model or other texts.
@@ -153,8 +182,8 @@ class TraceStore:
 
     _INDEX = "traces.json"
 
-    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], kind: type[Trace] = Trace) -> None:
+        self.folder, self.kind = Path(folder), kind
         self.folder.mkdir(parents=True, exist_ok=True)
         index = self.folder / self._INDEX
         if index.is_file():
@@ -225,7 +254,7 @@ class TraceStore:
         self._write_index()
 
     def shard(self, number: int) -> Trace:
-        return Trace(**load_file(self.folder / self._state["shards"][number]["file"]))
+        return self.kind(**load_file(self.folder / self._state["shards"][number]["file"]))
 
     def __len__(self) -> int:
         return len(self._state["shards"])
@@ -257,4 +286,5 @@ def join_traces(traces: list[Trace]) -> Trace:
     """One trace with the sentences of all."""
     if not traces:
         raise ValueError("there are no traces to join; the texts hold no sentence")
-    return Trace(**{name: torch.cat([getattr(t, name) for t in traces]) for name in Trace.__dataclass_fields__})
+    kind = type(traces[0])
+    return kind(**{name: torch.cat([getattr(t, name) for t in traces]) for name in kind.__dataclass_fields__})

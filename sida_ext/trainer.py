@@ -215,8 +215,7 @@ class Trainer:
             group["lr"] = (
                 self.options.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
             )
-        input_ids, mask = trace.padded()
-        loss = predictor_loss(self.predictor(input_ids, mask.long())[mask], trace, self.options)
+        loss = predictor_loss(trace.logits_of(self.predictor), trace, self.options)
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"the loss is {float(loss.detach())} at step {number}; a lower learning_rate may help")
         self.optimizer.zero_grad(set_to_none=True)
@@ -230,8 +229,7 @@ class Trainer:
         for shard in self.validation():
             for rows in torch.arange(shard.rows).split(self.options.batch_sentences):
                 trace = shard.select(rows)
-                input_ids, mask = trace.padded()
-                yield self.predictor(input_ids, mask.long())[mask], trace
+                yield trace.logits_of(self.predictor), trace
 
     def _save(self) -> None:
         tensors = {f"current.{name}": t for name, t in self.predictor.state_dict().items()}

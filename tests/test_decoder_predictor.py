@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,13 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import sida_ext
 from sida_ext import _C, DecoderPredictor, HashPredictor, PredictorError, TokenTablePredictor
+from sida_ext import trainer as trainer_module
+from sida_ext.cli import read_pairs
+from sida_ext.decoder_distill import train_decoder_predictor
+from sida_ext.decoder_traces import collect_decoder_traces, paired_batches, read_by_decoder
 from sida_ext.decoding import DecoderSteps, PredictedCache
+from sida_ext.distill import TrainingOptions
+from sida_ext.evaluation import evaluate
 from sida_ext.hash_table import HashTable
 from sida_ext.predictor import RecurrentPredictor, TokenTableDecoder, load_predictor
 
@@ -279,7 +288,14 @@ def test_a_cache_that_was_filled_elsewhere_is_predicted_from_here_on(model):
         model.sida.decoder_predictor = recorder
         for place in (2, 3):
             model(**batch, decoder_input_ids=tokens[:, place : place + 1], cache=first.cache)
-    assert len(recorder.begun) == 1
+        assert len(recorder.begun) == 1
+        # A step that nobody predicted: the state has a gap, and prediction begins anew behind it.
+        model.sida.decoder_predictor = None
+        model(**batch, decoder_input_ids=tokens[:, :1], cache=first.cache)
+        model.sida.decoder_predictor = recorder
+        for place in (2, 3):
+            model(**batch, decoder_input_ids=tokens[:, place : place + 1], cache=first.cache)
+    assert len(recorder.begun) == 2
     afresh, _ = recorder.predictor.step(recorder.predictor.start(*recorder.begun[0]), tokens[:, 2:])
     torch.testing.assert_close(recorder.tables[-1].probability, afresh.probability[:, -1:], rtol=1e-4, atol=1e-5)
 
@@ -302,8 +318,35 @@ def test_another_predictor_between_two_steps_takes_over():
         assert steps._state == number + 1
 
 
+def test_each_step_is_one_announced_batch_that_is_retired(model, monkeypatch):
+    announced, retired, current = [], [], []
+    announce, retire = model.sida.announce, model.sida.retire
+
+    def note(wanted):
+        assert list(wanted) == [layer.name for layer in layers]
+        announced.append(announce(wanted))
+        return announced[-1]
+
+    monkeypatch.setattr(model.sida, "announce", note)
+    monkeypatch.setattr(model.sida, "retire", lambda number: retired.append(number) or retire(number))
+    layers = [layer for layer in model.decoder.modules() if isinstance(layer, sida_ext.switch.SparseMLP)]
+    hook = layers[0].register_forward_pre_hook(lambda *_: current.append(model.sida.current.number))
+    model.sida.decoder_predictor = recurrent(model)
+    generate(model, min_new_tokens=10)
+    assert len(announced) == 10
+    assert announced == retired == current
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layers[0].router), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), torch.no_grad():
+            model.decoder(input_ids=torch.ones(1, 1, dtype=torch.int64), encoder_hidden_states=torch.zeros(1, 2, 24))
+    hook.remove()
+    assert len(announced) == 11
+    assert announced == retired
+    assert model.sida.current.number == 0
+
+
 def test_what_is_predicted_is_prefetched(reference):
-    """With the router's own choices as predictions and room for them, no expert of the decoder is missed."""
+    """What a table names is read before a layer has asked for it: held back until then, no expert is missed."""
     model = swap(reference, expert_memory="100%")
     names = [layer.name for layer in model.decoder.modules() if isinstance(layer, sida_ext.switch.SparseMLP)]
 
@@ -313,12 +356,21 @@ def test_what_is_predicted_is_prefetched(reference):
             index = torch.arange(EXPERTS).expand(shape)
             return HashTable(index, torch.full(shape, 1 / EXPERTS)), state
 
+    def counters():
+        return [layer for layer in model.sida.stats().layers if layer.name in names]
+
+    def hold(*_):
+        deadline = time.monotonic() + 60
+        while sum(layer.loads for layer in counters()) < LAYERS * EXPERTS:
+            assert time.monotonic() < deadline, "what was announced has not been read"
+            time.sleep(0.001)
+
     with model.sida:
         model.sida.decoder_predictor = All(0)
+        model.decoder.block[0].register_forward_pre_hook(hold)
         generate(model)
-        decoder = [layer for layer in model.sida.stats().layers if layer.name in names]
-        assert len(decoder) == LAYERS
-        assert all(layer.unique > 0 and layer.misses == 0 for layer in decoder)
+        assert len(counters()) == LAYERS
+        assert all(layer.unique > 0 and layer.unique == layer.hits for layer in counters())
 
 
 class Broken(Random):
@@ -495,3 +547,138 @@ def test_padding_of_the_encoder_and_of_the_decoder_changes_nothing(model):
     torch.testing.assert_close(padded.probability[:, :6], alone.probability)
     assert padded.expert_index[:, 6:].eq(-1).all()
     assert predictor.predict(ids).expert_index.shape == (1, 6, LAYERS, 1)  # without an encoder's result
+
+
+def tokenizer(text: str, truncation: bool, max_length: int) -> dict[str, list[int]]:
+    return {"input_ids": [2 + ord(letter) % 95 for letter in text][:max_length]}
+
+
+def some_pairs(number: int, seed: int = 0, targets: bool = True) -> list:
+    random = torch.Generator().manual_seed(seed)
+
+    def text() -> str:
+        length = int(torch.randint(1, 9, (), generator=random))
+        return "".join(chr(97 + n) for n in torch.randint(0, 26, (length,), generator=random).tolist())
+
+    pairs = [(text(), text()) for _ in range(number)]
+    return pairs if targets else [source for source, _ in pairs]
+
+
+def traced(model, pairs, keep=EXPERTS):
+    return list(collect_decoder_traces(model, read_by_decoder(model, paired_batches(tokenizer, pairs), 8), keep))
+
+
+def test_traces_are_what_the_router_says_while_the_model_generates(model, monkeypatch):
+    """A source alone is traced on what the model writes for it: token by token the same choices, up to its end."""
+    sources = some_pairs(3, targets=False)
+    ids = torch.tensor([tokenizer(sources[0], True, 512)["input_ids"]])
+    monkeypatch.setattr(
+        model.generation_config, "eos_token_id", int(model.generate(input_ids=ids, max_new_tokens=3)[0, -1])
+    )
+    (trace,) = traced(model, sources)
+    assert len(set(trace.length.tolist())) > 1
+    routed: list[torch.Tensor] = []
+    routers = [m.router for m in model.decoder.modules() if isinstance(m, sida_ext.switch.SparseMLP)]
+    hooks = [router.register_forward_hook(lambda _, __, out: routed.append(out[2])) for router in routers]
+    for row in range(trace.rows):
+        part = trace.select(torch.tensor([row]))
+        routed.clear()
+        source = torch.tensor([tokenizer(sources[int(part.document)], True, 512)["input_ids"]])
+        written = model.generate(input_ids=source, max_new_tokens=8)
+        steps = torch.stack([torch.cat(routed[layer::LAYERS], dim=1) for layer in range(LAYERS)], dim=2)[0]
+        length = int(part.length)
+        assert part.input_ids.tolist() == written[0, :length].tolist()
+        assert length == written.shape[1] - 1
+        assert torch.equal(part.top1, steps[:length].argmax(-1))
+        encoded = model.encoder(input_ids=source).last_hidden_state[0]
+        torch.testing.assert_close(part.encoded.float(), encoded, rtol=2e-3, atol=2e-3)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_traces_of_given_targets(model):
+    pairs = [("abc", "defg"), ([5, 6], [7, 8, 9]), ("only this", "x")]
+    (trace,) = traced(model, pairs)
+    rows = [trace.select(torch.tensor([row])) for row in range(3)]
+    by_document = {int(row.document): row for row in rows}
+    assert by_document[1].input_ids.tolist() == [0, 7, 8]
+    assert by_document[1].encoded_length.tolist() == [2]
+    assert by_document[0].input_ids.tolist() == [0, *tokenizer("def", True, 9)["input_ids"]]
+    source = torch.tensor([[5, 6]])
+    with torch.no_grad():
+        logits = model(input_ids=source, decoder_input_ids=torch.tensor([[0, 7, 8]]), output_router_logits=True)
+    expected = torch.stack(logits.decoder_router_logits, dim=2)[0]
+    assert torch.equal(by_document[1].top1, expected.argmax(-1))
+    torch.testing.assert_close(by_document[1].gate, expected.softmax(-1).amax(-1), rtol=1e-3, atol=1e-4)
+    with pytest.raises(TypeError, match="document 0 holds neither text nor token ids"):
+        list(paired_batches(tokenizer, [("abc", [1.5])]))
+
+
+def test_training_learns_saves_and_goes_on(model, tmp_path):
+    options = TrainingOptions(
+        epochs=6, batch_sentences=8, validation=0.1, held_out=0.2, warmup=5, max_length=8, learning_rate=5e-3
+    )
+    pairs = some_pairs(60)
+    trained = train_decoder_predictor(model, tokenizer, pairs, tmp_path / "whole", options, progress=False)
+    # Interrupted after the traces and two epochs; the second call goes on to the same weights.
+    half = tmp_path / "half"
+    original, epochs = trainer_module.Trainer._run_epoch, []
+
+    def stop_after_two(self, bar):
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        epochs.append(original(self, bar))
+
+    trainer_module.Trainer._run_epoch = stop_after_two
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_decoder_predictor(model, tokenizer, pairs, half, options, progress=False)
+    finally:
+        trainer_module.Trainer._run_epoch = original
+    assert not (half / "predictor.safetensors").exists()
+    again = train_decoder_predictor(model, tokenizer, pairs, half, options, progress=False)
+    for (name, ours), (_, theirs) in zip(again.state_dict().items(), trained.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    loaded = load_predictor(half, model)
+    assert loaded.held_out_top1 == trained.held_out_top1
+    assert isinstance(load_predictor(half / "token_table", model), TokenTableDecoder)
+    assert (half / "report.json").is_file()
+    assert not (half / "training").exists()
+    traces = traced(model, some_pairs(30, seed=5))
+    before = evaluate(RecurrentPredictor.for_model(model, seed=options.seed), traces).summary()
+    after = evaluate(loaded, traces).summary()
+    assert after["mean_top1"] > before["mean_top1"]
+    with pytest.raises(ValueError, match="held_out is 0"):
+        train_decoder_predictor(model, tokenizer, pairs, half, TrainingOptions(held_out=0.0))
+
+
+def test_lines_with_and_without_target(tmp_path):
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text('{"text": "one", "target": "two"}\n\n{"text": "three"}\n')
+    assert read_pairs([lines]) == [("one", "two"), "three"]
+    lines.write_text('{"text": "one", "target": 2}\n')
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: 'target' is int, expected a string"):
+        read_pairs([lines])
+
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def test_the_bundled_denoiser_and_its_predictor(tmp_path):
+    """They fit each other, and generate gives transformers' own tokens while decoder layers are read ahead."""
+    folder = EXAMPLES / "demo_denoiser"
+    plain = SwitchTransformersForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    batch = words(["this thing is <mask> garbage.", "a tale of <mask> men."], padding=True, return_tensors="pt")
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = plain.generate(**batch, max_new_tokens=16)
+    assert words.decode(expected[0], skip_special_tokens=True).endswith("garbage.")
+    predictor = load_predictor(folder / "decoder_predictor", plain)
+    model = sida_ext.from_pretrained(
+        folder, expert_dtype="float32", dtype=torch.float32, expert_memory="30%", predictor=predictor,
+        store_cache=tmp_path,
+    )  # fmt: skip
+    with model.sida:
+        assert torch.equal(model.generate(**batch, max_new_tokens=16), expected)
+    report = json.loads((folder / "decoder_predictor" / "report.json").read_text())["held_out"]
+    assert report["predictor"]["mean_top3"] > 0.9 > report["token_table"]["mean_top3"]
