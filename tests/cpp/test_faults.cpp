@@ -28,7 +28,7 @@ EngineOptions with(Faults faults, int64_t slots = 4, int lanes = 2) {
   EngineOptions options{slots};
   options.lanes = lanes;
   options.faults = faults;
-  options.wait_deadline = std::chrono::milliseconds(30'000);
+  options.wait_deadline = std::chrono::milliseconds(120'000);
   return options;
 }
 

@@ -19,7 +19,7 @@ namespace {
 EngineOptions options(int64_t slots, int lanes = 2) {
   EngineOptions made{slots};
   made.lanes = lanes;
-  made.wait_deadline = std::chrono::milliseconds(30'000);
+  made.wait_deadline = std::chrono::milliseconds(120'000);
   return made;
 }
 
