@@ -122,7 +122,8 @@ def test_prometheus_shows_the_statistics(folder):
 
 
 def test_metrics_without_prometheus_client_say_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    for name in ("prometheus_client", "prometheus_client.core", "prometheus_client.registry"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "sida_ext.metrics", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'sida_ext\[metrics\]'"):
         importlib.import_module("sida_ext.metrics")
