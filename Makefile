@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench sass soak nightly clean
+.PHONY: help setup demo test test-cpp lint bench paper sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
+	@echo "make paper   the tables of the SiDA-MoE paper on models trained here, into docs/paper.md"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
@@ -45,6 +46,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench --minutes 5
+
+paper: setup
+	$(BIN)/python bench/paper.py
 
 sass: $(VENV)/.tools
 	mkdir -p build

@@ -36,6 +36,7 @@ from sida_ext.evaluation import cost_share, evaluate  # noqa: E402
 from sida_ext.moe_facts import stack_facts  # noqa: E402
 from sida_ext.objective import TrainingOptions  # noqa: E402
 from sida_ext.predictor import HashPredictor, HashTable, Predictor, TokenTablePredictor, load_predictor  # noqa: E402
+from sida_ext.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy  # noqa: E402
 from sida_ext.shadow_net import shadow_options  # noqa: E402
 from sida_ext.traces import Trace, collect_traces, join_traces  # noqa: E402
 from sida_ext.trainer import Trainer  # noqa: E402
@@ -134,39 +135,47 @@ def compare_variants(model: Any, traces: dict[str, Trace], epochs: int, names: l
     return lines
 
 
+@torch.no_grad()
 def prefetch_quality(
-    predictors: dict[str, Predictor], trace: Trace, sizes: tuple[int, ...], sentences: int
+    model: Any, predictors: dict[str, Predictor], trace: Trace, sizes: tuple[int, ...], sentences: int
 ) -> tuple[list[str], dict[str, Any]]:
-    """Coverage and waste of a batch's expert sets, over the probability from which an expert is fetched.
+    """Coverage and waste of a batch's expert sets, over the probability of need from which an expert is fetched.
 
-    coverage: share of the experts that the batch's tokens choose that were fetched; waste: share of the fetched experts
-    that no token chooses.
+    coverage: share of the experts that the batch's positions choose, padding among them, that were fetched; waste:
+    share of the fetched experts that no position chooses.
     """
     thresholds = [0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02]
+    policies = [PrefetchPolicy(waste_cost=t / (1 - t)) for t in thresholds]
+    stack = stack_facts(model).stack
     curves: dict[str, Any] = {}
-    lines = ["| batch | predictor | " + " | ".join(f"p >= {t}" for t in thresholds) + " |"]
-    lines += ["|---|---|" + "---|" * len(thresholds)]
+    lines = [
+        "An expert is fetched if its probability of need is at least p = w / (1 + w), where w is the cost of a wasted "
+        f"read as a share of a miss's (`stream(waste_cost=w)`; default {WASTE_COST:g}: p >= "
+        f"{PrefetchPolicy().least_need:g}). Padding is counted: the router routes it.",
+        "",
+        "| batch | predictor | first choices | " + " | ".join(f"p >= {t}" for t in thresholds) + " |",
+    ]
+    lines += ["|---|---|---|" + "---|" * len(thresholds)]
     for size in sizes:
+        order = torch.randperm(trace.rows, generator=torch.Generator().manual_seed(size))[:sentences]
+        batches = [trace.select(rows).padded() for rows in order.split(size)]
+        routed = []
+        with grouped_experts():
+            for input_ids, mask in batches:
+                logits = stack(input_ids=input_ids, attention_mask=mask.long(), output_router_logits=True).router_logits
+                routed.append([set(layer.argmax(-1).unique().tolist()) for layer in logits])
+        needed = sum(len(wanted) for layers in routed for wanted in layers)
         for name, predictor in predictors.items():
-            needed = fetched = both = 0
-            counts = torch.zeros(len(thresholds), 2)
-            for rows in torch.randperm(trace.rows, generator=torch.Generator().manual_seed(size))[:sentences].split(
-                size
-            ):
-                part = trace.select(rows)
-                input_ids, mask = part.padded()
-                table = predictor.predict(input_ids, mask.long(), top_k=8)
-                for layer in range(table.layers):
-                    wanted = set(part.top1[:, layer].tolist())
-                    experts, probability = table.need(layer)
-                    needed += len(wanted)
-                    for n, threshold in enumerate(thresholds):
-                        chosen = set(experts[probability >= threshold].tolist())
-                        both, fetched = len(chosen & wanted), len(chosen)
-                        counts[n] += torch.tensor([both, fetched])
+            counts = torch.zeros(1 + len(thresholds), 2)
+            for (input_ids, mask), layers in zip(batches, routed, strict=True):
+                table = predictor.predict(input_ids, mask.long(), top_k=CANDIDATES)
+                for layer, wanted in enumerate(layers):
+                    chosen = [set(table.top(1).experts_of(layer))]
+                    chosen += [set(policy.experts(table, layer)) for policy in policies]
+                    counts += torch.tensor([[len(fetched & wanted), len(fetched)] for fetched in chosen])
             coverage = counts[:, 0] / needed
             waste = 1 - counts[:, 0] / counts[:, 1].clamp(min=1)
-            curves[f"{size} {name}"] = (coverage.tolist(), waste.tolist())
+            curves[f"{size} {name}"] = (coverage[1:].tolist(), waste[1:].tolist())
             cells = " | ".join(f"{c:.1%} / {w:.1%}" for c, w in zip(coverage, waste, strict=True))
             lines.append(f"| {size} | {name} | {cells} |")
             print(lines[-1], flush=True)
@@ -310,7 +319,7 @@ def main() -> None:
     if "prefetch" in parts:
         predictors = {"token table": table, "hash predictor": trained, "oracle": Oracle(model)}
         sections["Prefetch: coverage / waste"], curves = prefetch_quality(
-            predictors, traces["held_out"], (1, 4, 16), arguments.sentences
+            model, predictors, traces["held_out"], (1, 4, 16), arguments.sentences
         )
     if "routing" in parts:
         sections["Predicted and confident routing"] = predicted_routing(

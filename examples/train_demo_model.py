@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from corpus import DEMO_MODEL, MAX_TOKENS, Sentence, load_sentences, train_tokenizer
+from corpus import DEMO_MODEL, MAX_TOKENS, SOURCES, Sentence, load_sentences, train_tokenizer
 from grouped_experts import grouped_experts
 from routing_report import routing_report, trace
 from torch import nn
@@ -47,18 +47,18 @@ FAST = 10.0  # learning rate of embeddings and head, relative to the others'
 AVERAGING = 0.99  # exponential average of the weights over steps of the labelled phase
 
 
-def make_config(vocab_size: int) -> SwitchTransformersConfig:
+def make_config(vocab_size: int, d_model: int = 128, layers: int = 8, experts: int = 32) -> SwitchTransformersConfig:
     return SwitchTransformersConfig(
         vocab_size=vocab_size,
-        d_model=128,
+        d_model=d_model,
         d_kv=32,
-        d_ff=256,
+        d_ff=2 * d_model,
         num_heads=4,
-        num_layers=8,
-        num_sparse_encoder_layers=4,
+        num_layers=layers,
+        num_sparse_encoder_layers=layers // 2,
         num_decoder_layers=2,
         num_sparse_decoder_layers=1,
-        num_experts=32,
+        num_experts=experts,
         expert_capacity=64,
         router_jitter_noise=0.0,
         dropout_rate=0.1,
@@ -177,7 +177,7 @@ class Training:
     def __init__(self, work: Path, arguments: argparse.Namespace):
         self.work = work
         self.arguments = arguments
-        train = load_sentences("train")
+        train = load_sentences("train", arguments.source)
         # Trained once a run: a model is of no use with another tokenizer's numbers.
         if arguments.resume or arguments.export_only:
             if not (work / "tokenizer").is_dir():
@@ -189,9 +189,11 @@ class Training:
             self.tokenizer = train_tokenizer([s.text for s in train], arguments.vocab)
             self.tokenizer.save_pretrained(work / "tokenizer")
         self.batches = Batches(self.tokenizer, train)
-        self.validation = load_sentences("validation", "movie")
+        self.validation = load_sentences("validation", arguments.source or "movie")
         torch.manual_seed(SEED)
-        self.model = SwitchTransformersForSequenceClassification(make_config(len(self.tokenizer)))
+        self.model = SwitchTransformersForSequenceClassification(
+            make_config(len(self.tokenizer), arguments.d_model, arguments.layers, arguments.experts)
+        )
         initialise(self.model)
         self.scale = nn.Parameter(torch.tensor(0.15))
         self.average: list[torch.Tensor] | None = None
@@ -376,7 +378,7 @@ def majority(sentences: list[Sentence]) -> float:
     return max(positive, 1 - positive)
 
 
-def main() -> None:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEMO_MODEL, help="where the model goes")
     parser.add_argument("--work", type=Path, default=Path("out/demo_training"), help="where the checkpoints go")
@@ -384,10 +386,18 @@ def main() -> None:
     parser.add_argument("--export-only", action="store_true", help="train no further, write the best model so far")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=6000)
+    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=8, help="blocks, every second with experts")
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--source", choices=SOURCES, default=None, help="sentences to learn from; default: all")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--denoise-epochs", type=int, default=DENOISE_EPOCHS)
     parser.add_argument("--label-epochs", type=int, default=LABEL_EPOCHS)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = argument_parser().parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     training = Training(arguments.work, arguments)

@@ -1,0 +1,150 @@
+"""Two more models, trained here, and their predictors: another number of experts, another kind of text.
+
+    python bench/predictor_models.py               # some ten minutes on 2 idle cores; Ctrl-C and run again to go on
+
+Models and predictors go to out/predictor_models and are not bundled; the figures go to
+bench/results/predictor_models.json and a section of docs/predictor_figures.md. Each model reads one of the corpus's two
+kinds of text; the other kind is the foreign domain of its predictor's figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from corpus import MAX_TOKENS, SOURCES, load_sentences  # noqa: E402
+from grouped_experts import grouped_experts  # noqa: E402
+from train_demo_model import Training, argument_parser  # noqa: E402
+
+from bench.predictor_quality import traced, write  # noqa: E402
+from sida_ext.classification import SwitchTransformersForSequenceClassification  # noqa: E402
+from sida_ext.distill import TrainingOptions, train_predictor  # noqa: E402
+from sida_ext.evaluation import evaluate  # noqa: E402
+from sida_ext.predictor import load_predictor  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "predictor_models.json"
+# name -> (source of the text, arguments of examples/train_demo_model.py)
+MODELS = {
+    "64 experts, d_model 64, movie reviews": (
+        "movie",
+        "--experts 64 --d-model 64 --layers 4 --vocab 4000 --label-epochs 2",
+    ),
+    "16 experts, d_model 96, editorials": (
+        "editorial",
+        "--experts 16 --d-model 96 --layers 6 --vocab 4000 --label-epochs 3",
+    ),
+}
+PREDICTOR_EPOCHS = 5
+
+
+def folder_of(name: str, out: Path) -> Path:
+    return out / name.split(",")[0].replace(" ", "_")
+
+
+def trained_model(name: str, out: Path, threads: int) -> Path:
+    """The folder of the model, trained now if it is not there."""
+    folder = folder_of(name, out)
+    if (folder / "model" / "config.json").is_file():
+        return folder / "model"
+    source, given = MODELS[name]
+    work = folder / "work"
+    arguments = argument_parser().parse_args([*given.split(), "--source", source, "--work", str(work)])
+    arguments.resume = (work / "last.pt").is_file()
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    training = Training(work, arguments)
+    if arguments.resume:
+        training.load()
+    training.run()
+    training.model.load_state_dict(torch.load(work / "best.pt"))
+    training.model.eval().to(torch.bfloat16).save_pretrained(folder / "partial")
+    training.tokenizer.save_pretrained(folder / "partial")
+    (folder / "partial").rename(folder / "model")
+    return folder / "model"
+
+
+def measured(name: str, out: Path, threads: int) -> dict[str, Any]:
+    source = MODELS[name][0]
+    path = trained_model(name, out, threads)
+    model = SwitchTransformersForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    predictor_folder = folder_of(name, out) / "predictor"
+    if not (predictor_folder / "report.json").is_file():
+        with grouped_experts():
+            train_predictor(
+                model,
+                tokenizer,
+                [s.text for s in load_sentences("train", source)],
+                predictor_folder,
+                TrainingOptions(epochs=PREDICTOR_EPOCHS, max_length=MAX_TOKENS),
+                held_out_texts=[s.text for s in load_sentences("held_out", source)],
+            )
+    report = json.loads((predictor_folder / "report.json").read_text())
+    found: dict[str, Any] = {
+        "training_tokens": report["tokens"]["train"],
+        "parameters": report["network"]["parameters"],
+        "layers": report["network"]["layers"],
+        "confident": report["confident"],
+    }
+    own, other = source, next(s for s in SOURCES if s != source)
+    for text in (own, other):
+        trace = traced(model, tokenizer, "held_out", 800, text)
+        for label, predictor in (
+            ("token_table", load_predictor(predictor_folder / "token_table", model)),
+            ("predictor", load_predictor(predictor_folder, model)),
+        ):
+            summary = evaluate(predictor, [trace]).summary()
+            del summary["reliability"]
+            found[f"{label} on {'own' if text == own else 'other'}"] = summary
+    return found
+
+
+def rendered(known: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Held-out sentences (at most 800 of each kind), means over the MoE layers; predictors of the default form, "
+        f"{PREDICTOR_EPOCHS} passes, seed 0. The oracle is the router itself: 1 by definition.",
+        "",
+        "| model | text | table top-1 / top-3 | predictor top-1 / top-3 | fewer top-1 errors | fewer top-3 errors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in known.items():
+        for text in ("own", "other"):
+            table, ours = found[f"token_table on {text}"], found[f"predictor on {text}"]
+            fewer = [1 - (1 - ours[k]) / (1 - table[k]) for k in ("mean_top1", "mean_top3")]
+            lines.append(
+                f"| {name} | {'of the same kind' if text == 'own' else 'of the other kind'} | "
+                f"{table['mean_top1']:.4f} / {table['mean_top3']:.4f} | "
+                f"{ours['mean_top1']:.4f} / {ours['mean_top3']:.4f} | {fewer[0]:.1%} | {fewer[1]:.1%} |"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "predictor_models")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    started = time.perf_counter()
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in arguments.only:
+        known[name] = measured(name, arguments.out, arguments.threads)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    lines = rendered({name: known[name] for name in MODELS if name in known})
+    write(ROOT / "docs", {"More models": lines}, {}, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
