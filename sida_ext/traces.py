@@ -215,6 +215,7 @@ class TraceStore:
                 if waiting >= shard_tokens:
                     full, pending, waiting = pending, [], 0
                     self._write_shard(full)
+                    del full  # or it would live beside the next shard
                 yield tokens
         finally:
             # Also when interrupted: what was traced is not traced again.

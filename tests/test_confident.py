@@ -10,7 +10,7 @@ from transformers import SwitchTransformersEncoderModel
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 import sida_ext
-from sida_ext import HashTable
+from sida_ext import HashPredictor, HashTable
 from sida_ext.routing_curve import routing_curve
 from sida_ext.traces import collect_traces
 
@@ -174,3 +174,31 @@ def test_the_reports_curve_is_what_serving_does(folder, swapped):
         assert torch.equal(reference(**given[0]).last_hidden_state, true[0])  # the routers are themselves again
     with pytest.raises(ValueError, match="expected the last to be above 1"):
         routing_curve(predictor, reference, traces, thresholds=(0.5,))
+
+
+@pytest.mark.parametrize("routing", ["router", "predicted", "confident"])
+def test_odd_sentences_are_served_under_every_routing(folder, routing):
+    """One token, 512 tokens, a row and a batch of padding alone, an unknown id."""
+    reference = SwitchTransformersEncoderModel.from_pretrained(folder).eval()
+    predictor = HashPredictor.for_model(reference).eval()
+    random = torch.Generator().manual_seed(8)
+    long = torch.randint(2, 97, (1, 512), generator=random)
+    row = torch.tensor([[1] * 5, [0] * 5])
+    given = [
+        {"input_ids": torch.tensor([[7]])},
+        {"input_ids": long},
+        {"input_ids": long[:, :10].view(2, 5), "attention_mask": row},
+        {"input_ids": torch.zeros(2, 5, dtype=torch.int64), "attention_mask": torch.zeros(2, 5, dtype=torch.int64)},
+    ]
+    model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="40%", routing=routing)
+    streamed = list(sida_ext.stream(model, given, predictor))
+    for batch, output in zip(given, streamed, strict=True):
+        assert output.last_hidden_state.shape[:2] == batch["input_ids"].shape
+        assert bool(torch.isfinite(output.last_hidden_state).all())
+        if routing == "router":
+            with torch.no_grad():
+                true = reference(**batch).last_hidden_state
+            torch.testing.assert_close(output.last_hidden_state, true, rtol=0, atol=2e-4)
+    with pytest.raises(ValueError, match=r"input_ids\[0, 1\] is 97; the model knows tokens 0..96"):
+        list(sida_ext.stream(model, [{"input_ids": torch.tensor([[5, 97]])}], predictor))
+    model.sida.close()

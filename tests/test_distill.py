@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -278,6 +279,34 @@ def test_tracing_goes_on_where_it_was_interrupted(model, tmp_path):
     joined = join_traces([again.shard(n) for n in range(len(again))])
     for name, tensor in whole.tensors().items():
         assert torch.equal(getattr(joined, name), tensor), name
+
+
+def test_tracing_holds_one_shard_at_a_time(model, tmp_path):
+    """However long the text is: neither sentences nor traces pile up."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    taken, most, ahead = 0, 0, 0
+
+    def texts():
+        nonlocal taken
+        for text in some_texts(700):
+            taken += 1
+            yield text
+
+    def watched():
+        for trace in collect_traces(model, tokenized_batches(tokenizer, texts(), sentences=4)):
+            alive.add(trace.gate)
+            yield trace
+
+    written = 0
+    store = TraceStore(tmp_path, {"model_fingerprint": "any"})
+    for tokens in store.extend(watched(), shard_tokens=100):
+        written += tokens
+        most = max(most, sum(gate.shape[0] for gate in alive))
+        ahead = max(ahead, taken - store.batches_done * 4)
+    assert written == sum(map(len, some_texts(700))) == store.tokens
+    assert most < 100 + 2 * 4 * 12  # a shard, and the batches that fill it up and come next
+    # The window in which sentences are sorted by length, and the shard that is being filled.
+    assert ahead <= 64 * 4 + 100
 
 
 def test_unfinished_work_of_another_run_is_refused(model, tmp_path, monkeypatch):

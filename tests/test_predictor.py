@@ -152,18 +152,20 @@ def test_padding_never_influences_another_position(data, model):
 
 
 @pytest.mark.parametrize("width", [0, 1, 2, 512])
-def test_any_length_is_predicted(predictor, width):
+def test_any_length_is_predicted(predictor, model, width):
     input_ids = torch.randint(0, VOCABULARY, (2, width), generator=torch.Generator().manual_seed(0))
-    table = predictor.predict(input_ids, top_k=3)
-    assert table.expert_index.shape == (2, width, LAYERS, 3)
-    table.check_for(input_ids, LAYERS, EXPERTS)
-    assert bool((table.gate[..., :-1] >= table.gate[..., 1:]).all())
+    for each in (predictor, TokenTablePredictor.for_model(model)):
+        table = each.predict(input_ids, top_k=3)
+        assert table.expert_index.shape == (2, width, LAYERS, 3)
+        table.check_for(input_ids, LAYERS, EXPERTS)
+        assert bool((table.probability[..., :-1] >= table.probability[..., 1:]).all())
 
 
-def test_all_padding_has_no_expert(predictor):
-    table = predictor.predict(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64))
-    assert bool((table.expert_index == -1).all())
-    assert table.experts_of(0) == []
+def test_all_padding_has_no_expert(predictor, model):
+    for each in (predictor, TokenTablePredictor.for_model(model)):
+        table = each.predict(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64))
+        assert bool((table.expert_index == -1).all())
+        assert table.experts_of(0) == []
 
 
 def test_gate_is_the_softmax_and_probability_the_tempered_one(predictor):
