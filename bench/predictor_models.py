@@ -44,7 +44,7 @@ MODELS = {
         "--experts 16 --d-model 96 --layers 6 --vocab 4000 --label-epochs 3",
     ),
 }
-PREDICTOR_EPOCHS = 5
+PREDICTOR_EPOCHS = 2
 
 
 def folder_of(name: str, out: Path) -> Path:

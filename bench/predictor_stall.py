@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--budget", default="25%")
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rows", nargs="*", help="names of the rows to run; default: all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--waste", type=float, nargs="*", default=[2.0, 1.0, 0.4, 0.1], help="costs of a wasted read")
     parser.add_argument("--confidence", type=float, nargs="*", default=[0.9], help="thresholds of confident routing")
@@ -106,6 +107,8 @@ def main() -> None:
         routing = {"routing": "confident", "confidence": threshold}
         rows[f"hash predictor, confident from {threshold:g}"] = (trained, {}, routing)
     rows["oracle"] = (certain, {}, {})
+    if arguments.rows:
+        rows = {name: row for name, row in rows.items() if name in arguments.rows}
     print(
         f"{len(texts)} sentences, batches of {arguments.batch}, {tokens} tokens, {arguments.budget} of the experts, "
         f"medians of {arguments.rounds} rounds"

@@ -17,7 +17,7 @@ from .traces import Trace
 if TYPE_CHECKING:
     from .predictor import Predictor
 
-THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 2.0)
+THRESHOLDS = (0.0, 0.5, 0.7, 0.9, 0.97, 2.0)
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def confident_routers(facts: StackFacts) -> Iterator[dict[str, Any]]:
     """Inside the block the stack's routers follow a table where it is sure, plain or with swapped experts.
 
     Yields:
-        A dict to set before each forward: ``table`` and ``threshold``; afterwards ``chosen`` [layers] lists [B, S]
-        integer tensors of what was computed, -1: no expert.
+        A dict to set before each forward: ``table`` (None: the routers decide) and ``threshold``; afterwards
+        ``chosen`` [layers] lists [B, S] integer tensors of what was computed, -1: no expert.
     """
     state: dict[str, Any] = {"table": None, "threshold": 2.0, "chosen": []}
 
@@ -35,7 +35,9 @@ def confident_routers(facts: StackFacts) -> Iterator[dict[str, Any]]:
 
         def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             index, gate, logits = original(hidden)
-            table: HashTable = state["table"]
+            table: HashTable | None = state["table"]
+            if table is None:
+                return index, gate, logits
             probability = table.gate if table.probability is None else table.probability
             sure = probability[:, :, layer, 0] >= state["threshold"]
             named, factor = table.expert_index[:, :, layer, 0], table.gate[:, :, layer, 0]
@@ -66,7 +68,7 @@ def routing_curve(
     predictor: Predictor,
     model: nn.Module,
     traces: Iterable[Trace],
-    sentences: int = 96,
+    sentences: int = 48,
     thresholds: tuple[float, ...] = THRESHOLDS,
 ) -> list[dict[str, float]]:
     """What routing="confident" changes and saves at each threshold, sentence by sentence as batches of one.
@@ -122,6 +124,7 @@ def routing_curve(
                             len(set(chosen.unique().tolist()) - {-1} - names)
                             for chosen, names in zip(state["chosen"], named, strict=True)
                         )
+                    state["table"] = None  # the next trace may come from this very model
                     true = outputs[-1]
                     for (hidden, label), total in zip(outputs, totals, strict=True):
                         total["error"] += float((hidden - true[0]).square().sum())
