@@ -183,10 +183,10 @@ def prefetch_quality(
 
 
 def predicted_routing(
-    model: Any, tokenizer: Any, predictors: dict[str, Predictor], thresholds: list[float]
+    model: Any, tokenizer: Any, predictors: dict[str, Predictor], thresholds: list[float], number: int
 ) -> list[str]:
     """Accuracy of the classifier when the table replaces the router where its probability passes a threshold."""
-    sentences = load_sentences("held_out", "movie")
+    sentences = load_sentences("held_out", "movie")[:number]
     label = torch.tensor([s.label for s in sentences])
     texts = [s.text for s in sentences]
 
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="names of the variants to train")
     parser.add_argument("--epochs", type=int, default=3, help="passes of each variant's training")
     parser.add_argument("--sentences", type=int, default=480, help="held-out sentences for the prefetch curves")
+    parser.add_argument("--classified", type=int, default=1563, help="held-out movie sentences for predicted routing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
@@ -323,7 +324,11 @@ def main() -> None:
         )
     if "routing" in parts:
         sections["Predicted and confident routing"] = predicted_routing(
-            model, tokenizer, {"token table": table, "hash predictor": trained}, [0.0, 0.5, 0.7, 0.9, 0.97]
+            model,
+            tokenizer,
+            {"token table": table, "hash predictor": trained},
+            [0.0, 0.5, 0.7, 0.9, 0.97],
+            arguments.classified,
         )
     if "cost" in parts:
         sections["Cost"] = cost(model, trained)

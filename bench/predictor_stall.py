@@ -18,11 +18,12 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from corpus import MAX_TOKENS, load_sentences  # noqa: E402
 
 import sida_ext  # noqa: E402
+from bench.predictor_quality import write  # noqa: E402
 from sida_ext.hash_table import HashTable  # noqa: E402
 from sida_ext.moe_facts import stack_facts  # noqa: E402
 from sida_ext.predictor import load_predictor  # noqa: E402
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--budget", default="25%")
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--record", action="store_true", help="write the table into docs/predictor_figures.md")
     parser.add_argument("--rows", nargs="*", help="names of the rows to run; default: all")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--waste", type=float, nargs="*", default=[2.0, 1.0, 0.4, 0.1], help="costs of a wasted read")
@@ -109,12 +111,13 @@ def main() -> None:
     rows["oracle"] = (certain, {}, {})
     if arguments.rows:
         rows = {name: row for name, row in rows.items() if name in arguments.rows}
-    print(
+    lines = [
         f"{len(texts)} sentences, batches of {arguments.batch}, {tokens} tokens, {arguments.budget} of the experts, "
-        f"medians of {arguments.rounds} rounds"
-    )
-    print("| predictor | stalled, s | hit rate | late | misses | bytes read | read in vain | tokens/s |")
-    print("|---|---|---|---|---|---|---|---|")
+        f"medians of {arguments.rounds} rounds",
+        "",
+        "| predictor | stalled, s | hit rate | late | misses | bytes read | read in vain | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     found: dict[str, list[tuple[Any, float]]] = {name: [] for name in rows}
     for _ in range(arguments.rounds):
         for name, (predictor, streaming, loading) in rows.items():
@@ -129,11 +132,13 @@ def main() -> None:
     for name, runs in found.items():
         runs.sort(key=lambda run: run[0].stall_seconds)
         stats, seconds = runs[len(runs) // 2]
-        print(
+        lines.append(
             f"| {name} | {stats.stall_seconds:.3f} | {stats.hit_rate:.1%} | {stats.late} | {stats.misses} | "
-            f"{stats.bytes_read / 1e6:.0f} MB | {stats.wasted_prefetches} | {tokens / seconds:.0f} |",
-            flush=True,
+            f"{stats.bytes_read / 1e6:.0f} MB | {stats.wasted_prefetches} | {tokens / seconds:.0f} |"
         )
+    print("\n".join(lines))
+    if arguments.record:
+        write(ROOT / "docs", {f"Stall time at batch {arguments.batch}": lines}, {}, 0.0)
 
 
 if __name__ == "__main__":
