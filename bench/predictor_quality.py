@@ -342,7 +342,8 @@ def write(out: Path, sections: dict[str, list[str]], curves: dict[str, Any], sec
     known = json.loads(record.read_text()) if record.is_file() else {}
     known |= sections
     record.write_text(json.dumps(known, indent=1) + "\n")
-    text = ["# Figures of the predictors", "", "Written by `bench/predictor_*.py`; see predictor.md for the commands.", ""]
+    written = "Written by `bench/predictor_*.py`; see predictor.md for the commands."
+    text = ["# Figures of the predictors", "", written, ""]
     for title, lines in known.items():
         text += [f"## {title}", "", *lines, ""]
     (out / "predictor_figures.md").write_text("\n".join(text))
