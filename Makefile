@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench sass soak nightly clean
+.PHONY: help setup demo test test-cpp lint bench cuda-build sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
+	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -46,10 +47,10 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench --minutes 5
 
-sass: $(VENV)/.tools
-	mkdir -p build
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DSIDA_CUDA=ON > build/cuda.log
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda -j $(JOBS) --target sida_cuda_kernels sida_cuda_shapes
+cuda-build: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) tools/cuda_build.sh
+
+sass: cuda-build
 	$(BIN)/python tools/sass_report.py --check
 
 soak: $(VENV)/.tools

@@ -13,6 +13,21 @@ namespace {
 constexpr size_t most_staging = 32;
 constexpr int64_t least_staging = 1024;  // numbers: a page
 
+// Runs something when a scope is left, however.
+template <class Body>
+class AtEnd {
+ public:
+  explicit AtEnd(Body body) : body_(std::move(body)) {}
+  ~AtEnd() { body_(); }
+  AtEnd(const AtEnd&) = delete;
+  AtEnd& operator=(const AtEnd&) = delete;
+
+ private:
+  Body body_;
+};
+
+}  // namespace
+
 void check_device(const RuntimeTable& runtime, int device) {
   int devices = 0;
   const int status = runtime.device_count(&devices);
@@ -29,21 +44,6 @@ void check_device(const RuntimeTable& runtime, int device) {
          facts.compute_capability % 10, ", expected 8.0 or later");
   }
 }
-
-// Runs something when a scope is left, however.
-template <class Body>
-class AtEnd {
- public:
-  explicit AtEnd(Body body) : body_(std::move(body)) {}
-  ~AtEnd() { body_(); }
-  AtEnd(const AtEnd&) = delete;
-  AtEnd& operator=(const AtEnd&) = delete;
-
- private:
-  Body body_;
-};
-
-}  // namespace
 
 CudaServing::CudaServing(const RuntimeTable& runtime, std::shared_ptr<ExpertStore> store, const ServingOptions& options)
     : CudaServing(runtime, store, store_source(store, options.faults, EngineOptions{.slots = 1}.read_bytes), options) {}

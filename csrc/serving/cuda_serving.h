@@ -57,6 +57,10 @@ enum class ServingPlant {
   staging_reused,     // a staging buffer is written again while a copy reads it
 };
 
+// Throws Error(closed) if there is no usable driver or device at all, Error(invalid) if there is no such device or it
+// is too old.
+void check_device(const RuntimeTable& runtime, int device);
+
 class CudaServing {
  public:
   // Throws Error with kind io if host memory cannot be pinned, closed if there is no usable device or driver.
@@ -70,6 +74,9 @@ class CudaServing {
 
   TransferEngine& engine() { return *engine_; }
   TransferEngine& pool() { return *pool_; }
+  // For its counters and its budget alone: announce, retire and close() are both tiers'.
+  std::shared_ptr<TransferEngine> shared_engine() const { return engine_; }
+  std::shared_ptr<TransferEngine> shared_pool() const { return pool_; }
   int device() const { return options_.device; }
   int64_t pinned_bytes() const;             // slab and staging buffers
   int64_t memory_bytes() const;             // of the GPU, taken by slots now
