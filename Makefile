@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench bench-gpu paper sass soak nightly clean
+.PHONY: help setup demo test test-cpp lint bench bench-gpu paper cuda-build sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
+	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -55,10 +56,10 @@ bench-gpu: setup
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
 
-sass: $(VENV)/.tools
-	mkdir -p build
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cuda -G Ninja -DSIDA_CUDA=ON > build/cuda.log
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cuda -j $(JOBS) --target sida_cuda_kernels sida_cuda_shapes
+cuda-build: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) tools/cuda_build.sh
+
+sass: cuda-build
 	$(BIN)/python tools/sass_report.py --check
 
 soak: $(VENV)/.tools

@@ -108,7 +108,9 @@ def available_memory(root: Path = Path("/")) -> int:
     return available if room is None else min(available, room)
 
 
-def parse_memory(budget: str | int, experts_bytes: int, name: str = "expert_memory", *, reserved: int = 0) -> int:
+def parse_memory(
+    budget: str | int, experts_bytes: int, name: str = "expert_memory", *, reserved: int = 0, free: int | None = None
+) -> int:
     """Bytes of a memory budget.
 
     Args:
@@ -117,9 +119,10 @@ def parse_memory(budget: str | int, experts_bytes: int, name: str = "expert_memo
         experts_bytes: bytes of all experts.
         reserved: bytes that are about to be allocated for something else; ``"auto"`` leaves them free. Negative: bytes
             that the expert memory holds already, and may keep.
+        free: bytes that are free now where the budget is taken; None: of this machine's memory.
     """
     if isinstance(budget, str) and budget.strip() == "auto":
-        free = available_memory() - reserved
+        free = (available_memory() if free is None else free) - reserved
         return min(experts_bytes, max(0, int(free - AUTO_RESERVE_BYTES - AUTO_RESERVE_SHARE * free)))
     if isinstance(budget, str) and budget.strip().endswith("%"):
         try:

@@ -33,7 +33,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
-            "built": "CPU; CUDA kernels compiled, not connected" if build["cuda"] else "CPU",
+            "built": "CPU and CUDA" if build["cuda"] else "CPU",
         },
         "cpu": {
             "instruction set in force": _C.instruction_set(),

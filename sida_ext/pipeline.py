@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sida_ext.cuda import on_predictor
 from sida_ext.drift import DriftWatch
 from sida_ext.predictor import HashTable, Predictor, check_table
 from sida_ext.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
@@ -166,11 +167,12 @@ class _HashBuilder:
         input_ids = batch.get("input_ids")
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
             raise ValueError(f"batch {position} has no input_ids of shape [B, S], which the predictor reads")
+        mask = batch.get("attention_mask")
+        if self.runtime.device.type != "cpu":
+            input_ids, mask = on_predictor(self.predictor, input_ids, mask)
         begin = time.perf_counter_ns()
         with torch.profiler.record_function("sida::predict"):
-            table = self.predictor.predict(
-                input_ids, batch.get("attention_mask"), top_k=min(CANDIDATES, self.num_experts)
-            )
+            table = self.predictor.predict(input_ids, mask, top_k=min(CANDIDATES, self.num_experts))
         self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
         wanted = {name: self.prefetch.experts(table, layer) for layer, name in enumerate(self.layers)}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from sida_ext import _C
 from sida_ext.budget import format_bytes, parse_memory
+from sida_ext.cuda import host_slots, resolve_device
 from sida_ext.read_plan import ReadPlan, read_plan
 from sida_ext.stats import Stats
 from sida_ext.store import StoreHeader, open_store
@@ -33,7 +36,7 @@ class _Batch:
     chosen: dict[int, Any] | None = None
 
 
-def _shut_down(engine: _C.TransferEngine, handles: dict[str, int], folder: Any, process: int) -> None:
+def _shut_down(engine: _C.TransferEngine | _C.CudaServing, handles: dict[str, int], folder: Any, process: int) -> None:
     if os.getpid() != process:  # a fork has neither the lanes nor a right to the folder
         return
     for handle in handles.values():
@@ -52,7 +55,12 @@ class Runtime:
     Args:
         store: path of the expert store.
         expert_memory: the budget: bytes, ``"2GiB"``, ``"25%"`` of the experts, or ``"auto"``.
-        lanes: reads under way at once; None: measured (see :mod:`sida_ext.read_plan`).
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: where experts are computed; ``expert_memory`` is of its memory.
+        host_memory: the pinned pool between the store and a GPU: bytes, ``"8GiB"``, ``"50%"`` of the experts; None: all
+            experts if they fit in half of the memory that is free, else as many, which is said. Not for the CPU.
+        pin: ``"require"``: an error, with the limits, if the pool cannot be pinned; ``"try"``: then it goes on with
+            memory that is not, and slower copies.
+        lanes: reads under way at once; None: measured (see :mod:`sida_ext.read_plan`). On a GPU: copies to it, None: 2.
         read_bytes: largest single read, a multiple of 4096; 0: an expert at once; None: measured.
         eviction: next_use, lru, lfu or fifo.
         wait_deadline: seconds after which a wait for an expert raises TimeoutError.
@@ -61,8 +69,10 @@ class Runtime:
             wait for it; False: as experts come.
         reserved: bytes that the model will yet need, which the budget ``"auto"`` leaves free.
         folder: a temporary folder to remove when the runtime is closed.
+        say: is told what was chosen where an argument left it open.
 
     Raises:
+        RuntimeError: a GPU is asked for where there is none that works; the message says what is missing.
         ValueError: a budget below one expert (the message says the smallest that works), an unknown eviction.
         StoreError, OSError: the store cannot be used.
 
@@ -73,7 +83,10 @@ class Runtime:
         self,
         store: str | os.PathLike[str],
         *,
+        device: str | torch.device = "cpu",
         expert_memory: str | int = "auto",
+        host_memory: str | int | None = None,
+        pin: str = "require",
         lanes: int | None = None,
         read_bytes: int | None = None,
         eviction: str = "next_use",
@@ -82,22 +95,44 @@ class Runtime:
         populate: bool = True,
         reserved: int = 0,
         folder: Any = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.store_path = Path(store)
+        self.device = resolve_device(device, host_memory)
         if eviction not in EVICTIONS:
             raise ValueError(f"eviction is {eviction!r}, expected one of {', '.join(EVICTIONS)}")
         expert_store, self.header = open_store(store)
         self.read_plan = self._read_plan(lanes, read_bytes)
-        self._engine = _C.TransferEngine(
-            expert_store,
-            slots=self._slots(expert_memory, reserved),
-            lanes=self.read_plan.lanes,
-            read_bytes=self.read_plan.read_bytes,
-            eviction=eviction,
-            wait_deadline_ms=round(wait_deadline * 1000),
-            faults=faults if faults is not None else _C.Faults(),
-            populate=populate,
-        )
+        slots = self._slots(expert_memory, reserved)
+        deadline, given = round(wait_deadline * 1000), faults if faults is not None else _C.Faults()
+        self._tiers: _C.CudaServing | None = None
+        if self.device.type == "cuda":
+            self._tiers = _C.CudaServing(
+                expert_store,
+                device=self.device.index,
+                slots=slots,
+                host_slots=host_slots(host_memory, self.header.record_bytes, self.header.total_experts, say),
+                pin=pin,
+                lanes=2 if lanes is None else lanes,
+                host_lanes=self.read_plan.lanes,
+                eviction=eviction,
+                wait_deadline_ms=deadline,
+                faults=given,
+            )
+            if self._tiers.pin_obstacle and say is not None:
+                say(f"sida_ext: {self._tiers.pin_obstacle}; copies to the GPU are slower")
+            self._engine = self._tiers.engine
+        else:
+            self._engine = _C.TransferEngine(
+                expert_store,
+                slots=slots,
+                lanes=self.read_plan.lanes,
+                read_bytes=self.read_plan.read_bytes,
+                eviction=eviction,
+                wait_deadline_ms=deadline,
+                faults=given,
+                populate=populate,
+            )
         self.eviction = eviction
         self._handles: dict[str, int] = {}
         self._thread = threading.local()
@@ -106,7 +141,9 @@ class Runtime:
         self.predictor: Any = None  # what stream() takes when it is given none
         self.drift: tuple[Any, Any] | None = None  # a predictor and the watch over its hits, from stream to stream
         self.decoder_predictor: Any = None  # what each step of a decoder is predicted by; may be changed at any time
-        self._finalizer = weakref.finalize(self, _shut_down, self._engine, self._handles, folder, os.getpid())
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._tiers or self._engine, self._handles, folder, os.getpid()
+        )
 
     header: StoreHeader
     read_plan: ReadPlan  # how the lanes read, and why so
@@ -123,7 +160,8 @@ class Runtime:
 
     def _slots(self, expert_memory: str | int, reserved: int = 0) -> int:
         record = self.header.record_bytes
-        wanted = parse_memory(expert_memory, self.header.experts_bytes, reserved=reserved)
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        wanted = parse_memory(expert_memory, self.header.experts_bytes, reserved=reserved, free=free)
         slots = min(wanted // record, self.header.total_experts)
         if slots < 1:
             raise ValueError(
@@ -141,7 +179,11 @@ class Runtime:
             )
         if name not in self._handles:
             index = self.header.layers.index(name)
-            self._handles[name] = _C.register_layer(self._engine, index, self.header.num_experts, activation)
+            experts = self.header.num_experts
+            if self._tiers is not None:
+                self._handles[name] = _C.register_cuda_layer(self._tiers, index, experts, activation)
+            else:
+                self._handles[name] = _C.register_layer(self._engine, index, experts, activation)
         return self._handles[name]
 
     @property
@@ -168,11 +210,11 @@ class Runtime:
             wanted: MoE layer name -> distinct experts, most wanted first, in the order in which layers run.
         """
         layers = [(self.header.layers.index(name), list(experts)) for name, experts in wanted.items()]
-        return self._engine.announce(layers)
+        return (self._tiers or self._engine).announce(layers)
 
     def retire(self, batch: int) -> None:
         """The announced batch is done, or will never be computed."""
-        self._engine.retire(batch)
+        (self._tiers or self._engine).retire(batch)
 
     @contextmanager
     def batch(self, number: int, table: Any = None, chosen: dict[int, Any] | None = None) -> Iterator[None]:
@@ -202,8 +244,21 @@ class Runtime:
         """Counters since the start or the last :meth:`reset_stats`; see :class:`sida_ext.stats.Stats`."""
         return Stats.from_engine(self._engine.stats(), self.header.layers)
 
+    @property
+    def host_memory(self) -> int | None:
+        """Bytes of the pinned pool under a GPU's slots, with small buffers; None on the CPU, 0 if not pinned."""
+        return self._tiers.pinned_bytes if self._tiers is not None else None
+
+    def host_stats(self) -> Stats | None:
+        """Counters of the host pool under a GPU's slots: its misses are reads of the store. None on the CPU."""
+        if self._tiers is None:
+            return None
+        return Stats.from_engine(self._tiers.pool.stats(), self.header.layers)
+
     def reset_stats(self) -> None:
         self._engine.reset_stats()
+        if self._tiers is not None:
+            self._tiers.pool.reset_stats()
 
     def start_trace(self) -> None:
         """Record what happens when, from now on: reads by lane, computation by layer, stalls, predictions."""

@@ -22,6 +22,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 from sida_ext import ops
 from sida_ext.checkpoint import Checkpoint, ModuleExperts, resolve_folder
 from sida_ext.classification import SwitchTransformersForSequenceClassification
+from sida_ext.cuda import on_predictor, resolve_device
 from sida_ext.decoding import predict_decoder
 from sida_ext.predictor import check_table, split_predictors
 from sida_ext.runtime import Runtime, runtime_of
@@ -102,7 +103,7 @@ class SparseMLP(nn.Module):
                 if chosen is not None:
                     chosen[self.table_layer] = expert_index
             if self.routing == "confident" and self.table_layer is not None:
-                named, factor, probability = self._predicted(hidden_states)
+                named, factor, probability = (part.to(expert_index.device) for part in self._predicted(hidden_states))
                 sure = probability >= self.confidence
                 expert_index = torch.where(sure, named, expert_index)
                 gate = torch.where(sure, factor, gate)
@@ -175,10 +176,13 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
 
 def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Stands before ``module._apply``, through which every move and cast goes: refused before anything has moved."""
-    device = fn(torch.empty(0)).device
-    if device.type != "cpu":
+    own = next(
+        (layer.runtime.device for layer in module.modules() if isinstance(layer, SparseMLP)), torch.device("cpu")
+    )
+    device = fn(torch.empty(0, device=own)).device
+    if device != own:
         raise RuntimeError(
-            f"this model's experts are computed on cpu and cannot move to {device}; load it with "
+            f"this model's experts are computed on {own} and cannot move to {device}; load it with "
             f"sida_ext.from_pretrained(..., device={str(device)!r})"
         )
     return type(module)._apply(module, fn, recurse)
@@ -215,19 +219,14 @@ def _connect(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
+    if runtime.device.type != "cpu":
+        model.to(runtime.device)  # type: ignore[arg-type]
     holders = {""} | {name.rsplit(".", cut)[0] for name in layers for cut in range(name.count(".") + 1)}
     for name in holders:
         module = model.get_submodule(name)
         module.train = _Guard(module, _train)  # type: ignore[method-assign]
         module._apply = _Guard(module, _move)  # type: ignore[method-assign]
     model.sida = runtime  # type: ignore[assignment]
-
-
-def _check_device(device: str | torch.device, host_memory: object) -> None:
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"device is {str(device)!r}, expected 'cpu': this build of sida_ext has no other device")
-    if host_memory is not None:
-        raise ValueError(f"host_memory is {host_memory!r}, but the CPU computes from expert_memory alone; leave it out")
 
 
 def _check_routing(routing: str, predictor: object, confidence: float) -> None:
@@ -290,6 +289,8 @@ def _build_table(
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if runtime.current.table is None and input_ids is not None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if runtime.device.type != "cpu":
+            input_ids, mask = on_predictor(runtime.predictor, input_ids, mask)
         with torch.profiler.record_function("sida::predict"):
             table = runtime.predictor.predict(input_ids, mask)
         check_table(table, runtime.predictor, input_ids, layers, runtime.header.num_experts)
@@ -336,6 +337,7 @@ def from_pretrained(
     eviction: str = "next_use",
     wait_deadline: float = 60.0,
     confidence: float = 0.9,
+    pin: str = "require",
     faults: Any = None,
     allow_pickle: bool = False,
     say: Callable[[str], None] | None = None,
@@ -349,9 +351,11 @@ def from_pretrained(
 
     Args:
         path_or_id: checkpoint folder or hub id.
-        device: where the model computes: ``"cpu"``.
-        expert_memory: the hard budget of expert memory: bytes, ``"2GiB"``, ``"25%"`` of the experts or ``"auto"``.
-        host_memory: the pinned host pool of a GPU machine; None on the CPU.
+        device: where the model computes: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        expert_memory: the hard budget of expert memory, on a GPU of its own memory: bytes, ``"2GiB"``, ``"25%"`` of the
+            experts or ``"auto"``.
+        host_memory: the pinned host pool of a GPU machine; None: all experts if they fit in half of the free memory,
+            else as many; the CPU has none.
         expert_dtype: bfloat16, float32, float16 or int8 (one factor for each row).
         routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
@@ -366,7 +370,7 @@ def from_pretrained(
             predictor gives none) from which the table decides. 0 gives the bits of ``"predicted"``, more than 1 those
             of ``"router"``. Expert capacity binds the router's choices alone; the router's choice for a token that the
             table decides still takes its place in it.
-        lanes, read_bytes, eviction, wait_deadline, faults: see :class:`~sida_ext.runtime.Runtime`.
+        lanes, read_bytes, eviction, wait_deadline, pin, faults: see :class:`~sida_ext.runtime.Runtime`.
         kwargs: passed to transformers (``dtype`` of everything but the experts, ``attn_implementation``, ``revision``,
             ``token``, ``cache_dir``, ...); ``device_map`` and ``quantization_config`` are refused.
 
@@ -377,7 +381,7 @@ def from_pretrained(
         ValueError: an argument that cannot work. StoreError: a store that is damaged or of another checkpoint.
     """
     say = say if say is not None else transformers.logging.get_logger("sida_ext").warning
-    _check_device(device, host_memory)
+    device = resolve_device(device, host_memory)
     _check_routing(routing, predictor, confidence)
     for name, reason in REFUSED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
@@ -410,13 +414,17 @@ def from_pretrained(
     # Before the other weights, so that the system backs expert memory while they are read.
     runtime = Runtime(
         path,
+        device=device,
         expert_memory=expert_memory,
+        host_memory=host_memory,
+        pin=pin,
         lanes=lanes,
         read_bytes=read_bytes,
         eviction=eviction,
         wait_deadline=wait_deadline,
         faults=faults,
         reserved=other_bytes,
+        say=say,
     )
     try:
         model = WithoutExperts.from_pretrained(folder, use_safetensors=None if allow_pickle else True, **kwargs)
@@ -448,6 +456,7 @@ def swap_experts(
     eviction: str = "next_use",
     wait_deadline: float = 60.0,
     confidence: float = 0.9,
+    pin: str = "require",
     faults: Any = None,
 ) -> PreTrainedModel:
     """Move the experts of a model in memory into an expert store and serve them from there; changes ``model``.
@@ -459,7 +468,7 @@ def swap_experts(
     Returns:
         The same model, in evaluation mode, parameters frozen. If anything fails before the swap, it is unchanged.
     """
-    _check_device(device, host_memory)
+    device = resolve_device(device, host_memory)
     _check_routing(routing, predictor, confidence)
     found = moe_layers(model)
     if not found:
@@ -479,13 +488,17 @@ def swap_experts(
         write_store(experts, path, expert_dtype)
         runtime = Runtime(
             path,
+            device=device,
             expert_memory=expert_memory,
+            host_memory=host_memory,
+            pin=pin,
             lanes=lanes,
             read_bytes=read_bytes,
             eviction=eviction,
             wait_deadline=wait_deadline,
             faults=faults,
             folder=folder,
+            say=transformers.logging.get_logger("sida_ext").warning,
         )
         # The activation is checked before the model is touched.
         try:

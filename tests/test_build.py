@@ -29,6 +29,7 @@ def setup_module():
 
 def test_the_installed_build_is_for_the_installed_torch():
     assert check_build()["torch"] == torch.__version__ == _C.torch_version
+    assert check_build()["cuda"] == _C.cuda_built
 
 
 def test_another_torch_is_named_before_anything_is_loaded(tmp_path):

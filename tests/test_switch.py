@@ -308,7 +308,7 @@ def test_other_arguments_reach_transformers(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"device": "cuda"}, ValueError, "device is 'cuda', expected 'cpu'"),
+        ({"device": "xpu"}, ValueError, "device is 'xpu', expected 'cpu', 'cuda' or 'cuda:N'"),
         ({"host_memory": "1GiB"}, ValueError, "host_memory is '1GiB'"),
         ({"routing": "random"}, ValueError, "routing is 'random', expected one of router, predicted"),
         ({"predictor": 3}, TypeError, "predictor is int"),

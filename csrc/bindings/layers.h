@@ -9,11 +9,16 @@
 
 namespace sida {
 
+namespace cuda {
+class CudaServing;
+}
+
 struct Layer {
   std::shared_ptr<TransferEngine> engine;
   int32_t index;  // among the store's MoE layers
   int32_t num_experts;
   Activation activation;
+  std::shared_ptr<cuda::CudaServing> cuda;  // null: experts are computed on the CPU
 };
 
 // Handles are never reused, so that a stale one is an error and not another model's layer.

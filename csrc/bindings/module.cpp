@@ -18,6 +18,9 @@
 #include "experts/transfer.h"
 #include "kernels/activation.h"
 #include "kernels/moe_ffn.h"
+#ifdef SIDA_WITH_CUDA
+#include "serving/cuda_serving.h"
+#endif
 
 namespace py = pybind11;
 
@@ -181,6 +184,72 @@ py::tuple take_trace(TransferEngine& engine) {
   return py::make_tuple(events, dropped);
 }
 
+Activation checked_activation(const TransferEngine& engine, const std::string& activation) {
+  Activation function;
+  bool gated;
+  if (!parse_activation(activation, &function, &gated)) {
+    fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
+  }
+  if (gated != engine.format().gated) {
+    fail(ErrorKind::invalid, "activation is '", activation, "', but the expert store holds ",
+         engine.format().gated ? "gated" : "plain", " experts");
+  }
+  return function;
+}
+
+#ifdef SIDA_WITH_CUDA
+void bind_cuda(py::module_& m) {
+  using cuda::CudaServing;
+  m.def(
+      "check_cuda_device", [](int device) { cuda::check_device(cuda::runtime_table(), device); }, py::arg("device"),
+      WithoutLock());
+  py::class_<CudaServing, std::shared_ptr<CudaServing>>(m, "CudaServing")
+      .def(py::init([](std::shared_ptr<ExpertStore> store, int device, int64_t slots, int64_t host_slots,
+                       const std::string& pin, int lanes, int host_lanes, const std::string& eviction,
+                       int64_t wait_deadline_ms, const Faults& faults) {
+             if (pin != "require" && pin != "try") {
+               fail(ErrorKind::invalid, "pin is '", pin, "', expected 'require' or 'try'");
+             }
+             const py::gil_scoped_release released;
+             cuda::ServingOptions options{};
+             options.device = device;
+             options.slots = slots;
+             options.host_slots = host_slots;
+             options.pin = pin == "require" ? cuda::Pin::require : cuda::Pin::attempt;
+             options.lanes = lanes;
+             options.host_lanes = host_lanes;
+             options.eviction = eviction;
+             options.wait_deadline = std::chrono::milliseconds(wait_deadline_ms);
+             options.faults = faults;
+             return std::make_shared<CudaServing>(cuda::runtime_table(), std::move(store), options);
+           }),
+           py::arg("store"), py::kw_only(), py::arg("device"), py::arg("slots"), py::arg("host_slots"), py::arg("pin"),
+           py::arg("lanes"), py::arg("host_lanes"), py::arg("eviction"), py::arg("wait_deadline_ms"), py::arg("faults"))
+      .def_property_readonly("engine", &CudaServing::shared_engine)
+      .def_property_readonly("pool", &CudaServing::shared_pool)
+      .def_property_readonly("pinned_bytes", py::cpp_function(&CudaServing::pinned_bytes, WithoutLock()))
+      .def_property_readonly("memory_bytes", py::cpp_function(&CudaServing::memory_bytes, WithoutLock()))
+      .def_property_readonly("pin_obstacle", &CudaServing::pin_obstacle)
+      .def(
+          "announce",
+          [](CudaServing& serving, const Wanted& wanted) {
+            const AnnouncedBatch batch = batch_from(wanted);
+            const py::gil_scoped_release released;
+            return serving.announce(batch);
+          },
+          py::arg("wanted"))
+      .def("retire", &CudaServing::retire, py::arg("batch"), WithoutLock())
+      .def("close", &CudaServing::close, WithoutLock());
+  m.def(
+      "register_cuda_layer",
+      [](std::shared_ptr<CudaServing> serving, int32_t index, int32_t num_experts, const std::string& activation) {
+        const Activation function = checked_activation(serving->engine(), activation);
+        return register_layer({serving->shared_engine(), index, num_experts, function, serving});
+      },
+      py::arg("serving"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
+}
+#endif
+
 }  // namespace
 }  // namespace sida
 
@@ -294,18 +363,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "register_layer",
       [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {
-        Activation function;
-        bool gated;
-        if (!parse_activation(activation, &function, &gated)) {
-          fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
-        }
-        if (gated != engine->format().gated) {
-          fail(ErrorKind::invalid, "activation is '", activation, "', but the expert store holds ",
-               engine->format().gated ? "gated" : "plain", " experts");
-        }
-        return register_layer({std::move(engine), index, num_experts, function});
+        return register_layer({engine, index, num_experts, checked_activation(*engine, activation), nullptr});
       },
       py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
+#ifdef SIDA_WITH_CUDA
+  m.attr("cuda_built") = true;
+  bind_cuda(m);
+#else
+  m.attr("cuda_built") = false;
+#endif
   m.def("unregister_layer", &unregister_layer, py::arg("handle"), WithoutLock());
   m.def("set_current_batch", &set_current_batch, py::arg("batch"));
   m.def("instruction_set", &cpu::instruction_set);

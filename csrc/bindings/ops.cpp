@@ -6,7 +6,6 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -21,115 +20,12 @@
 #include <vector>
 
 #include "bindings/layers.h"
-#include "bindings/python_errors.h"
-#include "kernels/activation.h"
+#include "bindings/op_checks.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
 
 namespace sida {
 namespace {
-
-using at::Tensor;
-
-// Runs `body` and turns an engine error into the Python exception of its kind.
-template <class Body>
-auto with_python_errors(Body&& body) {
-  try {
-    return body();
-  } catch (const Error& error) {
-    const PyGILState_STATE state = PyGILState_Ensure();
-    // A signal that ended a wait has left its own exception (KeyboardInterrupt), which says more than ours.
-    if (PyErr_Occurred() == nullptr) set_python_error(error);
-    python_error raised;
-    raised.persist();
-    PyGILState_Release(state);
-    throw raised;
-  }
-}
-
-DType dtype_of(const Tensor& tensor, const char* op, const char* name, bool weights) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    case at::kChar:
-      if (weights) return DType::i8;
-      [[fallthrough]];
-    default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " has dtype ", tensor.scalar_type(), ", expected float32, bfloat16",
-                       weights ? ", float16 or int8" : " or float16");
-  }
-}
-
-void check_device(const Tensor& tensor, const Tensor& like, const char* op, const char* name) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": ", name, " is on ", tensor.device(), ", expected ",
-                    like.device(), ", the device of x");
-}
-
-void check_dims(const Tensor& tensor, int64_t dims, const char* op, const char* name, const char* shape) {
-  TORCH_CHECK_VALUE(tensor.dim() == dims, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", dims,
-                    " dimensions, ", shape);
-}
-
-void check_size(const Tensor& tensor, int64_t dim, int64_t expected, const char* op, const char* name,
-                const char* meaning) {
-  TORCH_CHECK_VALUE(tensor.size(dim) == expected, op, ": ", name, " has shape ", tensor.sizes(), ", expected ",
-                    expected, " (", meaning, ") in dimension ", dim);
-}
-
-void check_rows(const Tensor& tensor, const char* op, const char* name) {
-  TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, op, ": rows of ", name,
-                    " are not contiguous (stride ", tensor.stride(-1), " in the last dimension), expected stride 1; ",
-                    "call .contiguous()");
-}
-
-// [T, K] of any integer type as contiguous int32, every value checked against [-1, limit) before it is narrowed.
-Tensor checked_index(const Tensor& index, int64_t limit, const char* op, const char* name, const char* of) {
-  const auto type = index.scalar_type();
-  TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), op, ": ", name, " has dtype ", type,
-                   ", expected an integer type");
-  const Tensor wide = index.to(at::kLong).contiguous();
-  const int64_t* value = wide.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < wide.numel(); ++i) {
-    TORCH_CHECK_INDEX(value[i] >= -1 && value[i] < limit, op, ": ", name, " holds ", value[i], " at flat position ", i,
-                      ", expected a value from -1 to ", limit - 1, " (", of, ")");
-  }
-  return wide.to(at::kInt);
-}
-
-// One scale for each row of an int8 matrix; none for the other types.
-const float* checked_scale(const std::optional<Tensor>& scale, const Tensor& weight, DType dtype, const char* op,
-                           const char* name, const Tensor& x, int64_t* slot_stride) {
-  *slot_stride = 0;
-  if (dtype != DType::i8) {
-    TORCH_CHECK_VALUE(!scale.has_value(), op, ": ", name, "_scale was given, but ", name, " has dtype ",
-                      weight.scalar_type(), "; scales go with int8 weights only");
-    return nullptr;
-  }
-  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype int8 and needs ", name,
-                    "_scale, a float32 tensor of shape [", weight.size(0), ", ", weight.size(1), "]");
-  TORCH_CHECK_TYPE(scale->scalar_type() == at::kFloat, op, ": ", name, "_scale has dtype ", scale->scalar_type(),
-                   ", expected float32");
-  check_device(*scale, x, op, name);
-  TORCH_CHECK_VALUE(scale->dim() == 2 && scale->size(0) == weight.size(0) && scale->size(1) == weight.size(1), op, ": ",
-                    name, "_scale has shape ", scale->sizes(), ", expected [", weight.size(0), ", ", weight.size(1),
-                    "]");
-  TORCH_CHECK_VALUE(scale->size(1) <= 1 || scale->stride(1) == 1, op, ": rows of ", name,
-                    "_scale are not contiguous (stride ", scale->stride(1), "), expected stride 1");
-  *slot_stride = scale->stride(0);
-  return scale->const_data_ptr<float>();
-}
-
-std::pair<Activation, bool> checked_activation(std::string_view name, const char* op) {
-  Activation activation;
-  bool gated;
-  TORCH_CHECK_VALUE(parse_activation(name, &activation, &gated), op, ": activation is '", name, "', expected one of ",
-                    activation_names());
-  return {activation, gated};
-}
 
 #if AT_PARALLEL_OPENMP && !defined(_OPENMP)
 #error "at::parallel_for would run on one thread: compile this file with -fopenmp"
@@ -153,45 +49,14 @@ ParallelFor torch_threads() {
                      }};
 }
 
-// The tokens, their experts and their gates, as both ops take them.
-struct Tokens {
-  Tensor index, gate;  // int32 [T, K] and fp32 [T, K], contiguous
-  DType dtype;
-};
-
+// The tokens with every index checked.
 Tokens checked_tokens(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t num_experts,
                       const char* op) {
-  const DType dtype = dtype_of(x, op, "x", /*weights=*/false);
-  check_dims(x, 2, op, "x", "[tokens, d_model]");
-  check_rows(x, op, "x");
   check_device(expert_index, x, op, "expert_index");
   check_device(gate, x, op, "gate");
-  check_dims(expert_index, 2, op, "expert_index", "[tokens, top_k]");
-  check_size(expert_index, 0, x.size(0), op, "expert_index", "tokens, as in x");
-  TORCH_CHECK_VALUE(expert_index.size(1) >= 1, op, ": expert_index has shape ", expert_index.sizes(),
-                    ", expected top_k of at least 1");
-  TORCH_CHECK_TYPE(gate.scalar_type() == at::kFloat, op, ": gate has dtype ", gate.scalar_type(), ", expected float32");
-  TORCH_CHECK_VALUE(gate.sizes() == expert_index.sizes(), op, ": gate has shape ", gate.sizes(), ", expected ",
-                    expert_index.sizes(), ", the shape of expert_index");
+  const DType dtype = check_tokens(x, expert_index, gate, op);
   return {checked_index(expert_index, num_experts, op, "expert_index", "experts of the layer"), gate.contiguous(),
           dtype};
-}
-
-void set_tokens(MoeFfnArgs& args, const Tensor& x, const Tokens& tokens, Tensor& out, Tensor& partials) {
-  args.tokens = x.size(0);
-  args.top_k = tokens.index.size(1);
-  args.d_model = x.size(1);
-  args.x_dtype = tokens.dtype;
-  args.x = x.const_data_ptr();
-  args.x_row_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
-  args.expert_index = tokens.index.const_data_ptr<int32_t>();
-  args.gate = tokens.gate.const_data_ptr<float>();
-  out = at::zeros({args.tokens, args.d_model}, x.options().memory_format(at::MemoryFormat::Contiguous));
-  args.out = out.mutable_data_ptr();
-  if (args.top_k > 1) {
-    partials = at::zeros({args.tokens, args.top_k, args.d_model}, x.options().dtype(at::kFloat));
-    args.partials = partials.mutable_data_ptr<float>();
-  }
 }
 
 Tensor moe_ffn_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& gate, const Tensor& wi, const Tensor& wo,
@@ -203,35 +68,14 @@ Tensor moe_ffn_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& ga
                     "', expected 'error' or 'skip'");
   check_dims(slot_of_expert, 1, op, "slot_of_expert", "[experts]");
   const Tokens tokens = checked_tokens(x, expert_index, gate, slot_of_expert.size(0), op);
-  const DType w_dtype = dtype_of(wi, op, "wi", /*weights=*/true);
-  TORCH_CHECK_TYPE(wo.scalar_type() == wi.scalar_type(), op, ": wo has dtype ", wo.scalar_type(), ", expected ",
-                   wi.scalar_type(), ", the dtype of wi");
-  check_device(wi, x, op, "wi");
-  check_device(wo, x, op, "wo");
-  check_device(slot_of_expert, x, op, "slot_of_expert");
-  check_dims(wi, 3, op, "wi", "[slots, d_ff (gated: 2 * d_ff), d_model]");
-  check_dims(wo, 3, op, "wo", "[slots, d_model, d_ff]");
-  check_size(wi, 2, x.size(1), op, "wi", "d_model, as in x");
-  check_size(wo, 1, x.size(1), op, "wo", "d_model, as in x");
-  check_size(wo, 0, wi.size(0), op, "wo", "slots, as in wi");
-  check_size(wi, 1, wo.size(2) * (gated ? 2 : 1), op, "wi", gated ? "2 * d_ff, d_ff as in wo" : "d_ff, as in wo");
-  check_rows(wi, op, "wi");
-  check_rows(wo, op, "wo");
-  TORCH_CHECK_TYPE(slot_of_expert.scalar_type() == at::kInt, op, ": slot_of_expert has dtype ",
-                   slot_of_expert.scalar_type(), ", expected int32");
+  check_weights(x, wi, wo, slot_of_expert, gated, op);
   const Tensor slots = checked_index(slot_of_expert, wi.size(0), op, "slot_of_expert", "slots of wi");
 
   MoeFfnArgs args{};
   Tensor out, partials;
   set_tokens(args, x, tokens, out, partials);
-  args.d_ff = wo.size(2);
   args.num_experts = slots.size(0);
-  args.num_slots = wi.size(0);
-  args.w_dtype = w_dtype;
-  args.wi = {wi.const_data_ptr(), wi.stride(0), wi.stride(1), nullptr, 0};
-  args.wo = {wo.const_data_ptr(), wo.stride(0), wo.stride(1), nullptr, 0};
-  args.wi.scale = checked_scale(wi_scale, wi, w_dtype, op, "wi", x, &args.wi.scale_slot_stride);
-  args.wo.scale = checked_scale(wo_scale, wo, w_dtype, op, "wo", x, &args.wo.scale_slot_stride);
+  set_weights(args, x, wi, wo, wi_scale, wo_scale, op);
   args.slot_of_expert = slots.const_data_ptr<int32_t>();
   args.activation = function;
   args.gated = gated;
@@ -296,6 +140,8 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
   constexpr const char* op = "moe_layer";
   return with_python_errors([&] {
     const auto layer = find_layer(handle);
+    TORCH_CHECK_VALUE(layer->cuda == nullptr, op,
+                      ": x is on cpu, but this layer's experts are computed on a CUDA device");
     TransferEngine& engine = *layer->engine;
     const ExpertFormat& format = engine.format();
     const Tokens tokens = checked_tokens(x, expert_index, gate, layer->num_experts, op);

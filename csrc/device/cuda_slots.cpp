@@ -2,29 +2,33 @@
 #include "device/cuda_slots.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/error.h"
 
 namespace sida::cuda {
 
-CudaSlots::CudaSlots(const RuntimeTable& runtime, int device, int32_t slots, int64_t slot_bytes, int lanes)
-    : runtime_(runtime), device_(device), slot_bytes_(slot_bytes) {
+CudaSlots::CudaSlots(const RuntimeTable& runtime, int device, int64_t slots, int64_t slot_bytes, int lanes)
+    : runtime_(runtime), device_(device), slot_bytes_(slot_bytes), lane_count_(lanes) {
   if (slots < 1 || slot_bytes < 1 || lanes < 1) {
     fail(ErrorKind::invalid, "CudaSlots: ", slots, " slots of ", slot_bytes, " bytes and ", lanes,
          " lanes, expected at least one of each");
   }
   try {
-    check(runtime_.set_device(device_), "choosing the device");
-    check(runtime_.device_alloc(&memory_, static_cast<size_t>(slots) * static_cast<size_t>(slot_bytes)),
-          "allocating the slots");
+    use_device();
+    check(runtime_.page_bytes(device_, &page_bytes_), "asking for the size of a page");
+    const size_t bytes = static_cast<size_t>(slots) * static_cast<size_t>(slot_bytes);
+    const size_t pages = (bytes + page_bytes_ - 1) / page_bytes_;
+    check(runtime_.reserve(&base_, pages * page_bytes_), "reserving addresses for the slots");
+    reserved_bytes_ = pages * page_bytes_;
+    page_users_.assign(pages, 0);
     const int priority = runtime_.copy_priority();
     for (int lane = 0; lane < lanes; ++lane) {
       Stream stream = nullptr;
       check(runtime_.stream_create(&stream, priority), "creating a copy lane");
-      lanes_.push_back(stream);
+      lanes_.push_back({stream});
     }
     slots_.resize(static_cast<size_t>(slots));
-    for (Slot& slot : slots_) check(runtime_.event_create(&slot.filled), "creating an event");
   } catch (...) {
     release();
     throw;
@@ -59,7 +63,62 @@ CudaSlots::Slot& CudaSlots::find(int32_t slot, const char* call) {
 }
 
 void* CudaSlots::slot(int32_t slot) const {
-  return static_cast<std::byte*>(memory_) + slot * slot_bytes_;
+  return static_cast<std::byte*>(base_) + slot * slot_bytes_;
+}
+
+int64_t CudaSlots::memory_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return pages_ * static_cast<int64_t>(page_bytes_);
+}
+
+void CudaSlots::use_device() const {
+  check(runtime_.set_device(device_), "choosing the device");
+}
+
+std::pair<int64_t, int64_t> CudaSlots::pages_of(int32_t slot) const {
+  const auto page = static_cast<int64_t>(page_bytes_);
+  return {slot * slot_bytes_ / page, ((slot + int64_t{1}) * slot_bytes_ - 1) / page + 1};
+}
+
+void CudaSlots::take_memory(int32_t slot) {
+  const auto [begin, end] = pages_of(slot);
+  for (int64_t page = begin; page < end; ++page) {
+    if (page_users_[static_cast<size_t>(page)] == 0) {
+      void* const at = static_cast<std::byte*>(base_) + page * static_cast<int64_t>(page_bytes_);
+      const int status = runtime_.map_page(at, page_bytes_, device_);
+      if (status != RuntimeTable::success) {
+        // What this slot has taken so far goes back.
+        slots_[static_cast<size_t>(slot)].has_memory = false;
+        for (int64_t taken = begin; taken < page; ++taken) {
+          if (--page_users_[static_cast<size_t>(taken)] > 0) continue;
+          runtime_.unmap_page(static_cast<std::byte*>(base_) + taken * static_cast<int64_t>(page_bytes_), page_bytes_);
+          --pages_;
+        }
+        fail(ErrorKind::io, "CUDA device ", device_, ": no memory for expert slot ", slot, " of ", slot_bytes_,
+             " bytes: ", runtime_.error_text(status), " (status ", status, "); the slots hold ",
+             pages_ * static_cast<int64_t>(page_bytes_), " bytes now; make expert_memory smaller");
+      }
+      ++pages_;
+    }
+    ++page_users_[static_cast<size_t>(page)];
+  }
+  slots_[static_cast<size_t>(slot)].has_memory = true;
+}
+
+int CudaSlots::drop_memory(int32_t slot) {
+  int worst = RuntimeTable::success;
+  const auto [begin, end] = pages_of(slot);
+  for (int64_t page = begin; page < end; ++page) {
+    int32_t& users = page_users_[static_cast<size_t>(page)];
+    if (planted == SlotPlant::page_given_back ? users == 0 : --users > 0) continue;
+    users = 0;
+    const int status =
+        runtime_.unmap_page(static_cast<std::byte*>(base_) + page * static_cast<int64_t>(page_bytes_), page_bytes_);
+    if (worst == RuntimeTable::success) worst = status;
+    --pages_;
+  }
+  slots_[static_cast<size_t>(slot)].has_memory = false;
+  return worst;
 }
 
 void CudaSlots::fill(int32_t slot, int lane, const void* pinned, size_t bytes) {
@@ -69,8 +128,9 @@ void CudaSlots::fill(int32_t slot, int lane, const void* pinned, size_t bytes) {
     fail(ErrorKind::invalid, "CudaSlots::fill: lane ", lane, " and ", bytes, " bytes, expected a lane below ",
          lanes_.size(), " and at most ", slot_bytes_, " bytes");
   }
-  check(runtime_.set_device(device_), "choosing the device");
-  const Stream stream = planted == SlotPlant::default_stream ? nullptr : lanes_[static_cast<size_t>(lane)];
+  if (!own.has_memory) take_memory(slot);
+  if (own.filled == nullptr) check(runtime_.event_create(&own.filled, true), "creating an event");
+  const Stream stream = planted == SlotPlant::default_stream ? nullptr : lanes_[static_cast<size_t>(lane)].stream;
   if (own.readers.empty()) {
     // Nobody read the last contents, so no reader orders this copy behind another lane's.
     if (own.lane >= 0 && own.lane != lane && planted != SlotPlant::no_refill_wait) {
@@ -83,12 +143,13 @@ void CudaSlots::fill(int32_t slot, int lane, const void* pinned, size_t bytes) {
     }
   }
   own.readers.clear();
-  if (planted != SlotPlant::stale_wait) own.waited.clear();
   const Stream record_on =
-      planted == SlotPlant::wrong_lane ? lanes_[(static_cast<size_t>(lane) + 1) % lanes_.size()] : stream;
+      planted == SlotPlant::wrong_lane ? lanes_[(static_cast<size_t>(lane) + 1) % lanes_.size()].stream : stream;
   if (planted == SlotPlant::filled_too_early) check(runtime_.event_record(own.filled, record_on), "recording a copy");
   check(runtime_.copy_to_device(this->slot(slot), pinned, bytes, stream), "copying an expert");
   if (planted != SlotPlant::filled_too_early) check(runtime_.event_record(own.filled, record_on), "recording a copy");
+  const uint64_t number = ++lanes_[static_cast<size_t>(lane)].fills;
+  if (planted != SlotPlant::stale_wait || own.lane < 0) own.number = number;
   own.lane = lane;
 }
 
@@ -102,31 +163,57 @@ bool CudaSlots::source_free(int32_t slot) {
   return true;
 }
 
+void CudaSlots::wait_source(int32_t slot) {
+  Event filled;
+  {
+    const std::lock_guard lock(mutex_);
+    const Slot& own = find(slot, "wait_source");
+    if (own.lane < 0 || planted == SlotPlant::source_too_early) return;
+    filled = own.filled;
+  }
+  // If the slot is filled again meanwhile, the newer copy is behind the older one.
+  check(runtime_.event_synchronize(filled), "a copy");
+}
+
 void CudaSlots::before_read(Stream stream, std::span<const int32_t> slots) {
   const std::lock_guard lock(mutex_);
+  check_open("before_read");
+  std::vector<uint64_t>& waited = waited_[stream];
+  waited.resize(lanes_.size(), 0);
+  std::vector<const Slot*> newest(lanes_.size(), nullptr);  // that the stream does not wait for yet
   for (const int32_t slot : slots) {
-    Slot& own = find(slot, "before_read");
+    const Slot& own = find(slot, "before_read");
     if (own.lane < 0) fail(ErrorKind::internal, "CudaSlots::before_read: slot ", slot, " was never filled");
-    if (std::find(own.waited.begin(), own.waited.end(), stream) != own.waited.end()) continue;
-    if (planted != SlotPlant::no_copy_wait) check(runtime_.stream_wait(stream, own.filled), "waiting for a copy");
-    own.waited.push_back(stream);
+    const auto lane = static_cast<size_t>(own.lane);
+    if (own.number <= waited[lane]) continue;
+    const bool newer =
+        newest[lane] == nullptr || (newest[lane]->number < own.number) != (planted == SlotPlant::oldest_of_lane);
+    if (newer) newest[lane] = &own;
+  }
+  bool any = false;
+  for (size_t lane = 0; lane < lanes_.size(); ++lane) {
+    if (newest[lane] == nullptr) continue;
+    const bool skip = planted == SlotPlant::no_copy_wait || (planted == SlotPlant::one_lane_waited && any);
+    if (!skip) check(runtime_.stream_wait(stream, newest[lane]->filled), "waiting for copies");
+    any = true;
+    waited[lane] = newest[lane]->number;
   }
 }
 
-std::shared_ptr<CudaSlots::ReadersEvent> CudaSlots::free_event() {
+std::shared_ptr<CudaSlots::Readers> CudaSlots::free_event() {
   for (const auto& event : events_) {
     if (event.use_count() == 1 || planted == SlotPlant::event_reused) return event;
   }
-  auto fresh = std::make_shared<ReadersEvent>();
-  check(runtime_.event_create(&fresh->event), "creating an event");
+  auto fresh = std::make_shared<Readers>();
+  check(runtime_.event_create(&fresh->event, true), "creating an event");
   events_.push_back(fresh);
   return fresh;
 }
 
-void CudaSlots::after_read(Stream stream, std::span<const int32_t> slots) {
+std::shared_ptr<const CudaSlots::Readers> CudaSlots::after_read(Stream stream, std::span<const int32_t> slots) {
   const std::lock_guard lock(mutex_);
   check_open("after_read");
-  const std::shared_ptr<ReadersEvent> behind = free_event();
+  std::shared_ptr<Readers> behind = free_event();
   behind->stream = stream;
   check(runtime_.event_record(behind->event, stream), "recording the readers");
   for (const int32_t slot : slots) {
@@ -137,13 +224,41 @@ void CudaSlots::after_read(Stream stream, std::span<const int32_t> slots) {
     });
     own.readers.push_back(behind);
   }
+  return behind;
+}
+
+void CudaSlots::give_back(int32_t slot, int32_t count) {
+  std::vector<Event> events;
+  std::vector<std::shared_ptr<Readers>> held;
+  {
+    const std::lock_guard lock(mutex_);
+    for (int32_t i = slot; i < slot + count; ++i) {
+      Slot& own = find(i, "give_back");
+      if (own.lane >= 0) events.push_back(own.filled);
+      for (auto& reader : own.readers) {
+        events.push_back(reader->event);
+        held.push_back(reader);
+      }
+    }
+  }
+  // Without the lock: callers go on with other slots meanwhile.
+  if (planted != SlotPlant::given_back_early) {
+    for (const Event event : events) check(runtime_.event_synchronize(event), "work on a slot that is given back");
+  }
+  const std::lock_guard lock(mutex_);
+  for (int32_t i = slot; i < slot + count; ++i) {
+    Slot& own = find(i, "give_back");
+    own.lane = -1;
+    own.readers.clear();
+    if (own.has_memory) check(drop_memory(i), "giving a slot's memory back");
+  }
 }
 
 void CudaSlots::close() {
   const std::lock_guard lock(mutex_);
   if (!open_) return;
   open_ = false;
-  int worst = RuntimeTable::success;
+  int worst = runtime_.set_device(device_);  // whatever thread closes
   const auto wait = [&](Event event) {
     const int status = runtime_.event_synchronize(event);
     if (worst == RuntimeTable::success) worst = status;
@@ -159,8 +274,10 @@ void CudaSlots::close() {
 }
 
 void CudaSlots::release() {
-  for (Slot& slot : slots_) {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = slots_[i];
     slot.readers.clear();
+    if (slot.has_memory) drop_memory(static_cast<int32_t>(i));
     if (slot.filled != nullptr) runtime_.event_destroy(slot.filled);
   }
   slots_.clear();
@@ -168,10 +285,10 @@ void CudaSlots::release() {
     runtime_.event_destroy(events_[i]->event);
   }
   events_.clear();
-  for (const Stream lane : lanes_) runtime_.stream_destroy(lane);
+  for (const Lane& lane : lanes_) runtime_.stream_destroy(lane.stream);
   lanes_.clear();
-  if (memory_ != nullptr) runtime_.device_free(memory_);
-  memory_ = nullptr;
+  if (base_ != nullptr) runtime_.unreserve(base_, reserved_bytes_);
+  base_ = nullptr;
 }
 
 }  // namespace sida::cuda

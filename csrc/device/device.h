@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -20,9 +21,26 @@ class RecordSource {
   virtual void read(int64_t record, void* into) = 0;
   // Ends reads that are only waiting, so that lanes can be joined soon. May be called at any time.
   virtual void interrupt() {}
-  // Address of the record if it already lies in host memory, kept there until the copy that asked is done: what a
-  // device with memory of its own copies from. Null: it must be read.
-  virtual const void* address(int64_t) { return nullptr; }
+};
+
+// A record that lies in host memory and stays there, unchanged, for as long as this object lives.
+class LentRecord {
+ public:
+  virtual ~LentRecord() = default;
+  virtual const void* data() const = 0;
+};
+
+// Records that lie in host memory, or come there when they are asked for: what a device with memory of its own copies
+// from.
+class RecordLender {
+ public:
+  virtual ~RecordLender() = default;
+  // Waits until record `record` is there, or throws Error. Called from several lanes. A lane must hold no other record
+  // meanwhile unless holds_all().
+  virtual std::unique_ptr<LentRecord> lend(int64_t record) = 0;
+  // Whether every record has a place of its own, so that none ever waits for another's to be given back.
+  virtual bool holds_all() const = 0;
+  virtual void interrupt() = 0;  // as RecordSource's
 };
 
 // What a lane does: fill a slot, give the memory of slots back to the system, or have a slot backed by memory while

@@ -4,14 +4,15 @@
 #include <memory>
 
 #include "device/device.h"
+#include "device/lane_pool.h"
 
 namespace sida {
 
 class HostDevice final : public Device {
  public:
-  // Reserves address space for `slots` slots; memory is committed when a slot is first filled.
-  HostDevice(std::shared_ptr<RecordSource> source, int64_t slots, int64_t slot_bytes);
-  ~HostDevice() override;
+  // Reserves address space for `slots` slots; memory is committed when a slot is first filled, that of the first
+  // `commit_now` slots at once.
+  HostDevice(std::shared_ptr<RecordSource> source, int64_t slots, int64_t slot_bytes, int64_t commit_now = 0);
 
   void start(int lanes, std::function<void(const JobDone&)> done) override;
   void submit(const LaneJob& job) override;
@@ -22,10 +23,9 @@ class HostDevice final : public Device {
   void free_memory() override;
 
  private:
-  struct Shared;
-  static void run_lane(std::shared_ptr<Shared> shared, int lane);
-
-  std::shared_ptr<Shared> shared_;  // with the lanes: one that hangs in the system outlives this object
+  struct Work;
+  std::shared_ptr<Work> work_;
+  LanePool lanes_;
 };
 
 }  // namespace sida

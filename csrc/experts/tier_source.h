@@ -4,31 +4,45 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "device/device.h"
 #include "experts/transfer.h"
 
 namespace sida {
 
-class TierSource final : public RecordSource {
+class TierSource final : public RecordSource, public RecordLender {
  public:
   TierSource(std::shared_ptr<TransferEngine> below, int32_t experts) : below_(std::move(below)), experts_(experts) {}
 
   void read(int64_t record, void* into) override {
-    const auto layer = static_cast<int32_t>(record / experts_), index = static_cast<int32_t>(record % experts_);
-    const DemandId demand = below_->demand(layer, {&index, 1});
-    struct Finished {
-      TransferEngine& engine;
-      DemandId demand;
-      ~Finished() { engine.finish(demand); }
-    } const finished{*below_, demand};
-    const Wave wave = below_->next_wave(demand, [this] { return interrupted_.load(); });
-    const int64_t bytes = below_->format().record_bytes();
-    std::memcpy(into, static_cast<const char*>(below_->slot_base()) + wave.slots.at(0) * bytes, bytes);
+    std::memcpy(into, lend(record)->data(), static_cast<size_t>(below_->format().record_bytes()));
   }
+
+  std::unique_ptr<LentRecord> lend(int64_t record) override {
+    const auto layer = static_cast<int32_t>(record / experts_), index = static_cast<int32_t>(record % experts_);
+    auto lent = std::make_unique<Pinned>(below_, below_->demand(layer, {&index, 1}));
+    const Wave wave = below_->next_wave(lent->demand, [this] { return interrupted_.load(); });
+    lent->at = static_cast<const char*>(below_->slot_base()) + wave.slots.at(0) * below_->format().record_bytes();
+    return lent;
+  }
+  bool holds_all() const override { return below_->budget() == below_->capacity(); }
   void interrupt() override { interrupted_ = true; }
 
  private:
+  // Ends its demand, which keeps the record where it is until then.
+  struct Pinned final : LentRecord {
+    Pinned(std::shared_ptr<TransferEngine> from, DemandId id) : engine(std::move(from)), demand(id) {}
+    ~Pinned() override { engine->finish(demand); }
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(const Pinned&) = delete;
+    const void* data() const override { return at; }
+
+    const std::shared_ptr<TransferEngine> engine;
+    const DemandId demand;
+    const void* at = nullptr;
+  };
+
   const std::shared_ptr<TransferEngine> below_;
   const int32_t experts_;  // per layer
   std::atomic<bool> interrupted_{false};

@@ -42,11 +42,7 @@ class StoreSource final : public RecordSource {
 
 std::shared_ptr<Device> host_device(const std::shared_ptr<ExpertStore>& store, const EngineOptions& options) {
   const StoreLayout& layout = store->layout();
-  if (options.read_bytes < 0 || options.read_bytes % ExpertFormat::record_alignment != 0) {
-    fail(ErrorKind::invalid, "read_bytes is ", options.read_bytes, ", expected a multiple of ",
-         ExpertFormat::record_alignment, ", or 0 for a record at once");
-  }
-  return std::make_shared<HostDevice>(std::make_shared<StoreSource>(store, options.faults, options.read_bytes),
+  return std::make_shared<HostDevice>(store_source(store, options.faults, options.read_bytes),
                                       int64_t{layout.layers} * layout.experts, layout.format.record_bytes());
 }
 
@@ -56,6 +52,15 @@ ResidencyOptions residency_options(const StoreLayout& layout, const EngineOption
 }
 
 }  // namespace
+
+std::shared_ptr<RecordSource> store_source(std::shared_ptr<ExpertStore> store, const Faults& faults,
+                                           int64_t read_bytes) {
+  if (read_bytes < 0 || read_bytes % ExpertFormat::record_alignment != 0) {
+    fail(ErrorKind::invalid, "read_bytes is ", read_bytes, ", expected a multiple of ", ExpertFormat::record_alignment,
+         ", or 0 for a record at once");
+  }
+  return std::make_shared<StoreSource>(std::move(store), faults, read_bytes);
+}
 
 struct TransferEngine::Impl {
   Impl(std::shared_ptr<ExpertStore> from, std::shared_ptr<Device> to, EngineOptions given)

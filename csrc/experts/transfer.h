@@ -34,6 +34,10 @@ struct EngineOptions {
   bool populate = false;
 };
 
+// The records of a store as what a device's lanes read from; `read_bytes` and `faults` as in EngineOptions.
+std::shared_ptr<RecordSource> store_source(std::shared_ptr<ExpertStore> store, const Faults& faults,
+                                           int64_t read_bytes);
+
 // Thread-safe. A caller holds at most the waves that it has not released; it must not ask for the next wave while it
 // holds as many as there are slots.
 class TransferEngine {

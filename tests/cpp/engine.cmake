@@ -21,3 +21,8 @@ sida_engine_test(test_mutants ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp 
 sida_engine_test(test_policy_trace)
 sida_engine_test(test_soak)
 sida_engine_test(test_residency)
+
+# The two tiers of a GPU machine, over the recording runtime: no toolkit, no kernels.
+sida_engine_test(test_cuda_serving ${PROJECT_SOURCE_DIR}/tests/cuda/recording_runtime.cpp)
+target_include_directories(test_cuda_serving PRIVATE ${PROJECT_SOURCE_DIR}/tests/cuda)
+target_link_libraries(test_cuda_serving PRIVATE sida_cuda_serving)

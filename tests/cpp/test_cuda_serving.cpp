@@ -1,0 +1,274 @@
+// The two-tier engine of a GPU machine over a recording runtime that executes copies at once: bytes from the store
+// reach the device's slots, budgets hold in both tiers, failures of the runtime come out where they belong. The kernels
+// are left out here (tests/cuda/serving_test.cpp has them), so that this runs under sanitizers too.
+#include "serving/cuda_serving.h"
+
+#include <chrono>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cuda/recording_runtime.h"
+#include "check.h"
+#include "serve.h"
+#include "store_file.h"
+
+namespace sida::test {
+namespace {
+
+using cuda::CudaServing;
+using cuda::Pin;
+using cuda::ServingOptions;
+using cuda_test::Recording;
+
+constexpr int32_t layers = 3, experts = 8, all = layers * experts;
+
+ServingOptions options(int64_t slots, int64_t host_slots) {
+  ServingOptions chosen{};
+  chosen.slots = slots;
+  chosen.host_slots = host_slots;
+  return chosen;
+}
+
+struct Machine {
+  Recording recording{1};
+  StoreFile file{layers, experts};
+  cuda::Stream stream = nullptr;
+  std::vector<int32_t> table = std::vector<int32_t>(experts);  // "device" memory
+  Machine() {
+    recording.eager = true;
+    recording.replayed = false;
+    recording.pinned_only = true;
+    stream = recording.user_stream();
+  }
+  std::unique_ptr<CudaServing> serve(const ServingOptions& chosen) {
+    return std::make_unique<CudaServing>(recording.table(), file.open(), chosen);
+  }
+  // Everything given back, nothing unordered.
+  void finish() {
+    recording.finish();
+    for (const std::string& problem : recording.problems()) report(__FILE__, __LINE__, problem);
+  }
+};
+
+// A layer whose kernel looks whether each expert's bytes are in its slot.
+void forward(Machine& machine, CudaServing& serving, int32_t layer, const std::vector<int32_t>& wanted,
+             BatchId batch = 0, cuda::Stream stream = nullptr) {
+  cuda::LayerForward call{};
+  call.layer = layer;
+  call.batch = batch;
+  call.stream = stream != nullptr ? stream : machine.stream;
+  call.args.num_experts = experts;
+  call.args.d_model = serving.engine().format().d_model;
+  std::vector<int32_t> table(experts);
+  call.slot_table = table.data();
+  call.experts = wanted;
+  std::set<int32_t> seen;
+  serving.forward(call, [&](const MoeFfnArgs& args, cuda::Stream on) {
+    const auto bytes = static_cast<size_t>(serving.engine().format().record_bytes());
+    std::vector<cuda_test::Range> reads{{table.data(), table.size() * 4}};
+    for (int32_t expert = 0; expert < experts; ++expert) {
+      if (table[expert] < 0) continue;
+      const auto* const record = static_cast<const char*>(args.wi.data) + table[expert] * static_cast<int64_t>(bytes);
+      reads.push_back({record, bytes});
+      CHECK(machine.file.holds(record, {layer, expert}));
+      CHECK(seen.insert(expert).second);
+    }
+    machine.recording.kernel(on, reads, {}, [] {});
+  });
+  CHECK(seen == std::set<int32_t>(wanted.begin(), wanted.end()));
+}
+
+SIDA_TEST(records_reach_the_device_from_the_store) {
+  for (const int64_t host_slots : {1, 5, all}) {
+    Machine machine;
+    auto serving = machine.serve(options(3, host_slots));
+    for (int pass = 0; pass < 2; ++pass) {
+      for (int32_t layer = 0; layer < layers; ++layer) forward(machine, *serving, layer, {0, 2, 3, 5, 7});
+    }
+    const int64_t record = serving->engine().format().record_bytes();
+    CHECK(serving->memory_bytes() <= 3 * record);  // 16 KiB records on pages of 4 KiB: exact
+    CHECK(serving->pinned_bytes() <= host_slots * record + (2 << 20));
+    CHECK(serving->pinned_bytes() >= host_slots * record);
+    CHECK(serving->pin_obstacle().empty());
+    CHECK_EQ(serving->engine().stats().peak_slots, 3);
+    CHECK(serving->pool().stats().peak_slots <= host_slots);
+    // A pool that holds everything reads each record once.
+    if (host_slots == all) CHECK_EQ(total(serving->pool().stats()).loads, 15);
+    serving->close();
+    serving->close();
+    CHECK_THROWS(forward(machine, *serving, 0, {1}), Error, "closed");
+    serving.reset();
+    machine.finish();
+  }
+}
+
+SIDA_TEST(announced_batches_are_brought_in_through_both_tiers) {
+  Machine machine;
+  auto serving = machine.serve(options(all, all));
+  AnnouncedBatch batch;
+  for (int32_t layer = 0; layer < layers; ++layer) batch.layers.push_back({layer, {1, 4, 6}});
+  const BatchId number = serving->announce(batch);
+  CHECK(eventually([&] { return total(serving->engine().stats()).loads == 9; }));
+  for (int32_t layer = 0; layer < layers; ++layer) forward(machine, *serving, layer, {1, 4, 6}, number);
+  serving->retire(number);
+  CHECK_EQ(total(serving->engine().stats()).hits, 9);
+  CHECK_EQ(total(serving->engine().stats()).useful_prefetches, 9);
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(a_budget_shrinks_and_grows_and_gives_memory_back) {
+  Machine machine;
+  auto serving = machine.serve(options(8, all));
+  const int64_t record = serving->engine().format().record_bytes();
+  forward(machine, *serving, 0, range(0, 8));
+  CHECK_EQ(serving->memory_bytes(), 8 * record);
+  serving->engine().set_budget(2);
+  CHECK(eventually([&] { return serving->memory_bytes() == 2 * record; }));
+  forward(machine, *serving, 1, range(0, 8));
+  CHECK(serving->memory_bytes() <= 2 * record);
+  serving->engine().set_budget(6);
+  forward(machine, *serving, 2, range(0, 8));
+  CHECK(serving->memory_bytes() <= 6 * record);
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(several_threads_compute_on_streams_of_their_own) {
+  Machine machine;
+  ServingOptions chosen = options(9, 10);
+  chosen.lanes = 3;
+  auto serving = machine.serve(chosen);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) {
+    threads.emplace_back([&, i, stream = machine.recording.user_stream()] {
+      std::mt19937_64 random(static_cast<uint64_t>(i));
+      for (int step = 0; step < 12; ++step) {
+        const auto first = static_cast<int32_t>(random() % 6);
+        const std::vector<int32_t> wanted = range(first, first + 1 + static_cast<int32_t>(random() % 3));
+        forward(machine, *serving, static_cast<int32_t>(random() % layers), wanted, 0, stream);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(memory_that_cannot_be_pinned_is_named) {
+  Machine machine;
+  machine.recording.fail("host_register", 2);
+  CHECK_THROWS(machine.serve(options(2, 4)), Error, "cannot pin 65536 bytes of host memory, 4 experts of 16384 bytes");
+  machine.recording.fail("host_register", 2);
+  CHECK_THROWS(machine.serve(options(2, 4)), Error, "locked memory (ulimit -l) is limited to");
+  machine.recording.fail("host_register", 2);
+  CHECK_THROWS(machine.serve(options(2, 4)), Error, "pin='try'");
+  machine.recording.fail("host_register", 2);
+  ServingOptions chosen = options(2, 4);
+  chosen.pin = Pin::attempt;
+  machine.recording.pinned_only = false;
+  auto serving = machine.serve(chosen);
+  CHECK_EQ(serving->pinned_bytes(), 0);
+  CHECK(serving->pin_obstacle().find("MemAvailable") != std::string::npos);
+  forward(machine, *serving, 1, {0, 1, 2});
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(a_machine_without_a_device_says_so) {
+  Machine machine;
+  machine.recording.fail("device_count", 35);
+  CHECK_THROWS(machine.serve(options(2, 4)), Error, "CUDA cannot be used on this machine: ");
+  ServingOptions chosen = options(2, 4);
+  chosen.device = 1;
+  CHECK_THROWS(machine.serve(chosen), Error, "device is cuda:1, but CUDA finds 1 devices");
+  machine.recording.compute_capability = 75;
+  CHECK_THROWS(machine.serve(options(2, 4)), Error, "compute capability 7.5, expected 8.0 or later");
+  machine.recording.compute_capability = 90;
+  CHECK_THROWS(machine.serve(options(0, 4)), Error, "expert_memory is 0 experts, expected 1 to 24");
+  CHECK_THROWS(machine.serve(options(1, 25)), Error, "host_memory is 25 experts");
+  machine.finish();
+}
+
+SIDA_TEST(memory_that_runs_out_fails_the_demand_and_nothing_else) {
+  Machine machine;
+  auto serving = machine.serve(options(4, all));
+  forward(machine, *serving, 0, {0});
+  machine.recording.fail("map_page", 2);
+  CHECK_THROWS(forward(machine, *serving, 0, {1}), Error, "no memory for expert slot");
+  forward(machine, *serving, 0, {1});
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(a_damaged_record_fails_the_demand_in_the_caller) {
+  Machine machine;
+  machine.file.flip_bit(machine.file.offset_of({1, 3}) + 100);
+  auto serving = machine.serve(options(4, all));
+  CHECK_THROWS(forward(machine, *serving, 1, {3}), Error, "encoder.block.1 expert 3");
+  forward(machine, *serving, 1, {2, 4});
+  serving.reset();
+  machine.finish();
+}
+
+// What a copy fails of after it was queued belongs to no demand: the next call raises it.
+SIDA_TEST(a_failure_of_the_device_is_raised_by_a_later_call) {
+  Machine machine;
+  auto serving = machine.serve(options(4, all));
+  machine.recording.fail("event_synchronize", 700, 1);
+  CHECK(eventually([&] {
+    try {
+      forward(machine, *serving, 0, {0, 1, 2});
+    } catch (const Error& error) {
+      return std::string(error.what()).find("a copy failed") != std::string::npos;
+    }
+    return false;
+  }));
+  CHECK_THROWS(forward(machine, *serving, 1, {0}), Error, "a copy failed");
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(capture_into_a_graph_is_refused) {
+  Machine machine;
+  auto serving = machine.serve(options(4, all));
+  machine.recording.set_capturing(true);
+  CHECK_THROWS(forward(machine, *serving, 0, {0}), Error, "captured into a CUDA graph");
+  machine.recording.set_capturing(false);
+  forward(machine, *serving, 0, {0});
+  serving.reset();
+  machine.finish();
+}
+
+// A forward in the middle of a wait ends with close(), and nothing is left.
+SIDA_TEST(closing_ends_waits) {
+  Machine machine;
+  ServingOptions chosen = options(4, all);
+  chosen.faults.delay_us_min = chosen.faults.delay_us_max = 60'000'000;
+  auto serving = machine.serve(chosen);
+  std::string said;
+  std::thread waiting([&] {
+    try {
+      forward(machine, *serving, 0, {0});
+    } catch (const Error& error) {
+      said = error.what();
+    }
+  });
+  CHECK(eventually([&] { return total(serving->pool().stats()).requested == 1; }));
+  serving->close();
+  waiting.join();
+  CHECK(!said.empty());
+  serving.reset();
+  machine.finish();
+}
+
+}  // namespace
+}  // namespace sida::test
+
+int main(int argc, char** argv) {
+  return sida::test::run_all(argc, argv);
+}
