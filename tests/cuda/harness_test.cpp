@@ -1,8 +1,11 @@
 // Tests of the harness itself: what it must report on wrong kernels, and that right ones give the right values.
 #include "harness/harness.h"
 
+#include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <limits>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -23,7 +26,8 @@ struct Toy {
   size_t shared_bytes = 4096;
   bool zero_output = false, read_only = true;
 
-  std::string fault(int variant, std::vector<int32_t>* result = nullptr) const {
+  // `message`: receives the last report as a whole.
+  std::string fault(int variant, std::vector<int32_t>* result = nullptr, std::string* message = nullptr) const {
     std::string worst;
     for (uint64_t schedule = 1; schedule <= 8; ++schedule) {
       harness::global_reset();
@@ -42,6 +46,7 @@ struct Toy {
         if (result != nullptr) result->assign(out, out + outputs);
       } catch (const harness::KernelError& error) {
         worst = harness::fault_name(error.fault());
+        if (message != nullptr) *message = error.what();
       }
     }
     return worst;
@@ -62,6 +67,82 @@ SIDA_TEST(barriers_and_shared_memory) {
   CHECK_EQ(toy.fault(4), "out_of_bounds");
   CHECK_EQ(toy.fault(5), "race");
   CHECK_EQ(toy.fault(6), "race");
+  CHECK_EQ(toy.fault(7), "misaligned");
+  CHECK_EQ(toy.fault(8), "out_of_bounds");
+  CHECK_EQ(toy.fault(9), "out_of_bounds");
+  CHECK_EQ(toy.fault(10), "divergence");
+}
+
+// The number of the line of toy_kernels.cu that carries a comment.
+std::string line_with(const std::string& comment) {
+  std::ifstream source(TOY_SOURCE);
+  std::string line;
+  for (int number = 1; std::getline(source, line); ++number) {
+    if (line.find("// " + comment) != std::string::npos) return "toy_kernels.cu:" + std::to_string(number);
+  }
+  return "no line with " + comment;
+}
+
+SIDA_TEST(a_race_names_both_lines) {
+  Toy toy{barrier_kernel};
+  toy.shared_bytes = 256;
+  std::string message;
+  CHECK_EQ(toy.fault(5, nullptr, &message), "race");
+  CHECK(message.find("\n  at " + line_with("the first write") + "\n  and at " + line_with("the first write")) !=
+        std::string::npos);
+  CHECK_EQ(toy.fault(6, nullptr, &message), "race");
+  // Whichever of the two comes second reports.
+  const std::string read = line_with("the read"), write = line_with("the second write");
+  CHECK(message.find("\n  at " + read + "\n  and at " + write) != std::string::npos ||
+        message.find("\n  at " + write + "\n  and at " + read) != std::string::npos);
+}
+
+// Seeds give different orders of lanes, of warps and of blocks, and mix blocks; the same seed gives the same order.
+SIDA_TEST(the_schedule_is_random) {
+  constexpr unsigned blocks = 4;
+  constexpr int threads = 96, numbers = static_cast<int>(blocks) * threads * 2;
+  const auto order = [&](uint64_t seed) {
+    harness::global_reset();
+    harness::seed(seed);
+    const int32_t zero = 0;
+    auto* const counter = static_cast<int32_t*>(harness::global_allocate(4));
+    harness::global_fill(counter, &zero, 4);
+    auto* const out = static_cast<int32_t*>(harness::global_allocate(numbers * 4));
+    cuda::launch("order", order_kernel, {blocks, threads, 0}, ToyParams{0, counter, out}, nullptr);
+    return std::vector<int32_t>(out, out + numbers);
+  };
+  std::set<std::vector<int>> lanes, warps, block_orders;
+  int mixed = 0;
+  for (uint64_t seed = 1; seed <= 24; ++seed) {
+    const std::vector<int32_t> taken = order(seed);
+    CHECK(taken == order(seed));
+    const auto sorted = [&](int count, int stride) {
+      std::vector<int> ids;
+      for (int i = 0; i < count; ++i) ids.push_back(i);
+      std::sort(ids.begin(), ids.end(), [&](int a, int b) {
+        return taken[static_cast<size_t>(a * stride)] < taken[static_cast<size_t>(b * stride)];
+      });
+      return ids;
+    };
+    lanes.insert(sorted(32, 2));
+    warps.insert(sorted(threads / 32, 64));
+    block_orders.insert(sorted(static_cast<int>(blocks), threads * 2));
+    // Two blocks at the same time: each takes a number before the other's last one.
+    const auto first = [&](int block) { return taken[static_cast<size_t>(block * threads * 2)]; };
+    const auto last = [&](int block) {
+      const auto begin = taken.begin() + block * threads * 2;
+      return *std::max_element(begin, begin + threads * 2);
+    };
+    bool any = false;
+    for (int a = 0; a < static_cast<int>(blocks); ++a) {
+      for (int b = 0; b < a; ++b) any = any || (first(a) < last(b) && first(b) < last(a));
+    }
+    mixed += any ? 1 : 0;
+  }
+  CHECK(lanes.size() >= 12);
+  CHECK_EQ(warps.size(), size_t{6});
+  CHECK(block_orders.size() >= 8);
+  CHECK(mixed >= 6 && mixed <= 22);  // and some runs have one block after another
 }
 
 SIDA_TEST(warps) {
@@ -125,8 +206,7 @@ SIDA_TEST(blocks_order_each_other_by_fence_and_atomic) {
   std::vector<int32_t> out;
   CHECK_EQ(toy.fault(0, &out), "");
   for (int i = 0; i < 64; ++i) CHECK_EQ(out[static_cast<size_t>(i)], 3 + 3 * i);
-  CHECK_EQ(toy.fault(1), "global_conflict");
-  CHECK_EQ(toy.fault(2), "global_conflict");
+  for (int variant = 1; variant <= 5; ++variant) CHECK_EQ(toy.fault(variant), "global_conflict");
 }
 
 // Every lane's registers against the table of PTX ISA's ldmatrix: register j, lane l: matrix j, row l / 4, elements
@@ -144,26 +224,32 @@ SIDA_TEST(ldmatrix_follows_the_table) {
     }
   }
   CHECK_EQ(toy.fault(1), "misaligned");
+  CHECK_EQ(toy.fault(2), "uninitialised");
+  CHECK_EQ(toy.fault(3), "out_of_bounds");
 }
 
 SIDA_TEST(mma_follows_the_table) {
-  Toy toy{mma_kernel};
-  toy.threads = 32;
-  toy.inputs = 384;
-  toy.outputs = 128;
-  std::vector<int32_t> out;
-  CHECK_EQ(toy.fault(0, &out), "");
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      // bf16 holds integers up to 256 exactly; the inputs go to 383, so they are rounded as the kernel rounds them.
-      double sum = 1 + (row >= 8 ? 2 : 0) + column % 2;
-      for (int k = 0; k < 16; ++k) {
-        const auto widened = [](int v) {
-          return harness::bf16_to_float(harness::float_to_bf16(static_cast<float>(v)));
-        };
-        sum += static_cast<double>(widened(row * 16 + k)) * widened(256 + k * 8 + column);
+  for (const int variant : {0, 1}) {
+    Toy toy{mma_kernel};
+    toy.threads = 32;
+    toy.inputs = 384;
+    toy.outputs = 128;
+    std::vector<int32_t> out;
+    CHECK_EQ(toy.fault(variant, &out), "");
+    // fp16 holds the inputs, up to 383, exactly; bf16 from 256 on not, so they are rounded as the kernel rounds them.
+    const auto widened = [&](int v) {
+      const auto value = static_cast<float>(v);
+      return variant == 0 ? harness::bf16_to_float(harness::float_to_bf16(value))
+                          : harness::f16_to_float(harness::float_to_f16(value));
+    };
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 8; ++column) {
+        double sum = 1 + (row >= 8 ? 2 : 0) + column % 2;
+        for (int k = 0; k < 16; ++k) {
+          sum += static_cast<double>(widened(row * 16 + k)) * widened(256 + k * 8 + column);
+        }
+        CHECK_EQ(out[static_cast<size_t>(row * 8 + column)], static_cast<int>(static_cast<float>(sum)));
       }
-      CHECK_EQ(out[static_cast<size_t>(row * 8 + column)], static_cast<int>(static_cast<float>(sum)));
     }
   }
 }

@@ -137,6 +137,7 @@ std::vector<Planted> all_planted() {
        [routed](uint64_t schedule) { return outcome_of(routed, schedule); }},
       {Plant::route_divergent_shuffle, "route_divergent_shuffle", "divergence",
        [few_experts](uint64_t schedule) { return outcome_of(few_experts, schedule); }},
+      {Plant::simt_misaligned_slice, "simt_misaligned_slice", "misaligned", over(f32)},
       {Plant::simt_no_barrier, "simt_no_barrier", "race", over(f32)},
   };
 }

@@ -17,6 +17,7 @@ void warp_kernel(ToyParams p);
 void copy_kernel(ToyParams p);
 void global_kernel(ToyParams p);
 void ticket_kernel(ToyParams p);
+void order_kernel(ToyParams p);
 void ldmatrix_kernel(ToyParams p);
 void mma_kernel(ToyParams p);
 void widen_kernel(ToyParams p);

@@ -39,6 +39,7 @@ enum class Plant : int {
   plan_zero_missing,          // rows without a resident expert become tiles of slot 0
   route_capacity_off_by_one,  // one token too many for each expert
   route_divergent_shuffle,    // lanes past the last expert leave before the warp's reduction
+  simt_misaligned_slice,      // fp32: rows of a slice are no multiple of 16 bytes apart
   simt_no_barrier,            // the fp32 loop stores the next slice while a warp still reads the last one
   count
 };

@@ -618,6 +618,15 @@ void global_capacity(size_t bytes) {
 unsigned char* shared_memory() {
   return machine().block->shared.base();
 }
+void vector_access(const void* address, size_t bytes) {
+  const Machine& m = machine();
+  if (m.running == nullptr || reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  if (m.block->shared.holds(address) || m.global->holds(address)) {
+    report(Fault::misaligned, "vector access of " + std::to_string(bytes) + " bytes is not aligned to them",
+           __builtin_return_address(0));
+  }
+}
+
 void thread_fence() {
   machine().running->unfenced = false;
 }

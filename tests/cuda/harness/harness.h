@@ -103,6 +103,7 @@ const char* unavailable();
 void finish();
 
 // What the shim's names call.
+void vector_access(const void* address, size_t bytes);  // its alignment, if it lies in emulated memory
 void block_barrier();
 void warp_barrier(unsigned mask);
 void thread_fence();

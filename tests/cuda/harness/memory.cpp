@@ -42,7 +42,7 @@ void SharedShadow::start_block(size_t bytes) {
 
 SharedShadow::Granule* SharedShadow::find(const void* address, size_t bytes, const Moment& now, size_t& count) {
   const size_t offset = static_cast<size_t>(static_cast<const unsigned char*>(address) - memory_);
-  if (offset + bytes > bytes_) {
+  if (address < memory_ || offset + bytes > bytes_) {
     report(Fault::out_of_bounds,
            describe("shared access", address, memory_, bytes) + ", the block asked for " + std::to_string(bytes_) +
                " bytes",

@@ -27,7 +27,8 @@ class SharedShadow {
   static constexpr size_t capacity = 228 * 1024;
 
   unsigned char* base() { return memory_; }
-  bool holds(const void* address) const { return address >= memory_ && address < memory_ + capacity; }
+  // The guards on both sides too, so that an access just outside is seen.
+  bool holds(const void* address) const { return address >= before_ && address < behind_ + guard; }
   void start_block(size_t bytes);
   void read(const void* address, size_t bytes, const Moment& now);
   void write(const void* address, size_t bytes, const Moment& now);
@@ -48,7 +49,10 @@ class SharedShadow {
   void check_writers(const Granule& granule, const void* address, const Moment& now, const char* what);
   void check_readers(const Granule& granule, const void* address, const Moment& now, const char* what);
 
-  alignas(1024) unsigned char memory_[capacity];
+  static constexpr size_t guard = 4096;
+  alignas(1024) unsigned char before_[guard];
+  unsigned char memory_[capacity];
+  unsigned char behind_[guard];
   std::vector<Granule> granules_ = std::vector<Granule>(capacity / 4);
   size_t bytes_ = 0;
   uint32_t block_serial_ = 0;

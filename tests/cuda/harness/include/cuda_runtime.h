@@ -16,11 +16,34 @@
 
 using std::isnan;
 
+// Vectors tell the harness when they are loaded or stored as a whole: the host's compiler may split such an access into
+// its elements, and a misaligned one would then look right.
 struct alignas(8) uint2 {
   unsigned x, y;
+  uint2(unsigned x_, unsigned y_) : x(x_), y(y_) {}
+  uint2(const uint2& other) : x((sida::harness::vector_access(&other, 8), other.x)), y(other.y) {}
+  uint2& operator=(const uint2& other) {
+    sida::harness::vector_access(this, 8);
+    sida::harness::vector_access(&other, 8);
+    x = other.x;
+    y = other.y;
+    return *this;
+  }
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+  float4(float x_, float y_, float z_, float w_) : x(x_), y(y_), z(z_), w(w_) {}
+  float4(const float4& other)
+      : x((sida::harness::vector_access(&other, 16), other.x)), y(other.y), z(other.z), w(other.w) {}
+  float4& operator=(const float4& other) {
+    sida::harness::vector_access(this, 16);
+    sida::harness::vector_access(&other, 16);
+    x = other.x;
+    y = other.y;
+    z = other.z;
+    w = other.w;
+    return *this;
+  }
 };
 inline float4 make_float4(float x, float y, float z, float w) {
   return {x, y, z, w};
