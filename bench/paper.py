@@ -232,9 +232,9 @@ def timings(bundled: Bundled, scale: Scale) -> tuple[list[str], list[str], dict[
         f"What differs: {len(batches)} sentences, experts read from a disk into RAM and computed on a CPU, "
         f"{rounds}. The published ratios are against engines that keep every expert in GPU memory or move all of them; "
         "these are against this engine without prediction, at the same budget. An expert here is a hundred kilobytes "
-        "that are read in tens of microseconds, and the prediction takes processor time from the model: it saves "
-        "stalls and hardly any time. At base-128, where an expert is 9.4 MB, its cost is some 2 % of the model's (see "
-        "predictor_figures.md).",
+        "that are read in tens of microseconds, and the prediction takes processor time from the model: "
+        "where no row is above 1, not even the oracle pays. At base-128, where an expert is 9.4 MB, a prediction's "
+        "cost is some 2 % of the model's (see predictor_figures.md).",
     ]
     memory = [
         "| budget of expert memory | experts in memory at once | weights in memory | saved |",
