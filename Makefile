@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help setup demo test test-cpp lint bench bench-gpu paper cuda-build sass soak nightly clean
+.PHONY: help setup demo test test-cpp lint bench bench-gpu paper cuda-build cuda-extension sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
@@ -16,6 +16,7 @@ help:
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
 	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
+	@echo "make cuda-extension CUDA_PYTHON=...  build the extension against a CUDA build of torch, and test it"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
 	@echo "make lint    ruff, mypy, clang-format"
 
@@ -57,10 +58,20 @@ bench-gpu: setup
 	$(BIN)/python -m pytest bench/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
 
 cuda-build: $(VENV)/.tools
-	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) tools/cuda_build.sh
+	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) PYTHON=$(BIN)/python tools/cuda_build.sh
 
-sass: cuda-build
-	$(BIN)/python tools/sass_report.py --check
+# The environment of CUDA_PYTHON must have a CUDA build of torch, transformers, pytest, pybind11, cmake and ninja.
+CUDA_PYTHON ?= $(BIN)/python
+cuda-extension: $(VENV)/.tools
+	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) PYTHON=$(CUDA_PYTHON) tools/cuda_extension.sh
+
+# cuobjdump is no part of a small toolkit: a package has it.
+$(VENV)/.sass-tools: $(VENV)/.tools
+	$(BIN)/python -m pip install -q "nvidia-cuda-cuobjdump>=13" "nvidia-cuda-nvdisasm>=13"
+	touch $@
+
+sass: cuda-build $(VENV)/.sass-tools
+	@if [ -e build/cuda/compiled ]; then $(BIN)/python tools/sass_report.py --check; else echo "sass: skipped, see above"; fi
 
 soak: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DSIDA_CPP_TESTS=ON

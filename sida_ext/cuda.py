@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from sida_ext import _C
 from sida_ext.budget import available_memory, format_bytes, parse_memory
 
-__all__ = ["host_slots", "on_predictor", "resolve_device"]
+__all__ = ["cuda_blocking", "host_slots", "on_predictor", "resolve_device"]
 
 
 def resolve_device(device: str | torch.device, host_memory: object = None) -> torch.device:
@@ -42,6 +43,15 @@ def resolve_device(device: str | torch.device, host_memory: object = None) -> to
             f"device is {str(device)!r}, but torch.cuda.is_available() is False in torch {torch.__version__}"
         )
     return wanted if wanted.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def cuda_blocking() -> bool:
+    """Whether SIDA_CUDA_BLOCKING=1 asks each MoE layer to wait for its kernels: a failure of the GPU is then raised by
+    the call that caused it and not by a later one. Slow: to find a cause."""
+    wish = os.environ.get("SIDA_CUDA_BLOCKING", "0")
+    if wish not in ("0", "1"):
+        raise ValueError(f"SIDA_CUDA_BLOCKING is {wish!r}, expected 0 or 1")
+    return wish == "1"
 
 
 def host_slots(

@@ -15,7 +15,7 @@ import torch
 
 from sida_ext import _C
 from sida_ext.budget import format_bytes, parse_memory
-from sida_ext.cuda import host_slots, resolve_device
+from sida_ext.cuda import cuda_blocking, host_slots, resolve_device
 from sida_ext.read_plan import ReadPlan, read_plan
 from sida_ext.stats import Stats
 from sida_ext.store import StoreHeader, open_store
@@ -118,6 +118,8 @@ class Runtime:
                 eviction=eviction,
                 wait_deadline_ms=deadline,
                 faults=given,
+                read_bytes=self.read_plan.read_bytes,
+                blocking=cuda_blocking(),
             )
             if self._tiers.pin_obstacle and say is not None:
                 say(f"sida_ext: {self._tiers.pin_obstacle}; copies to the GPU are slower")
@@ -253,12 +255,12 @@ class Runtime:
         """Counters of the host pool under a GPU's slots: its misses are reads of the store. None on the CPU."""
         if self._tiers is None:
             return None
-        return Stats.from_engine(self._tiers.pool.stats(), self.header.layers)
+        return Stats.from_engine(self._tiers.pool_stats(), self.header.layers)
 
     def reset_stats(self) -> None:
         self._engine.reset_stats()
         if self._tiers is not None:
-            self._tiers.pool.reset_stats()
+            self._tiers.reset_pool_stats()
 
     def start_trace(self) -> None:
         """Record what happens when, from now on: reads by lane, computation by layer, stalls, predictions."""

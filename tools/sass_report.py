@@ -1,12 +1,15 @@
 """Reads the machine code of the compiled CUDA kernels and prints what it needs and what its main loops do.
 
-    python tools/sass_report.py [--library LIB] [--shapes PROGRAM] [--check]
+    python tools/sass_report.py [--library LIB] [--shapes PROGRAM] [--check] [--docs docs/cuda.md]
+    python tools/sass_report.py --ptxas BUILD_LOG [--shapes PROGRAM]
 
 The table has a line for each kernel and architecture: registers, shared memory of a block, blocks and warps that fit a
 multiprocessor, local memory (spills), and the instructions of the main loop. ``--check`` fails if a hot kernel spills,
 lacks tensor-core or asynchronous-copy instructions, loads less than 16 bytes at a time, or fits less often than stated.
 
-``cuobjdump`` comes with the CUDA toolkit; where it was left out, the ``triton`` package carries one.
+``cuobjdump`` comes with the CUDA toolkit; where it was left out, the packages ``nvidia-cuda-cuobjdump`` (with
+``nvidia-cuda-nvdisasm``) and ``triton`` carry one. Without any, ``--ptxas`` reads what the assembler said while it
+compiled (``-Xptxas -v``) and checks registers, spills and occupancy.
 """
 
 from __future__ import annotations
@@ -74,8 +77,8 @@ class Kernel:
 
     @property
     def blocks(self) -> int:
-        """Blocks that fit one multiprocessor; 0 where the number of threads is chosen at run time."""
-        if not self.threads:
+        """Blocks that fit one multiprocessor; 0 where it depends on the launch, or is not known."""
+        if not self.threads or not self.registers:
             return 0
         limit = ARCHITECTURES[self.arch]
         # Registers are given out to warps in units of 256.
@@ -115,23 +118,26 @@ class Kernel:
 
 
 def find_cuobjdump() -> str:
-    """Path of cuobjdump: $CUOBJDUMP, PATH, the toolkit, or triton's copy. Raises FileNotFoundError."""
+    """Path of cuobjdump: $CUOBJDUMP, PATH, the toolkit, or a package's copy. Raises FileNotFoundError."""
     candidates = [os.environ.get("CUOBJDUMP"), shutil.which("cuobjdump")]
     candidates += [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "cuobjdump")]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        candidates.append(str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"))
+    for package, inside in (("nvidia", "cu*/bin/cuobjdump"), ("triton", "backends/nvidia/bin/cuobjdump")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            candidates += sorted(map(str, Path(folder).glob(inside)))
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
     raise FileNotFoundError(
-        "cuobjdump was not found in $CUOBJDUMP, PATH, $CUDA_HOME/bin or the triton package; "
-        "install the CUDA toolkit's binary utilities or `pip install triton`"
+        "cuobjdump was not found in $CUOBJDUMP, PATH, $CUDA_HOME/bin or the packages nvidia and triton; "
+        "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
     )
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # cuobjdump looks for nvdisasm on PATH; both lie in one folder.
+    path = f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path})
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr.strip()}")
     return done.stdout
@@ -159,14 +165,37 @@ def describe(kernel: Kernel, demangled: str, shapes: dict[tuple[str, str, int], 
     kernel.threads, kernel.shared = shapes[kernel.tokens, kernel.weights, block_t]
 
 
-def read(library: Path, shapes_program: Path) -> list[Kernel]:
-    """All kernels of a library, for every architecture in it."""
-    cuobjdump = find_cuobjdump()
+def named(kernels: dict[tuple[str, str], Kernel], shapes_program: Path) -> list[Kernel]:
+    """The kernels, by (architecture, mangled name), with names and shapes filled in, in the order of the table."""
     shapes = {}
     for line in run([str(shapes_program)]).splitlines():
         tokens, weights, _, block_t, threads, shared = line.split()
         shapes[tokens, weights, int(block_t)] = (int(threads), int(shared))
+    mangled = sorted({name for _, name in kernels})
+    demangled = dict(zip(mangled, run(["c++filt", *mangled]).splitlines(), strict=True)) if mangled else {}
+    for (_, name), kernel in kernels.items():
+        describe(kernel, demangled[name], shapes)
+    order = {arch: i for i, arch in enumerate(ARCHITECTURES)}
+    return sorted(kernels.values(), key=lambda k: (not k.tile, k.label, order.get(k.arch, 99)))
 
+
+def read_ptxas(log: str, shapes_program: Path) -> list[Kernel]:
+    """All kernels that the assembler reported, without their code; of several reports of one kernel the last counts."""
+    kernels: dict[tuple[str, str], Kernel] = {}
+    current: Kernel | None = None
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)' for '(sm_\d+)'", line):
+            current = kernels[found[2], found[1]] = Kernel(found[2], found[1])
+        elif current is not None and (found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill", line)):
+            current.stack = max(int(found[1]), int(found[2]))
+        elif current is not None and (found := re.search(r"Used (\d+) registers", line)):
+            current.registers = int(found[1])
+    return named(kernels, shapes_program)
+
+
+def read(library: Path, shapes_program: Path) -> list[Kernel]:
+    """All kernels of a library, for every architecture in it."""
+    cuobjdump = find_cuobjdump()
     kernels: dict[tuple[str, str], Kernel] = {}
     arch = ""
     current: Kernel | None = None
@@ -185,29 +214,41 @@ def read(library: Path, shapes_program: Path) -> list[Kernel]:
             current = kernels[arch, found[1]]
         elif current is not None and (found := re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", line)):
             current.instructions.append((int(found[1], 16), found[2].strip()))
-    names = run(["c++filt", *sorted({mangled for _, mangled in kernels})]).splitlines()
-    demangled = dict(zip(sorted({mangled for _, mangled in kernels}), names, strict=True))
-    for (_, mangled), kernel in kernels.items():
-        describe(kernel, demangled[mangled], shapes)
-    order = {arch: i for i, arch in enumerate(ARCHITECTURES)}
-    return sorted(kernels.values(), key=lambda k: (not k.tile, k.label, order.get(k.arch, 99)))
+    return named(kernels, shapes_program)
 
 
-def problems(kernels: list[Kernel]) -> list[str]:
-    """What is wrong with the machine code; empty if all is as stated."""
+def resource_problems(kernels: list[Kernel]) -> list[str]:
+    """What is wrong with registers, local memory, occupancy, or the set of kernels; empty if all is as stated."""
     found = []
     if not any(kernel.tile for kernel in kernels):
         found.append("no layer kernel in the library")
+    labels = {kernel.label for kernel in kernels}
+    for arch in sorted({kernel.arch for kernel in kernels}):
+        for label in sorted(labels - {kernel.label for kernel in kernels if kernel.arch == arch}):
+            found.append(f"{label} was not compiled for {arch}")
     for kernel in kernels:
         where = f"{kernel.label} on {kernel.arch}"
         if not kernel.tile:
             continue  # once a layer, over a few integers: not hot
         if kernel.stack or kernel.spills:
             found.append(f"{where}: {kernel.stack} bytes of stack and {kernel.spills} local accesses, expected none")
+        if not kernel.registers or kernel.blocks < STATED_BLOCKS[kernel.tile]:
+            found.append(
+                f"{where}: {kernel.blocks} blocks of {kernel.registers} registers fit, {STATED_BLOCKS[kernel.tile]} "
+                "are stated"
+            )
+    return found
+
+
+def problems(kernels: list[Kernel]) -> list[str]:
+    """What is wrong with the machine code; empty if all is as stated."""
+    found = resource_problems(kernels)
+    for kernel in kernels:
+        if not kernel.tile:
+            continue
+        where = f"{kernel.label} on {kernel.arch}"
         counts = kernel.counts()
         loop = kernel.main_loop()
-        if kernel.blocks < STATED_BLOCKS[kernel.tile]:
-            found.append(f"{where}: {kernel.blocks} blocks fit, {STATED_BLOCKS[kernel.tile]} are stated")
         if kernel.tile == "f32":
             if not counts["FFMA"] or not any(t.startswith("LDG.E.128") for _, t in kernel.instructions):
                 found.append(f"{where}: expected FFMA in the main loop and 16-byte global loads")
@@ -238,19 +279,50 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def write_docs(path: Path, kernels: list[Kernel]) -> None:
+    """Puts the table in the place of the one in `path`; fp16 is left out, it is like bf16."""
+    text = path.read_text()
+    shown = table([kernel for kernel in kernels if kernel.tokens != "f16"])
+    old = re.search(r"^\| kernel \| arch \|.*\n(?:\|.*\n)*", text, re.MULTILINE)
+    if old is None:
+        raise ValueError(f"{path} has no table that begins with '| kernel | arch |'")
+    path.write_text(text[: old.start()] + shown + "\n" + text[old.end() :])
+
+
+def check_ptxas(log: Path, shapes: Path) -> int:
+    kernels = read_ptxas(log.read_text(), shapes)
+    archs = {kernel.arch for kernel in kernels}
+    found = [f"no kernel was compiled for {arch}" for arch in ARCHITECTURES if arch not in archs]
+    found += resource_problems(kernels)
+    hot = [kernel for kernel in kernels if kernel.tile]
+    print(
+        "\n".join(found)
+        if found
+        else f"ptxas: {len(kernels)} kernels for {len(archs)} architectures; the {len(hot)} of a layer use at most "
+        f"{max(kernel.registers for kernel in hot)} registers, no local memory, and fit as often as stated"
+    )
+    return 1 if found else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", type=Path, default=LIBRARY)
     parser.add_argument("--shapes", type=Path, default=SHAPES)
     parser.add_argument("--arch", help="only this one, such as sm_90")
     parser.add_argument("--check", action="store_true", help="exit with 1 and the reasons if the code is not as stated")
+    parser.add_argument("--docs", type=Path, help="put the table into this file, in the place of the one there")
+    parser.add_argument("--ptxas", type=Path, help="check what the assembler said in this log of a build, and no more")
     options = parser.parse_args()
-    for path in (options.library, options.shapes):
+    for path in (options.ptxas or options.library, options.shapes):
         if not path.exists():
             print(f"{path} does not exist; build the targets sida_cuda_kernels and sida_cuda_shapes", file=sys.stderr)
             return 2
+    if options.ptxas is not None:
+        return check_ptxas(options.ptxas, options.shapes)
     kernels = read(options.library, options.shapes)
     print(table([kernel for kernel in kernels if options.arch in (None, kernel.arch)]))
+    if options.docs is not None:
+        write_docs(options.docs, kernels)
     if not options.check:
         return 0
     found = problems(kernels)

@@ -206,7 +206,7 @@ void bind_cuda(py::module_& m) {
   py::class_<CudaServing, std::shared_ptr<CudaServing>>(m, "CudaServing")
       .def(py::init([](std::shared_ptr<ExpertStore> store, int device, int64_t slots, int64_t host_slots,
                        const std::string& pin, int lanes, int host_lanes, const std::string& eviction,
-                       int64_t wait_deadline_ms, const Faults& faults) {
+                       int64_t wait_deadline_ms, const Faults& faults, int64_t read_bytes, bool blocking) {
              if (pin != "require" && pin != "try") {
                fail(ErrorKind::invalid, "pin is '", pin, "', expected 'require' or 'try'");
              }
@@ -221,15 +221,21 @@ void bind_cuda(py::module_& m) {
              options.eviction = eviction;
              options.wait_deadline = std::chrono::milliseconds(wait_deadline_ms);
              options.faults = faults;
+             options.read_bytes = read_bytes;
+             options.blocking = blocking;
              return std::make_shared<CudaServing>(cuda::runtime_table(), std::move(store), options);
            }),
            py::arg("store"), py::kw_only(), py::arg("device"), py::arg("slots"), py::arg("host_slots"), py::arg("pin"),
-           py::arg("lanes"), py::arg("host_lanes"), py::arg("eviction"), py::arg("wait_deadline_ms"), py::arg("faults"))
+           py::arg("lanes"), py::arg("host_lanes"), py::arg("eviction"), py::arg("wait_deadline_ms"), py::arg("faults"),
+           py::arg("read_bytes"), py::arg("blocking"))
       .def_property_readonly("engine", &CudaServing::shared_engine)
-      .def_property_readonly("pool", &CudaServing::shared_pool)
+      .def("pool_stats", [](CudaServing& serving) { return stats_of(serving.pool()); })
+      .def(
+          "reset_pool_stats", [](CudaServing& serving) { serving.pool().reset_stats(); }, WithoutLock())
       .def_property_readonly("pinned_bytes", py::cpp_function(&CudaServing::pinned_bytes, WithoutLock()))
       .def_property_readonly("memory_bytes", py::cpp_function(&CudaServing::memory_bytes, WithoutLock()))
       .def_property_readonly("pin_obstacle", &CudaServing::pin_obstacle)
+      .def_property_readonly("placement", &CudaServing::placement)
       .def(
           "announce",
           [](CudaServing& serving, const Wanted& wanted) {

@@ -3,6 +3,7 @@
 #include <deque>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,6 +16,7 @@ struct CudaDevice::Work final : LaneWork {
 
   struct Copy {
     int32_t slot;
+    int64_t record;
     std::unique_ptr<LentRecord> source;
   };
 
@@ -22,7 +24,13 @@ struct CudaDevice::Work final : LaneWork {
        int lanes)
       : lender(std::move(from)), copies(static_cast<size_t>(lanes)), slots(runtime, device, slots, slot_bytes, lanes) {}
 
-  void begin(int) override { slots.use_device(); }
+  void begin(int) override {
+    if (planted == DevicePlant::captures_spoiled) {
+      slots.use_device();
+    } else {
+      slots.use_device_on_lane();
+    }
+  }
 
   void run(const LaneJob& job, int lane) override {
     check_healthy();
@@ -36,7 +44,7 @@ struct CudaDevice::Work final : LaneWork {
     std::unique_ptr<LentRecord> source = lender->lend(job.record);
     slots.fill(job.slot, lane, source->data(), static_cast<size_t>(slots.slot_bytes()));
     if (planted == DevicePlant::source_returned_early) return;
-    own.push_back({job.slot, std::move(source)});
+    own.push_back({job.slot, job.record, std::move(source)});
   }
 
   bool idle(int lane) override {
@@ -55,9 +63,13 @@ struct CudaDevice::Work final : LaneWork {
     try {
       slots.wait_source(copy.slot);
     } catch (const Error& error) {
-      const std::lock_guard lock(mutex);
-      if (!broken) broken = LaneError{error.kind(), error.what()};
+      condemn(error.kind(), lender->name_of(copy.record) + ": " + error.what());
     }
+  }
+
+  void condemn(ErrorKind kind, std::string why) {
+    const std::lock_guard lock(mutex);
+    if (!broken) broken = LaneError{kind, std::move(why)};
   }
 
   void check_healthy() const {
@@ -114,6 +126,10 @@ void CudaDevice::free_memory() {
 
 CudaSlots& CudaDevice::slots() {
   return work_->slots;
+}
+void CudaDevice::condemn(const Error& why) {
+  work_->slots.keep_memory();
+  work_->condemn(why.kind(), why.what());
 }
 void CudaDevice::check_healthy() const {
   work_->check_healthy();

@@ -19,6 +19,7 @@ enum class DevicePlant {
   none,
   source_returned_early,  // a lent record goes back while the copy reads it
   held_while_lending,     // a lane holds a record of a pool that is full while it waits for another
+  captures_spoiled,       // a lane's calls count as made during another thread's capture
 };
 
 class CudaDevice final : public Device {
@@ -39,6 +40,9 @@ class CudaDevice final : public Device {
   CudaSlots& slots();
   // Throws what a copy failed of after it was told as done: the failure belongs to no demand any more.
   void check_healthy() const;
+  // Kernels read slots and no event could be recorded behind them: from now on check_healthy() throws this error, no
+  // slot is filled again, and their memory is never given back.
+  void condemn(const Error& why);
 
   inline static DevicePlant planted = DevicePlant::none;
 

@@ -5,7 +5,10 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cctype>
 #include <cstring>
+#include <fstream>
+#include <string>
 
 namespace sida::cuda {
 namespace {
@@ -105,6 +108,17 @@ int map_page(void* page, size_t bytes, int device) {
   return status;
 }
 
+// What the system's list of PCI devices says; -1 where it says nothing.
+int numa_node_in_sysfs(int device) {
+  char id[32] = {};
+  if (cudaDeviceGetPCIBusId(id, sizeof id, device) != cudaSuccess) return -1;
+  std::string name(id);
+  for (char& letter : name) letter = static_cast<char>(std::tolower(static_cast<unsigned char>(letter)));
+  int node = -1;
+  std::ifstream("/sys/bus/pci/devices/" + name + "/numa_node") >> node;
+  return node;
+}
+
 int device_facts(int device, DeviceFacts* facts) {
   int major = 0, minor = 0, shared = 0;
   int status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -118,6 +132,7 @@ int device_facts(int device, DeviceFacts* facts) {
   facts->compute_capability = 10 * major + minor;
   facts->shared_per_block = shared;
   if (cudaDeviceGetAttribute(&facts->numa_node, cudaDevAttrHostNumaId, device) != cudaSuccess) facts->numa_node = -1;
+  if (facts->numa_node < 0) facts->numa_node = numa_node_in_sysfs(device);
   return status;
 }
 
@@ -128,6 +143,10 @@ const RuntimeTable& runtime_table() {
       .device_count = [](int* devices) -> int { return cudaGetDeviceCount(devices); },
       .device_facts = device_facts,
       .set_device = [](int device) -> int { return cudaSetDevice(device); },
+      .ignore_captures = []() -> int {
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeThreadLocal;
+        return cudaThreadExchangeStreamCaptureMode(&mode);
+      },
       .page_bytes = page_bytes,
       .reserve = reserve,
       .unreserve = [](void* base, size_t bytes) -> int { return driver().unreserve(address_of(base), bytes); },

@@ -25,6 +25,8 @@ struct RuntimeTable {
   int (*device_count)(int* devices);
   int (*device_facts)(int device, DeviceFacts* facts);
   int (*set_device)(int device);
+  // From now on the calling thread's calls neither fail because another thread captures a graph, nor spoil that graph.
+  int (*ignore_captures)();
 
   // Device memory whose addresses are reserved first and backed by memory page by page.
   int (*page_bytes)(int device, size_t* bytes);

@@ -75,6 +75,11 @@ void CudaSlots::use_device() const {
   check(runtime_.set_device(device_), "choosing the device");
 }
 
+void CudaSlots::use_device_on_lane() const {
+  use_device();
+  check(runtime_.ignore_captures(), "leaving other threads' captures alone");
+}
+
 std::pair<int64_t, int64_t> CudaSlots::pages_of(int32_t slot) const {
   const auto page = static_cast<int64_t>(page_bytes_);
   return {slot * slot_bytes_ / page, ((slot + int64_t{1}) * slot_bytes_ - 1) / page + 1};
@@ -254,6 +259,11 @@ void CudaSlots::give_back(int32_t slot, int32_t count) {
   }
 }
 
+void CudaSlots::keep_memory() {
+  const std::lock_guard lock(mutex_);
+  memory_kept_ = true;
+}
+
 void CudaSlots::close() {
   const std::lock_guard lock(mutex_);
   if (!open_) return;
@@ -277,7 +287,7 @@ void CudaSlots::release() {
   for (size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     slot.readers.clear();
-    if (slot.has_memory) drop_memory(static_cast<int32_t>(i));
+    if (slot.has_memory && !memory_kept_) drop_memory(static_cast<int32_t>(i));
     if (slot.filled != nullptr) runtime_.event_destroy(slot.filled);
   }
   slots_.clear();
@@ -287,7 +297,7 @@ void CudaSlots::release() {
   events_.clear();
   for (const Lane& lane : lanes_) runtime_.stream_destroy(lane.stream);
   lanes_.clear();
-  if (base_ != nullptr) runtime_.unreserve(base_, reserved_bytes_);
+  if (base_ != nullptr && !memory_kept_) runtime_.unreserve(base_, reserved_bytes_);
   base_ = nullptr;
 }
 

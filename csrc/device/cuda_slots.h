@@ -67,6 +67,8 @@ class CudaSlots {
 
   // Makes the device the calling thread's own; every thread does it before its first other call.
   void use_device() const;
+  // The same for a lane's thread, which works on while others capture graphs.
+  void use_device_on_lane() const;
 
   // Queues the copy of `bytes` from pinned host memory into `slot` on `lane`. The source must not change until
   // source_free(slot), and nobody may begin to read the slot's old contents any more. The first fill of a slot takes
@@ -86,6 +88,8 @@ class CudaSlots {
   // Waits for the copies and kernels of these slots and gives their memory back.
   void give_back(int32_t slot, int32_t count);
 
+  // Something reads slots that no event stands behind: close() leaves their memory to the end of the process.
+  void keep_memory();
   // Waits for the copies and kernels under way and gives everything back. Twice is once; every other call after it
   // throws Error(closed).
   void close();
@@ -119,7 +123,7 @@ class CudaSlots {
   const int64_t slot_bytes_;
   const int lane_count_;
   mutable std::mutex mutex_;
-  bool open_ = true;
+  bool open_ = true, memory_kept_ = false;
   size_t page_bytes_ = 0, reserved_bytes_ = 0;
   void* base_ = nullptr;
   std::vector<int32_t> page_users_;  // slots with memory on each page

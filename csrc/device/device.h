@@ -40,7 +40,8 @@ class RecordLender {
   virtual std::unique_ptr<LentRecord> lend(int64_t record) = 0;
   // Whether every record has a place of its own, so that none ever waits for another's to be given back.
   virtual bool holds_all() const = 0;
-  virtual void interrupt() = 0;  // as RecordSource's
+  virtual void interrupt() = 0;                           // as RecordSource's
+  virtual std::string name_of(int64_t record) const = 0;  // for errors
 };
 
 // What a lane does: fill a slot, give the memory of slots back to the system, or have a slot backed by memory while

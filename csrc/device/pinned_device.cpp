@@ -1,44 +1,32 @@
 #include "device/pinned_device.h"
 
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <fstream>
+#include <cerrno>
+#include <cstring>
 #include <sstream>
 #include <utility>
+
+#include "device/memory_limits.h"
 
 namespace sida::cuda {
 namespace {
 
-// Asks for memory of the device's own node; where the system refuses, the memory is merely farther away.
-void prefer_node(void* base, int64_t bytes, int node) {
+// Asks for memory of the device's own node, and says what came of it; where the system refuses, the memory is merely
+// farther away. Before a page is touched: it decides where pages are made.
+std::string prefer_node(void* base, int64_t bytes, int node) {
   constexpr int prefer = 1;  // MPOL_PREFERRED
   constexpr int most = 1024;
-  if (node < 0 || node >= most) return;
+  if (node < 0 || node >= most) return "anywhere: the system does not say which node is the device's";
   unsigned long nodes[most / (8 * sizeof(unsigned long))] = {};
   nodes[static_cast<size_t>(node) / (8 * sizeof(unsigned long))] = 1ul << node % (8 * sizeof(unsigned long));
-  ::syscall(SYS_mbind, base, static_cast<unsigned long>(bytes), prefer, nodes, static_cast<unsigned long>(most), 0u);
-}
-
-std::string limits() {
-  std::ostringstream text;
-  rlimit locked{};
-  if (::getrlimit(RLIMIT_MEMLOCK, &locked) == 0) {
-    text << "locked memory (ulimit -l) is limited to ";
-    if (locked.rlim_cur == RLIM_INFINITY) {
-      text << "nothing";
-    } else {
-      text << locked.rlim_cur << " bytes";
-    }
+  const std::string name = "node " + std::to_string(node) + ", the device's";
+  if (::syscall(SYS_mbind, base, static_cast<unsigned long>(bytes), prefer, nodes, static_cast<unsigned long>(most),
+                0u) != 0) {
+    return "anywhere: the system refused memory of " + name + ": " + std::strerror(errno);
   }
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string line; std::getline(meminfo, line);) {
-    if (line.rfind("MemAvailable:", 0) == 0) text << ", " << line;
-  }
-  std::string group;
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> group) text << ", the control group allows " << group << " bytes";
-  return text.str();
+  return "on " + name + ", as far as it has room";
 }
 
 }  // namespace
@@ -53,13 +41,13 @@ PinnedDevice::PinnedDevice(const RuntimeTable& runtime, int device, std::shared_
     fail(ErrorKind::internal, "CUDA device ", device, ": choosing the device failed: ", runtime_.error_text(status),
          " (status ", status, ")");
   }
-  prefer_node(host_.slot_base(), bytes_, facts.numa_node);
+  placement_ = prefer_node(host_.slot_base(), bytes_, facts.numa_node);
   status = runtime_.host_register(host_.slot_base(), static_cast<size_t>(bytes_));
   pinned_ = status == RuntimeTable::success;
   if (pinned_) return;
   std::ostringstream text;
   text << "cannot pin " << bytes_ << " bytes of host memory, " << slots << " experts of " << slot_bytes
-       << " bytes: " << runtime_.error_text(status) << " (status " << status << "); " << limits();
+       << " bytes: " << runtime_.error_text(status) << " (status " << status << "); " << memory_limits();
   obstacle_ = text.str();
   if (pin == Pin::require) {
     fail(ErrorKind::io, obstacle_,

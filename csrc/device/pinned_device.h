@@ -34,6 +34,8 @@ class PinnedDevice final : public Device {
   int64_t pinned_bytes() const { return pinned_ ? bytes_ : 0; }
   // Why the memory is not pinned; empty if it is.
   const std::string& obstacle() const { return obstacle_; }
+  // Where the memory lies: "on node 1, the device's", or why that is not known.
+  const std::string& placement() const { return placement_; }
 
  private:
   void unpin();
@@ -42,7 +44,7 @@ class PinnedDevice final : public Device {
   HostDevice host_;
   const int64_t bytes_;
   bool pinned_ = false;
-  std::string obstacle_;
+  std::string obstacle_, placement_;
 };
 
 }  // namespace sida::cuda

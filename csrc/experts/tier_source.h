@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "device/device.h"
@@ -28,6 +29,9 @@ class TierSource final : public RecordSource, public RecordLender {
   }
   bool holds_all() const override { return below_->budget() == below_->capacity(); }
   void interrupt() override { interrupted_ = true; }
+  std::string name_of(int64_t record) const override {
+    return below_->name_of({static_cast<int32_t>(record / experts_), static_cast<int32_t>(record % experts_)});
+  }
 
  private:
   // Ends its demand, which keeps the record where it is until then.

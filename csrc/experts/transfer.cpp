@@ -336,6 +336,9 @@ void TransferEngine::finish(DemandId demand) noexcept {
 void* TransferEngine::slot_base() const {
   return impl_->device->slot_base();
 }
+std::string TransferEngine::name_of(ExpertKey expert) const {
+  return impl_->store->name_of(expert);
+}
 const ExpertFormat& TransferEngine::format() const {
   return impl_->store->layout().format;
 }

@@ -67,8 +67,9 @@ class TransferEngine {
 
   void* slot_base() const;  // address of slot 0; slot s lies at s * record_bytes
   const ExpertFormat& format() const;
-  int64_t capacity() const;  // slots of the reserved range: the largest budget there can be
-  int64_t budget() const;    // slots
+  std::string name_of(ExpertKey expert) const;  // for errors: the layer's name and the expert's number
+  int64_t capacity() const;                     // slots of the reserved range: the largest budget there can be
+  int64_t budget() const;                       // slots
   // Grows at once; shrinks as soon as pinned slots are released, giving memory back to the system.
   void set_budget(int64_t slots);
 

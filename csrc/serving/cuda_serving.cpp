@@ -1,6 +1,7 @@
 #include "serving/cuda_serving.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 #include "base/error.h"
@@ -9,8 +10,9 @@
 namespace sida::cuda {
 namespace {
 
-// Staging buffers of a wave that may be under way at once before the oldest is waited for.
-constexpr size_t most_staging = 32;
+// Staging buffers of waves that may be under way at once before the oldest is waited for: more waves than the queue of
+// a stream takes, so that the host never waits here while a stream has room, in 1 MiB of pinned memory.
+constexpr size_t most_staging = 256;
 constexpr int64_t least_staging = 1024;  // numbers: a page
 
 // Runs something when a scope is left, however.
@@ -46,7 +48,7 @@ void check_device(const RuntimeTable& runtime, int device) {
 }
 
 CudaServing::CudaServing(const RuntimeTable& runtime, std::shared_ptr<ExpertStore> store, const ServingOptions& options)
-    : CudaServing(runtime, store, store_source(store, options.faults, EngineOptions{.slots = 1}.read_bytes), options) {}
+    : CudaServing(runtime, store, store_source(store, options.faults, options.read_bytes), options) {}
 
 CudaServing::CudaServing(const RuntimeTable& runtime, std::shared_ptr<ExpertStore> store,
                          std::shared_ptr<RecordSource> source, const ServingOptions& options)
@@ -94,6 +96,9 @@ int64_t CudaServing::memory_bytes() const {
 }
 const std::string& CudaServing::pin_obstacle() const {
   return pinned_->obstacle();
+}
+const std::string& CudaServing::placement() const {
+  return pinned_->placement();
 }
 
 BatchId CudaServing::announce(const AnnouncedBatch& batch) {
@@ -216,6 +221,14 @@ void CudaServing::complete(MoeFfnArgs& args) const {
              scale_at(format.wo_scale_offset()), format.record_bytes() / 4};
 }
 
+void CudaServing::wait_for_wave(int32_t layer, const Wave& wave, const CudaSlots::Readers& readers) const {
+  const int status = runtime_.event_synchronize(readers.event);
+  slots_->check_healthy();  // knows a failed copy's expert
+  check(status, ("the kernels of " + engine_->name_of({layer, wave.experts.front()}) + " and " +
+                 std::to_string(wave.experts.size() - 1) + " other experts, or something before them,")
+                    .c_str());
+}
+
 void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
   use_device(layer.stream, "moe_layer");
   MoeFfnArgs args = layer.args;
@@ -238,17 +251,18 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
     Staging& staging = take_staging(args.num_experts);
     std::shared_ptr<const CudaSlots::Readers> readers;
     {
-      // Whatever fails in between: what was launched reads the slots, and the copy its staging buffer.
+      const Stream behind = planted == ServingPlant::other_stream_read ? nullptr : layer.stream;
       const AtEnd order_after([&] {
-        if (planted == ServingPlant::no_after_read || readers != nullptr) {
-          put_back(staging, std::move(readers));
-          return;
-        }
+        // A launch or a record failed: what was launched all the same reads the slots, and the copy its staging buffer.
         try {
-          readers = slots.after_read(planted == ServingPlant::other_stream_read ? nullptr : layer.stream, wave.slots);
-          put_back(staging, std::move(readers));
-        } catch (const Error&) {
-          // The device is lost or the engine closed: the buffer stays taken, and the next call raises the reason.
+          if (readers == nullptr && planted != ServingPlant::no_after_read) {
+            readers = slots.after_read(behind, wave.slots);
+          }
+          put_back(staging, readers);
+        } catch (const Error& error) {
+          // Nothing can be ordered behind those kernels any more. The buffer stays taken, and no lane fills a slot
+          // again.
+          slots_->condemn(error);
         }
       });
       runtime_.host_write(staging.memory, table.data(), table_bytes);
@@ -257,7 +271,9 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
       if (planted != ServingPlant::no_before_read) slots.before_read(layer.stream, wave.slots);
       if (planted == ServingPlant::after_read_early) readers = slots.after_read(layer.stream, wave.slots);
       launch(args, kernels);
+      if (readers == nullptr && planted != ServingPlant::no_after_read) readers = slots.after_read(behind, wave.slots);
     }
+    if (options_.blocking) wait_for_wave(layer.layer, wave, *readers);
     engine_->trace().record({TraceEvent::Kind::compute, 0, layer.layer, static_cast<int32_t>(wave.experts.size()),
                              layer.batch, begin, Trace::now_ns()});
     for (const int32_t expert : wave.experts) table[static_cast<size_t>(expert)] = -1;
@@ -286,6 +302,7 @@ void CudaServing::close() {
     // The slots have waited for all kernels, and those are behind the copies from the staging buffers.
     const std::lock_guard lock(mutex_);
     for (const auto& staging : staging_) {
+      if (staging->taken) continue;  // by a wave that could not be ordered: a copy may still read it
       if (staging->event != nullptr) runtime_.event_destroy(staging->event);
       runtime_.host_free(staging->memory);
     }

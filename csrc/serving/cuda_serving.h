@@ -28,7 +28,11 @@ struct ServingOptions {
   int host_lanes = 4;  // reads of the store under way at once
   std::string eviction = "next_use";
   std::chrono::milliseconds wait_deadline{60'000};
-  Faults faults{};  // of the reads of the store, for tests
+  Faults faults{};               // of the reads of the store, for tests
+  int64_t read_bytes = 4 << 20;  // largest single read of the store, as in EngineOptions
+  // To find a failure's cause: forward() returns when its kernels are over, and raises what they or their copies failed
+  // of. Otherwise such a failure is raised by a later call, which cannot tell whose it is.
+  bool blocking = false;
 };
 
 // One wave of a layer, launched on `stream`: as cuda::moe_ffn of moe_ffn_cuda.h.
@@ -73,14 +77,15 @@ class CudaServing {
   CudaServing& operator=(const CudaServing&) = delete;
 
   TransferEngine& engine() { return *engine_; }
+  // For its counters alone: it is pinned as a whole, so its budget cannot change.
   TransferEngine& pool() { return *pool_; }
   // For its counters and its budget alone: announce, retire and close() are both tiers'.
   std::shared_ptr<TransferEngine> shared_engine() const { return engine_; }
-  std::shared_ptr<TransferEngine> shared_pool() const { return pool_; }
   int device() const { return options_.device; }
   int64_t pinned_bytes() const;             // slab and staging buffers
   int64_t memory_bytes() const;             // of the GPU, taken by slots now
   const std::string& pin_obstacle() const;  // empty if the pool is pinned
+  const std::string& placement() const;     // of the pool: as PinnedDevice::placement
 
   // For both tiers: the pool reads ahead what the slots will want.
   BatchId announce(const AnnouncedBatch& batch);
@@ -112,6 +117,7 @@ class CudaServing {
   void use_device(Stream stream, const char* call) const;
   Staging& take_staging(int64_t count);
   void put_back(Staging& staging, std::shared_ptr<const CudaSlots::Readers> readers);
+  void wait_for_wave(int32_t layer, const Wave& wave, const CudaSlots::Readers& readers) const;
 
   const RuntimeTable& runtime_;
   const ServingOptions options_;

@@ -3,7 +3,9 @@
 // are left out here (tests/cuda/serving_test.cpp has them), so that this runs under sanitizers too.
 #include "serving/cuda_serving.h"
 
+#include <algorithm>
 #include <chrono>
+#include <map>
 #include <memory>
 #include <random>
 #include <set>
@@ -93,6 +95,7 @@ SIDA_TEST(records_reach_the_device_from_the_store) {
     CHECK(serving->memory_bytes() <= 3 * record);  // 16 KiB records on pages of 4 KiB: exact
     CHECK(serving->pinned_bytes() <= host_slots * record + (2 << 20));
     CHECK(serving->pinned_bytes() >= host_slots * record);
+    CHECK_EQ(static_cast<int64_t>(machine.recording.pinned_bytes()), serving->pinned_bytes());
     CHECK(serving->pin_obstacle().empty());
     CHECK_EQ(serving->engine().stats().peak_slots, 3);
     CHECK(serving->pool().stats().peak_slots <= host_slots);
@@ -164,7 +167,7 @@ SIDA_TEST(memory_that_cannot_be_pinned_is_named) {
   machine.recording.fail("host_register", 2);
   CHECK_THROWS(machine.serve(options(2, 4)), Error, "cannot pin 65536 bytes of host memory, 4 experts of 16384 bytes");
   machine.recording.fail("host_register", 2);
-  CHECK_THROWS(machine.serve(options(2, 4)), Error, "locked memory (ulimit -l) is limited to");
+  CHECK_THROWS(machine.serve(options(2, 4)), Error, "locked memory (ulimit -l) is ");
   machine.recording.fail("host_register", 2);
   CHECK_THROWS(machine.serve(options(2, 4)), Error, "pin='try'");
   machine.recording.fail("host_register", 2);
@@ -233,15 +236,142 @@ SIDA_TEST(a_failure_of_the_device_is_raised_by_a_later_call) {
   machine.finish();
 }
 
+// The call's own kernels cannot be ordered behind: the caller is told, the slot is not given to another expert
+// meanwhile.
+SIDA_TEST(an_event_that_cannot_be_recorded_is_raised_by_its_call) {
+  Machine machine;
+  auto serving = machine.serve(options(1, all));
+  forward(machine, *serving, 0, {0});
+  machine.recording.fail("event_record", 700, 1);
+  CHECK_THROWS(forward(machine, *serving, 0, {0}), Error, "recording the readers failed");
+  forward(machine, *serving, 0, {1});  // evicts: its copy waits for the kernels of both calls
+  serving.reset();
+  machine.finish();
+}
+
+// If that fails twice, no order is to be had: nothing is computed any more, and what the kernels use stays.
+SIDA_TEST(kernels_that_cannot_be_ordered_end_the_engine) {
+  Machine machine;
+  auto serving = machine.serve(options(1, all));
+  forward(machine, *serving, 0, {0});
+  machine.recording.fail("event_record", 700, 2);
+  CHECK_THROWS(forward(machine, *serving, 0, {0}), Error, "recording the readers failed");
+  CHECK_THROWS(forward(machine, *serving, 0, {0}), Error, "recording the readers failed");
+  serving.reset();
+  machine.recording.finish();
+  // The slot's memory, its addresses and the buffer of slot numbers: left behind, not pulled away.
+  for (const std::string& problem : machine.recording.problems()) {
+    CHECK(problem.find("never freed") != std::string::npos || problem.find("never given back") != std::string::npos);
+  }
+  CHECK(!machine.recording.problems().empty());
+}
+
+// With `blocking` a failure of the device comes out of the call that it belongs to.
+SIDA_TEST(a_blocking_engine_raises_failures_where_they_arise) {
+  Machine machine;
+  ServingOptions chosen = options(4, all);
+  chosen.blocking = true;
+  auto serving = machine.serve(chosen);
+  forward(machine, *serving, 1, {2});
+  forward(machine, *serving, 1, {3});
+  CHECK(eventually([&] { return machine.recording.calls("event_synchronize") == 4; }));  // two calls' and two copies'
+  machine.recording.fail("event_synchronize", 700, 1);
+  CHECK_THROWS(forward(machine, *serving, 1, {2, 3}), Error, "the kernels of encoder.block.1 expert 2 and 1 other");
+  forward(machine, *serving, 1, {2, 3});
+  serving.reset();
+  machine.finish();
+}
+
+SIDA_TEST(a_failed_copy_is_named_by_its_expert) {
+  Machine machine;
+  auto serving = machine.serve(options(4, all));
+  machine.recording.fail("event_synchronize", 700, 1);
+  std::string said;  // by the call that wanted the copy or, if it was through by then, by a later one
+  CHECK(eventually([&] {
+    try {
+      forward(machine, *serving, 2, {5});
+    } catch (const Error& error) {
+      said = error.what();
+    }
+    return !said.empty();
+  }));
+  CHECK(said.find("encoder.block.2 expert 5: ") != std::string::npos);
+  serving.reset();
+  machine.finish();
+}
+
+// Indices that lie on the host, and every expert in a slot: the caller waits for nothing and the lanes have no work.
+SIDA_TEST(a_layer_with_all_its_experts_resident_waits_for_nothing) {
+  Machine machine;
+  auto serving = machine.serve(options(all, all));
+  const auto pass = [&] {
+    for (int32_t layer = 0; layer < layers; ++layer) forward(machine, *serving, layer, range(0, experts));
+  };
+  pass();
+  CHECK(eventually([&] { return machine.recording.calls("event_synchronize") == all; }));
+  std::map<std::string, size_t> before;
+  const std::vector<std::string> calls = {"event_synchronize", "event_create", "host_alloc", "map_page", "stream_wait"};
+  for (const std::string& call : calls) before[call] = machine.recording.calls(call);
+  const size_t recorded = machine.recording.calls("event_record"), asked = machine.recording.calls("event_query");
+  constexpr int passes = 5;
+  for (int i = 0; i < passes; ++i) pass();
+  CHECK_EQ(machine.recording.calls("event_synchronize"), before["event_synchronize"]);
+  CHECK_EQ(machine.recording.calls("map_page"), before["map_page"]);
+  CHECK_EQ(machine.recording.calls("stream_wait"), before["stream_wait"]);  // the stream has waited for those copies
+  CHECK_EQ(machine.recording.calls("event_record"), recorded + passes * layers);
+  CHECK(machine.recording.calls("event_query") <= asked + passes * layers);  // is a buffer free again? never waits
+  // A buffer and an event more for each layer whose answer was no.
+  CHECK(machine.recording.calls("event_create") <= before["event_create"] + passes * layers);
+  CHECK(machine.recording.calls("host_alloc") <= before["host_alloc"] + passes * layers);
+  serving.reset();
+  machine.finish();
+}
+
+// A layer cannot be captured, and asks for nothing more than whether it would be.
 SIDA_TEST(capture_into_a_graph_is_refused) {
   Machine machine;
   auto serving = machine.serve(options(4, all));
-  machine.recording.set_capturing(true);
+  forward(machine, *serving, 0, {1});
+  machine.recording.begin_capture(machine.stream);
   CHECK_THROWS(forward(machine, *serving, 0, {0}), Error, "captured into a CUDA graph");
-  machine.recording.set_capturing(false);
+  const std::vector<int32_t> indices{0, 1};
+  CHECK_THROWS(serving->fetch_indices(indices.data(), 2, machine.stream), Error, "captured into a CUDA graph");
+  machine.recording.end_capture();
   forward(machine, *serving, 0, {0});
   serving.reset();
   machine.finish();
+}
+
+// While a thread captures parts of the model, the lanes go on: they take memory, wait for copies, make events.
+std::vector<std::string> problems_of_lanes_during_a_capture() {
+  Machine machine;
+  auto serving = machine.serve(options(8, all));
+  forward(machine, *serving, 0, range(0, 4));
+  CHECK(eventually([&] { return machine.recording.calls("event_synchronize") == 4; }));
+  const cuda::Stream captured = machine.recording.user_stream();
+  machine.recording.begin_capture(captured);
+  AnnouncedBatch batch;
+  batch.layers.push_back({1, range(0, 4)});
+  const BatchId number = serving->announce(batch);
+  CHECK(eventually([&] { return machine.recording.calls("event_synchronize") == 8; }));
+  machine.recording.end_capture();
+  forward(machine, *serving, 1, range(0, 4), number);
+  serving->retire(number);
+  serving.reset();
+  return machine.recording.problems();
+}
+
+SIDA_TEST(lanes_leave_another_threads_capture_alone) {
+  CHECK(problems_of_lanes_during_a_capture().empty());
+  cuda::CudaDevice::planted = cuda::DevicePlant::captures_spoiled;
+  const std::vector<std::string> problems = problems_of_lanes_during_a_capture();
+  cuda::CudaDevice::planted = cuda::DevicePlant::none;
+  const auto has = [&](const char* call) {
+    return std::any_of(problems.begin(), problems.end(), [&](const std::string& problem) {
+      return problem == std::string(call) + " while a graph is captured by another thread";
+    });
+  };
+  CHECK(has("map_page") && has("event_synchronize") && has("event_create"));
 }
 
 // A forward in the middle of a wait ends with close(), and nothing is left.

@@ -40,6 +40,7 @@ struct RecordingTable {
     explicit On(const char* call) {
       ++current->calls_[call];
       status = current->status_of(call);
+      current->check_capture(call);
     }
   };
   static void* handle(Recording& r) { return reinterpret_cast<void*>(r.next_handle_ += 16); }
@@ -51,12 +52,17 @@ struct RecordingTable {
   }
   static int device_facts(int, cuda::DeviceFacts* facts) {
     const On r("device_facts");
-    *facts = {r->compute_capability, 108, 99 * 1024, -1};
+    *facts = {r->compute_capability, 108, 99 * 1024, r->numa_node};
     return r.status;
   }
   static int set_device(int device) {
     const On r("set_device");
     if (device < 0 || device >= r->devices) return invalid;
+    return r.status;
+  }
+  static int ignore_captures() {
+    const On r("ignore_captures");
+    if (r.status == 0) r->ignoring_.insert(std::this_thread::get_id());
     return r.status;
   }
   static int page_bytes(int, size_t* bytes) {
@@ -176,9 +182,9 @@ struct RecordingTable {
     r->last_of_stream_.erase(stream);
     return r.status;
   }
-  static int stream_capturing(cuda::Stream, bool* capturing) {
+  static int stream_capturing(cuda::Stream stream, bool* capturing) {
     const On r("stream_capturing");
-    *capturing = r->capturing_;
+    *capturing = r->captured_ != nullptr && stream == r->captured_;
     return r.status;
   }
   static int event_create(cuda::Event* event, bool) {
@@ -196,12 +202,14 @@ struct RecordingTable {
   static int event_record(cuda::Event event, cuda::Stream stream) {
     const On r("event_record");
     if (!r->known_event(event, "event_record") || !r->known_stream(stream, "event_record")) return invalid;
+    if (r.status != 0) return r.status;
     r->recorded_[event] = static_cast<long>(r->add("record", stream, Side::device, {}, {}, {}, [] {}));
     return r.status;
   }
   static int stream_wait(cuda::Stream stream, cuda::Event event) {
     const On r("stream_wait");
     if (!r->known_event(event, "stream_wait") || !r->known_stream(stream, "stream_wait")) return invalid;
+    if (r.status != 0) return r.status;
     if (r->recorded_[event] < 0) {
       r->problem("wait for an event that was never recorded");
       return 0;
@@ -261,7 +269,7 @@ Recording::~Recording() {
   for (const auto& [memory, bytes] : reserved_) device_.free(memory);
   for (void* const memory : to_free_host_) std::free(memory);
   for (const auto& [memory, bytes] : pinned_) std::free(memory);
-  current = nullptr;
+  if (current == this) current = nullptr;  // Python frees one when it likes, maybe after the next was made
 }
 
 const cuda::RuntimeTable& Recording::table() const {
@@ -270,6 +278,7 @@ const cuda::RuntimeTable& Recording::table() const {
       .device_count = T::device_count,
       .device_facts = T::device_facts,
       .set_device = T::set_device,
+      .ignore_captures = T::ignore_captures,
       .page_bytes = T::page_bytes,
       .reserve = T::reserve,
       .unreserve = T::unreserve,
@@ -314,7 +323,32 @@ int Recording::status_of(const char* call) {
   return found->second.status;
 }
 
+void Recording::begin_capture(cuda::Stream stream) {
+  const std::lock_guard lock(mutex_);
+  captured_ = stream;
+  capturing_thread_ = std::this_thread::get_id();
+}
+void Recording::end_capture() {
+  const std::lock_guard lock(mutex_);
+  captured_ = nullptr;
+}
+
+void Recording::check_capture(const std::string& call) {
+  if (captured_ == nullptr) return;
+  // What queues work touches a capture only on the captured stream (known_stream); the rest asks or is the host's own.
+  static const std::set<std::string> harmless{"device_count",     "device_facts", "set_device",  "ignore_captures",
+                                              "stream_capturing", "event_record", "stream_wait", "copy_to_device",
+                                              "copy_to_host",     "host_write",   "host_read",   "copy_priority"};
+  if (harmless.count(call) != 0) return;
+  const std::thread::id here = std::this_thread::get_id();
+  if (here != capturing_thread_ && ignoring_.count(here) != 0) return;
+  problem(call + " while a graph is captured by " + (here == capturing_thread_ ? "this" : "another") + " thread");
+}
+
 bool Recording::known_stream(cuda::Stream stream, const char* call) {
+  if (captured_ != nullptr && stream == captured_) {
+    problem(std::string(call) + " on a stream that is being captured");
+  }
   if (stream == nullptr) {
     problem(std::string(call) + " on the default stream");
     last_of_stream_.emplace(nullptr, -1);
@@ -521,6 +555,14 @@ size_t Recording::replay_all(size_t most, const std::function<void()>& after) {
   size_t count = 0;
   all_orders(order, missing, most, count, after);
   return count;
+}
+
+size_t Recording::pinned_bytes() const {
+  const std::lock_guard lock(mutex_);
+  size_t sum = 0;
+  for (const auto& [memory, bytes] : pinned_) sum += bytes;
+  for (const void* const memory : registered_) sum += shadow_.at(memory).bytes;
+  return sum;
 }
 
 size_t Recording::calls(const std::string& name) const {

@@ -46,7 +46,7 @@ class Recording {
   ~Recording();
   Recording(const Recording&) = delete;
 
-  // The table whose functions record here; one Recording exists at a time.
+  // The table whose functions record here; only the newest Recording is called.
   const cuda::RuntimeTable& table() const;
 
   // Executes every operation as soon as it is recorded too: one legal order, and the values that the host reads.
@@ -57,9 +57,13 @@ class Recording {
   bool pinned_only = false;
   int devices = 1;
   int compute_capability = 80;
+  int numa_node = -1;  // that the devices are near to
   // The next calls of `call` fail with this status: as many as are asked for, after letting `after` of them pass.
   void fail(const std::string& call, int status, int times = 1, int after = 0);
-  void set_capturing(bool capturing) { capturing_ = capturing; }
+  // The calling thread captures `stream` into a graph, as torch does it: until the end, a call of any thread that might
+  // wait for or allocate something is a problem, unless that thread ignores captures; so is any on the captured stream.
+  void begin_capture(cuda::Stream stream);
+  void end_capture();
 
   // A kernel: reads and writes these ranges; `body` runs in every replay.
   void kernel(cuda::Stream stream, std::vector<Range> reads, std::vector<Range> writes, std::function<void()> body);
@@ -80,6 +84,7 @@ class Recording {
   size_t calls(const std::string& name) const;
   size_t all_calls() const;  // of the runtime; kernels and the host's own reads and writes are none
   size_t operations() const { return operations_.size(); }
+  size_t pinned_bytes() const;  // now, allocated and registered
 
  private:
   friend struct RecordingTable;
@@ -106,6 +111,7 @@ class Recording {
   void problem(const std::string& what) { problems_.push_back(what); }
   bool known_stream(cuda::Stream stream, const char* call);
   bool known_event(cuda::Event event, const char* call);
+  void check_capture(const std::string& call);
   void check_mapped(const std::string& what, const std::vector<Range>& ranges);
   bool is_pinned(const void* memory, size_t bytes) const;
   // Where a pinned address's bytes are kept.
@@ -118,7 +124,9 @@ class Recording {
   mutable std::recursive_mutex mutex_;
   std::mt19937_64 random_;
   Memory device_;
-  bool capturing_ = false;
+  cuda::Stream captured_ = nullptr;
+  std::thread::id capturing_thread_;
+  std::set<std::thread::id> ignoring_;  // captures of other threads
   std::vector<Operation> operations_;
   std::map<cuda::Stream, long> last_of_stream_;  // -1: none yet
   std::map<cuda::Event, long> recorded_;         // the operation that the event stands behind; -1: never recorded

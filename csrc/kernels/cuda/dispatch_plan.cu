@@ -33,7 +33,8 @@ __device__ inline int resident_expert(const PlanParams& p, int row, int& wrong_r
 
 }  // namespace
 
-__global__ void __launch_bounds__(1024) dispatch_plan_kernel(const PlanParams p) {
+// One block a multiprocessor is asked for: left to itself the compiler makes room for two, and spills.
+__global__ void __launch_bounds__(1024, 1) dispatch_plan_kernel(const PlanParams p) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int warp = thread / 32, lane = thread % 32;

@@ -20,8 +20,11 @@ struct LayerKernels {
   int64_t shared_bytes;
 };
 
-LayerKernels bf16_kernels(DType w_dtype, int block_t);
-LayerKernels f16_kernels(DType w_dtype, int block_t);
+// One source file each, so that they compile side by side.
+LayerKernels bf16_kernels(int block_t);
+LayerKernels bf16_int8_kernels(int block_t);
+LayerKernels f16_kernels(int block_t);
+LayerKernels f16_int8_kernels(int block_t);
 LayerKernels f32_kernels(int block_t);
 
 struct SimtShape {

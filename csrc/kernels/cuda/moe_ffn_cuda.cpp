@@ -20,8 +20,9 @@ int64_t round_up(int64_t value, int64_t by) {
 
 LayerKernels kernels_of(const MoeFfnArgs& args, const Choice& choice) {
   if (choice.path == Path::f32) return f32_kernels(choice.block_t);
-  return args.x_dtype == DType::bf16 ? bf16_kernels(args.w_dtype, choice.block_t)
-                                     : f16_kernels(args.w_dtype, choice.block_t);
+  const bool int8 = args.w_dtype == DType::i8;
+  if (args.x_dtype == DType::bf16) return int8 ? bf16_int8_kernels(choice.block_t) : bf16_kernels(choice.block_t);
+  return int8 ? f16_int8_kernels(choice.block_t) : f16_kernels(choice.block_t);
 }
 
 // Offsets of the parts of the scratch, each 256-byte aligned.

@@ -11,10 +11,10 @@ int main() {
                 static_cast<long long>(kernels.shared_bytes));
   };
   for (const int block_t : {16, 64, 128}) {
-    print("bf16", "bf16", block_t, cuda::bf16_kernels(DType::bf16, block_t));
-    print("bf16", "int8", block_t, cuda::bf16_kernels(DType::i8, block_t));
-    print("f16", "f16", block_t, cuda::f16_kernels(DType::f16, block_t));
-    print("f16", "int8", block_t, cuda::f16_kernels(DType::i8, block_t));
+    print("bf16", "bf16", block_t, cuda::bf16_kernels(block_t));
+    print("bf16", "int8", block_t, cuda::bf16_int8_kernels(block_t));
+    print("f16", "f16", block_t, cuda::f16_kernels(block_t));
+    print("f16", "int8", block_t, cuda::f16_int8_kernels(block_t));
   }
   for (const int block_t : {16, 64}) print("f32", "any", block_t, cuda::f32_kernels(block_t));
 }

@@ -51,7 +51,8 @@ __device__ inline Best best_expert(const RouteParams& p, int64_t first_logit) {
 
 }  // namespace
 
-__global__ void __launch_bounds__(1024) route_top1_kernel(const RouteParams p) {
+// One block a multiprocessor is asked for: left to itself the compiler makes room for two, and spills.
+__global__ void __launch_bounds__(1024, 1) route_top1_kernel(const RouteParams p) {
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int warp = thread / 32, lane = thread % 32;
