@@ -401,7 +401,7 @@ def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
     stats = runtime.stats()
     table = Table(title=f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
     for column in ("layer", "wanted", "hits", "late", "misses", "evictions", "read", "stall s"):
-        table.add_column(column, justify="right" if column != "layer" else "left")
+        table.add_column(column, justify="right" if column != "layer" else "left", overflow="fold")
     for name, row in [*((layer.name, layer) for layer in stats.layers), ("all", stats)]:
         table.add_row(
             name,

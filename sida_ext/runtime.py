@@ -300,9 +300,8 @@ class Runtime:
             if kind == "copy":
                 events.append(Event(kind, f"lane {lane}", f"{name} expert {expert}", begin, end, batch))
             else:
-                events.append(
-                    Event(kind, "compute", f"{name}" + (f", {expert} experts" if expert else ""), begin, end, batch)
-                )
+                many = f", {expert} expert{'s' if expert > 1 else ''}" if expert else ""
+                events.append(Event(kind, "compute", name + many, begin, end, batch))
         return sorted(events, key=lambda event: event.begin)
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:
