@@ -14,7 +14,8 @@ one after the other, and prints a table: the first forwards from the cold start,
 ``--reuse 40`` draws the sentences from that many. ``--limit 0`` runs without a limit; ``--tight`` lowers it, once the
 libraries are imported, to what the engine says it needs: slots, the other weights, the import's memory and 5 % of the
 slots. Our ways also tell what bounds them: the computation with every expert in memory, the bytes at the disk's rate,
-both measured in the same process after the run, and what Belady's optimum would have read.
+both measured in the same process after the run (the disk by reading the run's records once more), how long reads were
+under way, and what Belady's optimum would have read.
 """
 
 from __future__ import annotations
@@ -62,31 +63,35 @@ def prepare(arguments: argparse.Namespace) -> None:
         print(f"{dtype}: {model.sida.store_path}, {routing_file(arguments, dtype)}")
 
 
-def disk_rate(path: Path, seconds: float = 1.5, readers: int = 4, piece: int = 16 << 20) -> float:
-    """Bytes a second of direct reads at random places of a file, `readers` at a time, nothing checked."""
+def disk_rate(
+    path: Path, records: list[int], total: int, record_bytes: int, readers: int = 4, most: int = 2 << 30
+) -> float:
+    """Bytes a second of plain direct reads of some records of a store, `readers` at a time, nothing checked.
+
+    The records are those that the run read, in its order: what a disk gives depends on where and how much.
+    """
     import mmap
-    import random
+    from itertools import count
 
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    pieces = os.fstat(descriptor).st_size // piece
-    read = [0] * readers
-    end = time.perf_counter() + seconds
+    first = os.fstat(descriptor).st_size - total * record_bytes  # they stand one behind the other at the end
+    turn = count()
+    records = records[: max(1, most // record_bytes)]
 
-    def run(reader: int) -> None:
-        place = random.Random(reader)
-        with mmap.mmap(-1, piece) as buffer:
-            while time.perf_counter() < end:
-                read[reader] += os.preadv(descriptor, [buffer], place.randrange(pieces) * piece)
+    def run() -> None:
+        with mmap.mmap(-1, record_bytes) as buffer:
+            while (number := next(turn)) < len(records):
+                os.preadv(descriptor, [buffer], first + records[number] * record_bytes)
 
     begin = time.perf_counter()
-    threads = [threading.Thread(target=run, args=(reader,)) for reader in range(readers)]
+    threads = [threading.Thread(target=run) for _ in range(readers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    rate = sum(read) / (time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
     os.close(descriptor)
-    return rate
+    return len(records) * record_bytes / seconds
 
 
 def compute_ms(model: Any, inputs: list[dict[str, Any]]) -> float:
@@ -103,6 +108,15 @@ def compute_ms(model: Any, inputs: list[dict[str, Any]]) -> float:
                 model(**batch)
                 times.append(time.perf_counter() - begin - model.sida.stats().stall_seconds)
     return median(times) * 1e3
+
+
+def together(events: list[Any]) -> float:
+    """Milliseconds in which at least one read was under way."""
+    total, until = 0, 0
+    for begin, end in sorted((event.begin, event.end) for event in events if event.kind == "copy"):
+        total += max(0, end - max(begin, until))
+        until = max(until, end)
+    return total / 1e6
 
 
 def measure(outputs: Iterator[Any], cold: int, warm_up: int, at_warm: Any) -> dict[str, Any]:
@@ -144,8 +158,8 @@ def child(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     cold, warm_up, runs = arguments.cold, arguments.warm_up, arguments.runs
     inputs = list(batches(cold + warm_up + runs, arguments.batch, reuse=arguments.reuse))
-    if way.kind == "accelerate":
-        warm_up, runs = arguments.accelerate
+    if way.kind != "ours" and getattr(arguments, way.kind) is not None:
+        warm_up, runs = getattr(arguments, way.kind)
         inputs = inputs[: cold + warm_up + runs]
     imported = group.memory() if group is not None else None
     result: dict[str, Any] = {"way": way.name, "forwards": [cold, warm_up, runs]}
@@ -185,9 +199,10 @@ def run_ours(
     def at_warm() -> None:
         read.append(runtime.stats().bytes_read)
         runtime.reset_stats()
+        runtime.start_trace()
 
     result = measure(outputs, arguments.cold, arguments.warm_up, at_warm)
-    stats = runtime.stats()
+    stats, events = runtime.stats(), runtime.take_trace()
     used = known.used(inputs)
     layers, experts = len(runtime.header.layers), runtime.header.num_experts
     wanted, optimal, _ = _C.run_optimal(layers, experts, used, runtime.slots)
@@ -212,12 +227,18 @@ def run_ours(
             "allowed_mib": (1.05 * slots_bytes + dense + imported["anonymous"]) / 2**20,
         }
     computed = compute_ms(model, inputs[-6:])
-    rate = disk_rate(runtime.store_path)
+    # Once more what the run read, for a disk's rate differs from place to place and from hour to hour.
+    names = {name: layer * experts for layer, name in enumerate(runtime.header.layers)}
+    copied = [event.name.split(" expert ") for event in events if event.kind == "copy"]
+    records = [names[layer] + int(expert) for layer, expert in copied]
+    rate = disk_rate(runtime.store_path, records or [0], layers * experts, record)
     disk_ms = warm_read / rate * 1e3
+    reading_ms = together(events) / arguments.runs
     result |= {
         "compute_ms": computed,
         "disk_gb_per_second": rate / 1e9,
         "disk_ms": disk_ms,
+        "reading_ms": reading_ms,
         "x_bound": result["warm_ms"] / max(computed, disk_ms),
     }
     model.sida.close()
@@ -262,6 +283,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=50)
     parser.add_argument("--runs", type=int, default=100, help="forwards measured after the warm-up")
     parser.add_argument("--accelerate", type=int, nargs=2, default=(2, 6), help="its warm-up and runs")
+    parser.add_argument("--mmap", type=int, nargs=2, help="its warm-up and runs, if fewer; said in the table")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all ways; medians are printed")
     parser.add_argument("--reuse", type=int, default=0, help="draw the sentences from so many; 0: all are new")
     parser.add_argument("--threads", type=int, default=2)
@@ -306,9 +328,10 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
     print(
         "| way | forwards: cold, warm-up, measured | first, ms each | warm, ms | 95 % | x mmap | x accelerate | "
-        "read, MiB | x OPT's reads | stalled, ms | computing alone, ms | its reads alone, ms | x the larger |"
+        "read, MiB | x OPT's reads | stalled, ms | reading, ms | computing alone, ms | its reads alone, ms | "
+        "x the larger |"
     )
-    print("|---" * 13 + "|")
+    print("|---" * 14 + "|")
     for way in ways:
         forwards = next(r["forwards"] for r in results if r["way"] == way)
         print(
@@ -316,7 +339,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"{cell(middle(way, 'warm_ms'))} | {cell(middle(way, 'warm_p95_ms'))} | {ratio(way, 'mmap')} | "
             f"{ratio(way, 'accelerate')} | {cell(middle(way, 'read_mib'))} | "
             f"{cell(middle(way, 'read_x_optimal'), '.3f')} | {cell(middle(way, 'stall_ms'))} | "
-            f"{cell(middle(way, 'compute_ms'))} | {cell(middle(way, 'disk_ms'))} | "
+            f"{cell(middle(way, 'reading_ms'))} | {cell(middle(way, 'compute_ms'))} | {cell(middle(way, 'disk_ms'))} | "
             f"{cell(middle(way, 'x_bound'), '.2f')} |"
         )
     if not any("peak_all_mib" in r for r in results):
