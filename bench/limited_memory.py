@@ -1,17 +1,21 @@
 """A model larger than memory: the encoder of a checkpoint under a control group's memory limit.
 
-``python -m bench.limited_memory CHECKPOINT --limit 3`` runs each way in a process of its own, cold (page cache
-dropped), one after the other, and prints a table: first forwards from the cold start, then forwards after a warm-up.
-The limit needs root and a memory control group (v1 or v2); ``--limit 0`` runs without.
+``python -m bench.limited_memory CHECKPOINT --prepare`` packs the stores and records the true routing, untimed. Then, as
+root, ``python -m bench.limited_memory CHECKPOINT`` runs each way in a process of its own, cold (page cache dropped),
+one after the other, and prints a table: the first forwards from the cold start, then the forwards after a warm-up.
 
   mmap         transformers, experts memory-mapped from safetensors: the page cache is the expert cache
-  accelerate   transformers, experts offloaded to disk by accelerate
-  ours         sida_ext, experts read on demand
+  accelerate   transformers, experts offloaded to disk by accelerate (a package of its own); a few forwards suffice
+  ours         sida_ext, no predictor: experts are read on demand
   oracle       sida_ext, hash tables that know the true routing, four batches ahead
+  overlap      as oracle, order="overlap"
+  ...-int8     the same with int8 experts, where the others have bfloat16
 
-``--reuse 40`` draws the sentences from that many. Our ways also tell what bounds them: the time of a forward
-less its waits, the disk's rate, measured in the same process after the runs, and, where the routing is
-known, what Belady's optimal replacement would have read over the whole run.
+``--reuse 40`` draws the sentences from that many. ``--limit 0`` runs without a limit; ``--tight`` lowers it, once the
+libraries are imported, to what the engine says it needs: slots, the other weights, the import's memory and 5 % of the
+slots. Our ways also tell what bounds them: the computation with every expert in memory, the bytes at the disk's rate,
+both measured in the same process after the run (the disk by reading the run's records once more), how long reads were
+under way, and what Belady's optimum would have read.
 """
 
 from __future__ import annotations
@@ -19,299 +23,336 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
-WAYS = ("mmap", "accelerate", "ours", "oracle")
-LENGTH = 32
+from bench.memory_group import MemoryGroup, Peak, cached_bytes, drop_page_cache
+
+LOOKAHEAD = 4
+POLL_SECONDS = 0.05
+WAY_NAMES = ("mmap", "accelerate", "ours", "oracle", "ours-int8", "oracle-int8", "overlap", "overlap-int8")
 
 
-class MemoryGroup:
-    """A control group with a memory limit that this process enters; works with v1 and v2."""
+def routing_file(arguments: argparse.Namespace, dtype: str) -> Path:
+    from sida_ext.store import default_cache
 
-    def __init__(self, limit: int) -> None:
-        root = Path("/sys/fs/cgroup")
-        if (root / "memory").is_dir():
-            self.folder, self.limit_name, self.peak_name = root / "memory/sida_bench", "memory.limit_in_bytes", ""
-            self.peak_name = "memory.max_usage_in_bytes"
-        else:
-            self.folder, self.limit_name, self.peak_name = root / "sida_bench", "memory.max", "memory.peak"
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / self.limit_name).write_text(str(limit))
-        if self.peak_name == "memory.max_usage_in_bytes":
-            (self.folder / self.peak_name).write_text("0")
-        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
-    def peak(self) -> int:
-        return int((self.folder / self.peak_name).read_text())
+    count = arguments.cold + arguments.warm_up + arguments.runs
+    name = f"{arguments.checkpoint.name}-{dtype}-{count}x{arguments.batch}-of-{arguments.reuse}.pt"
+    return default_cache() / "limited_memory" / name
 
 
-def batches(count: int, batch: int, seed: int, reuse: int = 0) -> Iterator[dict[str, Any]]:
-    """Random sentences; with `reuse`, each drawn from that many."""
+def prepare(arguments: argparse.Namespace) -> None:
+    """Stores and true routings of our ways; neither timed nor limited."""
     import torch
 
-    random = torch.Generator().manual_seed(seed)
-    known = torch.randint(2, 32000, (reuse, LENGTH), generator=random)
-    for _ in range(count):
-        if reuse:
-            yield {"input_ids": known[torch.randint(reuse, (batch,), generator=random)]}
-        else:
-            yield {"input_ids": torch.randint(2, 32000, (batch, LENGTH), generator=random)}
+    from bench.limited_ways import WAYS, Known, batches, load_ours
 
-
-def load_mmap(checkpoint: Path) -> Any:
-    import torch
-    from safetensors import safe_open
-    from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
-
-    with torch.device("meta"):
-        model = SwitchTransformersEncoderModel(SwitchTransformersConfig.from_pretrained(checkpoint))
-    weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    files = {name: safe_open(checkpoint / name, "pt") for name in sorted(set(weight_map.values()))}
-    state = {}
-    for key, name in weight_map.items():
-        tensor = files[name].get_tensor(key)
-        state[key] = tensor if ".experts." in key else tensor.float()
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    model.load_state_dict(state, assign=True)
-    for key, module in model.named_modules():
-        if ".experts." in key and key.endswith((".wi", ".wo")):
-            module.register_forward_pre_hook(lambda _, args: (args[0].to(torch.bfloat16),))
-    return model.eval()
-
-
-def load_accelerate(checkpoint: Path) -> Any:
-    import torch
-    from accelerate import init_empty_weights
-    from accelerate.hooks import attach_align_device_hook
-    from accelerate.utils import OffloadedWeightsLoader
-    from accelerate.utils.modeling import set_module_tensor_to_device
-    from safetensors import safe_open
-    from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
-
-    with init_empty_weights():
-        model = SwitchTransformersEncoderModel(SwitchTransformersConfig.from_pretrained(checkpoint))
-    weight_map = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    entries = {}
-    for key, name in weight_map.items():
-        path = str(checkpoint / name)
-        if ".experts." in key:
-            entries[key] = {"safetensors_file": path, "weight_name": key, "dtype": "bfloat16"}
-            continue
-        with safe_open(path, "pt") as file:
-            set_module_tensor_to_device(model, key, "cpu", value=file.get_tensor(key), dtype=torch.float32)
-    model.encoder.embed_tokens = model.shared
-    for name, module in model.named_modules():
-        if name.endswith("mlp.experts"):
-            index = {k.removeprefix(name + "."): v for k, v in entries.items() if k.startswith(name + ".")}
-            loader = OffloadedWeightsLoader(index=index)
-            attach_align_device_hook(module, execution_device="cpu", offload=True, weights_map=loader)
-    return model.eval()
-
-
-def oracle(checkpoint: Path, inputs: list[dict[str, Any]], arguments: argparse.Namespace) -> Any:
-    """A predictor that answers with the true routing, found beforehand by a pass that is not timed."""
-    import torch
-
-    import sida_ext
-    from sida_ext import _C
-    from sida_ext.switch import moe_layers
-
-    model = load_ours(checkpoint, arguments)
-    tables: dict[int, Any] = {}
-    used: list[list[tuple[int, list[int]]]] = []
-    routed: list[Any] = []
-    for layer in moe_layers(model).values():
-        layer.router.register_forward_hook(lambda _, args, output: routed.append(output[:2]))
-    with torch.inference_mode():
-        for batch in inputs:
-            routed.clear()
-            model(**batch)
-            index = torch.stack([pair[0] for pair in routed], dim=2).unsqueeze(-1).clone()
-            gate = torch.stack([pair[1] for pair in routed], dim=2).unsqueeze(-1).clone()
-            gate[index < 0] = 0  # over capacity: no expert is wanted
-            used.append([(layer, index[:, :, layer].unique().tolist()) for layer in range(index.shape[2])])
-            used[-1] = [(layer, [expert for expert in experts if expert >= 0]) for layer, experts in used[-1]]
-            tables[hash(batch["input_ids"].numpy().tobytes())] = sida_ext.HashTable(index, gate)
-    header = model.sida.header
-    optimal = _C.run_optimal(len(header.layers), header.num_experts, used, model.sida.slots)[1] * header.record_bytes
-    model.sida.close()
-
-    class Oracle:
-        optimal_bytes = optimal
-
-        def predict(self, input_ids: Any, attention_mask: Any = None, top_k: int = 1) -> Any:
-            return tables[hash(input_ids.numpy().tobytes())]
-
-    return Oracle()
-
-
-def load_ours(checkpoint: Path, arguments: argparse.Namespace) -> Any:
-    import torch
-
-    import sida_ext
-
-    return sida_ext.from_pretrained(
-        checkpoint,
-        expert_memory=arguments.expert_memory,
-        expert_dtype=arguments.expert_dtype,
-        store=arguments.store,
-        dtype=torch.float32,
-    )
-
-
-def measure(run: Callable[[list[dict[str, Any]]], None], inputs: list[dict[str, Any]], cold: int, warm_up: int) -> dict:
-    """Seconds a forward: of the first ``cold`` ones, then of those after ``warm_up`` more."""
-    start = time.perf_counter()
-    run(inputs[:cold])
-    first = (time.perf_counter() - start) / cold
-    run(inputs[cold : cold + warm_up])
-    rest = inputs[cold + warm_up :]
-    start = time.perf_counter()
-    run(rest)
-    return {"cold_ms": first * 1e3, "warm_ms": (time.perf_counter() - start) / max(1, len(rest)) * 1e3}
-
-
-def child(way: str, arguments: argparse.Namespace) -> None:
-    """One way, in this process; prints one JSON line."""
-    group = MemoryGroup(int(arguments.limit * 2**30)) if arguments.limit else None
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     count = arguments.cold + arguments.warm_up + arguments.runs
-    inputs = list(batches(count, arguments.batch, seed=0, reuse=arguments.reuse))
-    read: list[int] = []
-    extra: dict[str, Any] = {}
-    if way in ("mmap", "accelerate"):
-        model = (load_mmap if way == "mmap" else load_accelerate)(arguments.checkpoint)
-
-        def run(part: list[dict[str, Any]]) -> None:
-            with torch.inference_mode():
-                for batch in part:
-                    model(**batch)
-    else:
-        import sida_ext
-
-        predictor = oracle(arguments.checkpoint, inputs, arguments) if way == "oracle" else None
-        model = load_ours(arguments.checkpoint, arguments)
-
-        def run(part: list[dict[str, Any]]) -> None:
-            model.sida.reset_stats()
-            for _ in sida_ext.stream(model, part, predictor):
-                pass
-            read.append(model.sida.stats().bytes_read)
-
-    result = measure(run, inputs, arguments.cold, arguments.warm_up)
-    if way in ("ours", "oracle"):
-        stats = model.sida.stats()
-        extra = {
-            "slots": model.sida.slots,
-            "hit_rate": stats.hit_rate,
-            "read_mib": stats.bytes_read / max(1, arguments.runs) / 2**20,
-            "stall_ms": stats.stall_seconds / max(1, arguments.runs) * 1e3,
-        }
-        extra |= bounds(model, inputs[-1], stats.bytes_read / max(1, arguments.runs), result["warm_ms"])
-        if predictor is not None:
-            extra["read_x_optimal"] = sum(read) / predictor.optimal_bytes
+    inputs = list(batches(count, arguments.batch, reuse=arguments.reuse))
+    for dtype in sorted({WAYS[name].dtype for name in arguments.ways if WAYS[name].kind == "ours"}):
+        model = load_ours(arguments.checkpoint, dtype, arguments.expert_memory)
+        Known.of(model, inputs).save(routing_file(arguments, dtype))
         model.sida.close()
-    result |= {
-        "way": way,
-        "tokens_per_second": arguments.batch * LENGTH / result["warm_ms"] * 1e3,
-        "peak_group_mib": group.peak() >> 20 if group else None,
-        "max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
-        **extra,
-    }
-    print(json.dumps(result), flush=True)
+        print(f"{dtype}: {model.sida.store_path}, {routing_file(arguments, dtype)}")
 
 
-def bounds(model: Any, batch: dict[str, Any], read: float, warm_ms: float) -> dict[str, float]:
-    """What a forward could not be faster than: its computation alone, or its reads at the disk's rate."""
+def disk_rate(
+    path: Path, records: list[int], total: int, record_bytes: int, readers: int = 4, most: int = 2 << 30
+) -> float:
+    """Bytes a second of plain direct reads of some records of a store, `readers` at a time, nothing checked.
+
+    The records are those that the run read, in its order: what a disk gives depends on where and how much.
+    """
+    import mmap
+    from itertools import count
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    first = os.fstat(descriptor).st_size - total * record_bytes  # they stand one behind the other at the end
+    turn = count()
+    records = records[: max(1, most // record_bytes)]
+
+    def run() -> None:
+        with mmap.mmap(-1, record_bytes) as buffer:
+            while (number := next(turn)) < len(records):
+                os.preadv(descriptor, [buffer], first + records[number] * record_bytes)
+
+    begin = time.perf_counter()
+    threads = [threading.Thread(target=run) for _ in range(readers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begin
+    os.close(descriptor)
+    return len(records) * record_bytes / seconds
+
+
+def compute_ms(model: Any, inputs: list[dict[str, Any]]) -> float:
+    """A forward whose experts are all in memory: the second and third one of the same sentence."""
     import torch
-
-    from sida_ext import _C
 
     times = []
     with torch.inference_mode():
-        for _ in range(12):
-            model.sida.reset_stats()
-            start = time.perf_counter()
+        for batch in inputs:
             model(**batch)
-            times.append(time.perf_counter() - start - model.sida.stats().stall_seconds)
-    compute_ms = sorted(times)[len(times) // 2] * 1e3
-    rate = _C.measure_disk_rate(str(model.sida.store_path.parent), bytes=2**30, readers=4).bytes_per_second
-    disk_ms = read / rate * 1e3
-    return {
-        "compute_ms": compute_ms,
+            for _ in range(2):
+                model.sida.reset_stats()
+                begin = time.perf_counter()
+                model(**batch)
+                times.append(time.perf_counter() - begin - model.sida.stats().stall_seconds)
+    return median(times) * 1e3
+
+
+def together(events: list[Any]) -> float:
+    """Milliseconds in which at least one read was under way."""
+    total, until = 0, 0
+    for begin, end in sorted((event.begin, event.end) for event in events if event.kind == "copy"):
+        total += max(0, end - max(begin, until))
+        until = max(until, end)
+    return total / 1e6
+
+
+def measure(outputs: Iterator[Any], cold: int, warm_up: int, at_warm: Any) -> dict[str, Any]:
+    """Milliseconds of the first ``cold`` outputs and of those after ``warm_up`` more; one run, nothing drained."""
+    begin = time.perf_counter()
+    ends = []
+    for number, _ in enumerate(outputs, 1):
+        ends.append((time.perf_counter() - begin) * 1e3)
+        if number == cold + warm_up:
+            at_warm()
+    warm = [b - a for a, b in zip(ends[cold + warm_up - 1 : -1], ends[cold + warm_up :], strict=True)]
+    return {"cold_ms": ends[cold - 1] / cold, "warm_ms": mean(warm), "warm_p95_ms": sorted(warm)[int(0.95 * len(warm))]}
+
+
+def plainly(model: Any, inputs: list[dict[str, Any]]) -> Iterator[Any]:
+    import torch
+
+    with torch.inference_mode():
+        for batch in inputs:
+            yield model(**batch)
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """One way, in this process; prints one JSON line."""
+    from bench.limited_ways import WAYS
+
+    way = WAYS[arguments.child]
+    group = MemoryGroup() if arguments.limit else None
+    if group is not None:
+        group.enter()
+    import torch
+    import transformers
+
+    import sida_ext  # noqa: F401 - part of what an import takes
+    from bench.limited_ways import batches, load_accelerate, load_mmap
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    cold, warm_up, runs = arguments.cold, arguments.warm_up, arguments.runs
+    inputs = list(batches(cold + warm_up + runs, arguments.batch, reuse=arguments.reuse))
+    if way.kind != "ours" and getattr(arguments, way.kind) is not None:
+        warm_up, runs = getattr(arguments, way.kind)
+        inputs = inputs[: cold + warm_up + runs]
+    imported = group.memory() if group is not None else None
+    result: dict[str, Any] = {"way": way.name, "forwards": [cold, warm_up, runs]}
+    if way.kind == "ours":
+        result |= run_ours(arguments, way, inputs, group, imported)
+    else:
+        model = (load_mmap if way.kind == "mmap" else load_accelerate)(arguments.checkpoint)
+        result |= measure(plainly(model, inputs), cold, warm_up, lambda: None)
+    print(json.dumps(result), flush=True)
+
+
+def run_ours(
+    arguments: argparse.Namespace,
+    way: Any,
+    inputs: list[dict[str, Any]],
+    group: MemoryGroup | None,
+    imported: dict[str, int] | None,
+) -> dict[str, Any]:
+    import sida_ext
+    from bench.limited_ways import Known, dense_bytes, load_ours
+    from sida_ext import _C
+    from sida_ext.budget import parse_bytes
+
+    known = Known.load(routing_file(arguments, way.dtype))
+    dense = dense_bytes(arguments.checkpoint)
+    if arguments.tight:
+        if group is None or imported is None:
+            raise SystemExit("--tight needs a limit to lower")
+        # Slots are whole; a part of one that the budget leaves over is not needed.
+        slots_bytes = parse_bytes(arguments.expert_memory)
+        group.set_limit(int(1.05 * slots_bytes) + dense + imported["all"])
+    model = load_ours(arguments.checkpoint, way.dtype, arguments.expert_memory)
+    runtime, record = model.sida, model.sida.header.record_bytes
+    outputs = sida_ext.stream(model, inputs, known if way.oracle else None, LOOKAHEAD, way.order)
+    read = []
+
+    def at_warm() -> None:
+        read.append(runtime.stats().bytes_read)
+        runtime.reset_stats()
+        runtime.start_trace()
+
+    result = measure(outputs, arguments.cold, arguments.warm_up, at_warm)
+    stats, events = runtime.stats(), runtime.take_trace()
+    used = known.used(inputs)
+    layers, experts = len(runtime.header.layers), runtime.header.num_experts
+    wanted, optimal, _ = _C.run_optimal(layers, experts, used, runtime.slots)
+    warm_read = stats.bytes_read / arguments.runs
+    result |= {
+        "slots": runtime.slots,
+        "lanes": [runtime.read_plan.lanes, runtime.read_plan.read_bytes],
+        "wanted": wanted / len(used),
+        "read_mib": warm_read / 2**20,
+        "stall_ms": stats.stall_seconds / arguments.runs * 1e3,
+        "hit_rate": stats.hit_rate,
+        "read_x_optimal": (read[0] + stats.bytes_read) / (optimal * record),
+        "store_in_page_cache_mib": cached_bytes(runtime.store_path) / 2**20,
+        "direct": stats.direct,
+    }
+    if imported is not None:
+        slots_bytes = runtime.slots * record
+        result |= {
+            "slots_mib": slots_bytes / 2**20,
+            "dense_mib": dense / 2**20,
+            "import_mib": imported["anonymous"] / 2**20,
+            "allowed_mib": (1.05 * slots_bytes + dense + imported["anonymous"]) / 2**20,
+        }
+    computed = compute_ms(model, inputs[-6:])
+    # Once more what the run read, for a disk's rate differs from place to place and from hour to hour.
+    names = {name: layer * experts for layer, name in enumerate(runtime.header.layers)}
+    copied = [event.name.split(" expert ") for event in events if event.kind == "copy"]
+    records = [names[layer] + int(expert) for layer, expert in copied]
+    rate = disk_rate(runtime.store_path, records or [0], layers * experts, record)
+    disk_ms = warm_read / rate * 1e3
+    reading_ms = together(events) / arguments.runs
+    result |= {
+        "compute_ms": computed,
         "disk_gb_per_second": rate / 1e9,
         "disk_ms": disk_ms,
-        "x_bound": warm_ms / max(compute_ms, disk_ms),
+        "reading_ms": reading_ms,
+        "x_bound": result["warm_ms"] / max(computed, disk_ms),
     }
+    model.sida.close()
+    return result
 
 
-def drop_page_cache() -> None:
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+def run_way(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one way in a new process; its group's memory is watched from here."""
+    group = MemoryGroup() if arguments.limit else None
+    if group is not None:
+        group.set_limit(int(arguments.limit * 2**30))
+        drop_page_cache()
+    command = [sys.executable, "-m", "bench.limited_memory", *sys.argv[1:], "--child", way]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        peak = Peak(group) if group is not None else None
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if peak is not None:
+                peak.look()
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+    if group is not None:
+        group.remove()
+    if process.returncode != 0:
+        raise SystemExit(f"{way} ended with {process.returncode}: killed by the limit, if that is {-9}")
+    result = json.loads(lines[-1])
+    if peak is not None:
+        result |= {f"peak_{name}_mib": value / 2**20 for name, value in peak.bytes.items()}
+    return result
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--store", type=Path, help="expert store of the checkpoint; default: packed into the cache")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["mmap", "ours"])
+    parser.add_argument("--ways", nargs="+", choices=WAY_NAMES, default=list(WAY_NAMES[:6]))
+    parser.add_argument("--prepare", action="store_true", help="pack, record the true routing, and end")
     parser.add_argument("--limit", type=float, default=3.0, help="GiB; 0: none")
+    parser.add_argument("--tight", action="store_true", help="our ways: the limit is what the engine says it needs")
     parser.add_argument("--expert-memory", default="2GiB")
-    parser.add_argument("--expert-dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cold", type=int, default=4, help="forwards from the cold start")
-    parser.add_argument("--warm-up", type=int, default=10)
-    parser.add_argument("--runs", type=int, default=20, help="forwards measured after the warm-up")
+    parser.add_argument("--warm-up", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=100, help="forwards measured after the warm-up")
+    parser.add_argument("--accelerate", type=int, nargs=2, default=(2, 6), help="its warm-up and runs")
+    parser.add_argument("--mmap", type=int, nargs=2, help="its warm-up and runs, if fewer; said in the table")
     parser.add_argument("--repeat", type=int, default=1, help="rounds over all ways; medians are printed")
     parser.add_argument("--reuse", type=int, default=0, help="draw the sentences from so many; 0: all are new")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write the results here; those of other ways in it are kept")
+    parser.add_argument("--child", choices=WAY_NAMES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
     if arguments.child:
-        child(arguments.child, arguments)
+        child(arguments)
+        return
+    if arguments.prepare:
+        prepare(arguments)
         return
     results: list[dict[str, Any]] = []
+    if arguments.json is not None and arguments.json.exists():
+        results = [r for r in json.loads(arguments.json.read_text()) if r["way"] not in arguments.ways]
     for _ in range(arguments.repeat):
         for way in arguments.ways:
-            drop_page_cache()
-            command = [sys.executable, "-m", "bench.limited_memory", *sys.argv[1:], "--child", way]
-            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-            results.append(json.loads(lines[-1]))
+            results.append(run_way(way, arguments))
             print(results[-1], file=sys.stderr)
-    print_table(results, arguments.ways)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print_table(results)
 
 
-def print_table(results: list[dict[str, Any]], ways: list[str]) -> None:
-    from statistics import median
+def print_table(results: list[dict[str, Any]]) -> None:
+    ways = [way for way in WAY_NAMES if any(r["way"] == way for r in results)]
 
-    def middle(way: str, key: str) -> float:
-        return median(r[key] for r in results if r["way"] == way)
+    def middle(way: str, key: str) -> float | None:
+        found = [r[key] for r in results if r["way"] == way and key in r]
+        return median(found) if found else None
 
-    print("| way | first forwards, ms | warm, ms | tokens/s | x the first row | peak of the group, MiB |")
-    print("|---|---|---|---|---|---|")
+    def cell(value: float | None, form: str = ".0f") -> str:
+        return "-" if value is None else format(value, form)
+
+    def ratio(way: str, other: str) -> str:
+        here, there = middle(way, "warm_ms"), middle(other, "warm_ms")
+        return "-" if here is None or there is None else f"{there / here:.2f}"
+
+    print(
+        "| way | forwards: cold, warm-up, measured | first, ms each | warm, ms | 95 % | x mmap | x accelerate | "
+        "read, MiB | x OPT's reads | stalled, ms | reading, ms | computing alone, ms | its reads alone, ms | "
+        "x the larger |"
+    )
+    print("|---" * 14 + "|")
     for way in ways:
-        warm, peak = middle(way, "warm_ms"), next(r["peak_group_mib"] for r in results if r["way"] == way)
+        forwards = next(r["forwards"] for r in results if r["way"] == way)
         print(
-            f"| {way} | {middle(way, 'cold_ms'):.0f} | {warm:.0f} | {middle(way, 'tokens_per_second'):.1f} | "
-            f"{middle(ways[0], 'warm_ms') / warm:.2f} | {peak if peak is not None else '-'} |"
+            f"| {way} | {', '.join(map(str, forwards))} | {cell(middle(way, 'cold_ms'))} | "
+            f"{cell(middle(way, 'warm_ms'))} | {cell(middle(way, 'warm_p95_ms'))} | {ratio(way, 'mmap')} | "
+            f"{ratio(way, 'accelerate')} | {cell(middle(way, 'read_mib'))} | "
+            f"{cell(middle(way, 'read_x_optimal'), '.3f')} | {cell(middle(way, 'stall_ms'))} | "
+            f"{cell(middle(way, 'reading_ms'))} | {cell(middle(way, 'compute_ms'))} | {cell(middle(way, 'disk_ms'))} | "
+            f"{cell(middle(way, 'x_bound'), '.2f')} |"
         )
+    if not any("peak_all_mib" in r for r in results):
+        return
+    print(
+        "\n| way | peak: anonymous, MiB | allowed | slots | other weights | import | page cache | all | "
+        "of the store in the page cache, MiB | disk, GB/s |"
+    )
+    print("|---" * 10 + "|")
+    for way in ways:
+        keys = ("peak_anonymous", "allowed", "slots", "dense", "import", "peak_file", "peak_all", "store_in_page_cache")
+        cells = " | ".join(cell(middle(way, f"{key}_mib")) for key in keys)
+        print(f"| {way} | {cells} | {cell(middle(way, 'disk_gb_per_second'), '.2f')} |")
 
 
 if __name__ == "__main__":

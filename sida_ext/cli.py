@@ -265,7 +265,7 @@ def run(
         int | None, typer.Option(min=1, help="Form batches of similar length with this many tokens at the most.")
     ] = None,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
-    lookahead: Annotated[int, typer.Option(min=1, help="Batches whose experts are predicted ahead.")] = 4,
+    lookahead: Annotated[str, typer.Option(help="Batches whose experts are predicted ahead; auto: picked.")] = "auto",
     order: Annotated[str, typer.Option(help="given or overlap.")] = "given",
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here, and a PNG beside it.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one JSON line for each text here.")] = None,
@@ -280,6 +280,7 @@ def run(
 
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
+    ahead = int(lookahead) if lookahead.isdecimal() else lookahead
     if trace is not None and trace.suffix == ".png":
         raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
     lines = read_texts(texts)
@@ -325,7 +326,7 @@ def run(
         begin = time.perf_counter()
         with watch_order(loaded) if order == "overlap" else nullcontext() as watch, _Bar("running") as bar:
             given = batches() if watch is None else watch.batches(batches())
-            for number, output in enumerate(stream(loaded, given, chosen, lookahead, order)):
+            for number, output in enumerate(stream(loaded, given, chosen, ahead, order)):
                 batch = formed[number]
                 for position, row in zip(batch.positions, rows_of(output, batch), strict=True):
                     rows[position] = _summary(row)
@@ -339,8 +340,10 @@ def run(
         padding = sum(batch["input_ids"].numel() for batch in formed) - tokens
         print_stats(runtime, tokens, seconds)
         print(f"{len(formed)} batches, {padding / (tokens + padding):.1%} of their tokens padding")
+        if runtime.lookahead is not None:
+            print(f"lookahead {runtime.lookahead.batches}: {runtime.lookahead.why}")
         if watch is not None:
-            _print_savings(watch.savings(lookahead))
+            _print_savings(watch.savings(runtime.lookahead.batches if runtime.lookahead is not None else int(ahead)))
         if trace is not None:
             _write_trace(runtime, trace)
     finally:
@@ -398,7 +401,7 @@ def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
     stats = runtime.stats()
     table = Table(title=f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
     for column in ("layer", "wanted", "hits", "late", "misses", "evictions", "read", "stall s"):
-        table.add_column(column, justify="right" if column != "layer" else "left")
+        table.add_column(column, justify="right" if column != "layer" else "left", overflow="fold")
     for name, row in [*((layer.name, layer) for layer in stats.layers), ("all", stats)]:
         table.add_row(
             name,

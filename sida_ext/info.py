@@ -58,11 +58,27 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             "lanes": plan.lanes,
             "largest read": format_bytes(plan.read_bytes),
             "why": plan.why,
-            "by hand": "lanes=, read_bytes= of from_pretrained",
-            "lookahead": "4 batches, unless stream(lookahead=) says otherwise; it sets what eviction knows and does "
-            "not depend on the disk",
+            "by hand": "lanes=, read_bytes= of from_pretrained; lookahead= of stream",
+            **_lookaheads(plan),
         }
     return found
+
+
+def _lookaheads(plan: Any) -> dict[str, str]:
+    """What stream(lookahead="auto") would pick, for a model of which a batch wants a fifth of the experts."""
+    from sida_ext.lookahead import choose_lookahead
+
+    experts, wanted = 768, 154
+    picks = {
+        share: choose_lookahead(experts * share // 100, experts, wanted, plan.disk_rate, plan.memory_rate)
+        for share in (25, 50, 75)
+    }
+    return {
+        'lookahead="auto"': ", ".join(
+            f"{pick.batches} batches with {share} % in memory" for share, pick in picks.items()
+        ),
+        "for example": picks[50].why,
+    }
 
 
 def _measured_plan(folder: Path) -> Any:

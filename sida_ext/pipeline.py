@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sida_ext.cuda import on_predictor
 from sida_ext.drift import DriftWatch
+from sida_ext.lookahead import DEFAULT_LOOKAHEAD
 from sida_ext.predictor import HashTable, Predictor, check_table
 from sida_ext.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
 from sida_ext.runtime import Runtime, runtime_of
@@ -49,11 +50,16 @@ class _Queue:
     """A bounded queue whose two ends know of each other's end."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self._limit = limit  # of items that wait
         self._items: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False  # the consumer has left
         self._ended = False  # the producer has put its last item
+
+    def set_limit(self, limit: int) -> None:
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
 
     def wait_for_room(self) -> bool:
         """Wait until an item can be put, which stays so for the one producer; False when the consumer has left."""
@@ -119,13 +125,15 @@ class _HashBuilder:
         num_experts: int,
         predictor: Predictor,
         prefetch: PrefetchPolicy,
-        queue: _Queue,
-        lookahead: int,
+        lookahead: int | None,
         order: str,
     ) -> None:
         self.runtime, self.layers, self.num_experts = runtime, layers, num_experts
-        self.prefetch = prefetch
-        self.predictor, self.queue, self.lookahead, self.order = predictor, queue, lookahead, order
+        self.prefetch, self.predictor, self.order = prefetch, predictor, order
+        # Left open (None), the first batch tells how many experts one wants, and the rest follows from that.
+        self.lookahead = 1 if lookahead is None else lookahead
+        self._open = lookahead is None
+        self.queue = _Queue(self.lookahead)
         self.started = threading.Event()
         self._last: set[tuple[int, int]] = set()
 
@@ -145,21 +153,29 @@ class _HashBuilder:
 
     def _run(self, batches: Iterable[dict[str, Any]]) -> None:
         window: list[_Item] = []
-        room = self.lookahead if self.order == "overlap" else 1
         source = enumerate(batches)
         try:
             # In the given order a batch is taken when there is room for it; a window is gathered before that.
-            while not self.queue.closed and (room > 1 or self.queue.wait_for_room()):
+            while not self.queue.closed and (self._room() > 1 or self.queue.wait_for_room()):
                 taken = next(source, None)
                 if taken is None:
                     return
                 window.append(self._predict(*taken))
-                if len(window) >= room and not self._send(window):
+                if self._open:
+                    self._open = False
+                    wanted = sum(len(experts) for experts in window[0].wanted.values())
+                    self.lookahead = self.runtime.pick_lookahead(wanted).batches
+                    self.queue.set_limit(self.lookahead)
+                if len(window) >= self._room() and not self._send(window):
                     return
         finally:
             # After a failure too: the batches before it are computed before it is raised.
             while window and self._send(window):
                 pass
+
+    def _room(self) -> int:
+        """Batches that are gathered before one of them is chosen."""
+        return self.lookahead if self.order == "overlap" else 1
 
     def _predict(self, position: int, batch: dict[str, Any]) -> _Item:
         if not isinstance(batch, dict):
@@ -260,7 +276,7 @@ def stream(
     model: PreTrainedModel,
     batches: Iterable[dict[str, Any]],
     predictor: Predictor | None = None,
-    lookahead: int = 4,
+    lookahead: int | str = DEFAULT_LOOKAHEAD,
     order: str = "given",
     *,
     timeout: float | None = None,
@@ -276,7 +292,9 @@ def stream(
             that) ahead of the batch that computes.
         predictor: names the experts; None: the model's own (``predictor=`` of ``from_pretrained``); without one the
             batches run one after the other and experts are loaded when they are demanded.
-        lookahead: announced batches that wait at the most, the one that computes not counted.
+        lookahead: announced batches that wait at the most, the one that computes not counted. ``"auto"``: picked from
+            the measured rates of memory and disk, the budget and what the first batch wants; ``model.sida.lookahead``
+            then says how many, and why.
         order: ``"given"``, or ``"overlap"``: batches inside a window of ``lookahead`` run in an order in which
             neighbours share experts.
         timeout: seconds to wait for the next hash table; None: as long as the iterable and the predictor take.
@@ -297,8 +315,8 @@ def stream(
     runtime = runtime_of(model)
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}")
-    if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
-        raise ValueError(f"lookahead is {lookahead!r}, expected a number of batches of at least 1")
+    if lookahead != "auto" and (isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1):
+        raise ValueError(f"lookahead is {lookahead!r}, expected a number of batches of at least 1, or 'auto'")
     predictor = predictor if predictor is not None else runtime.predictor
     if predictor is not None and not callable(getattr(predictor, "predict", None)):
         raise TypeError(f"predictor is {type(predictor).__name__}, expected an object with a predict method")
@@ -320,7 +338,13 @@ def stream(
         layer.watched = layer.watched or watch is not None
     names = [layer.name for layer in covered]
     builder = _HashBuilder(
-        runtime, names, runtime.header.num_experts, predictor, policy, _Queue(lookahead), lookahead, order
+        runtime,
+        names,
+        runtime.header.num_experts,
+        predictor,
+        policy,
+        None if lookahead == "auto" else int(lookahead),
+        order,
     )
     return _stream(model, runtime, builder, batches, timeout, watch)
 

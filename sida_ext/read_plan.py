@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sida_ext import _C
-from sida_ext.budget import format_bytes
+from sida_ext.budget import available_memory, format_bytes
 
 __all__ = ["DEFAULT_LANES", "DEFAULT_READ_BYTES", "ReadPlan", "choose", "read_plan"]
 
@@ -22,15 +24,19 @@ MEASURE_SECONDS = 1.0
 NEAR_BEST = 0.95
 # With one lane the disk would rest while the lane checks what it read.
 FEWEST_LANES = 2
+# Memory's rate is measured over an array of this size at the most, and not at all where so little is free.
+MOST_MEMORY_BYTES, LEAST_MEMORY_BYTES = 256 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Lanes, the largest single read in bytes, and why."""
+    """Lanes, the largest single read in bytes, and why; the rates that were measured, bytes a second, 0: not."""
 
     lanes: int
     read_bytes: int
     why: str
+    disk_rate: float = 0.0
+    memory_rate: float = 0.0
 
 
 def default_plan(why: str) -> ReadPlan:
@@ -49,7 +55,7 @@ def choose(rates: list[tuple[int, int, float]]) -> ReadPlan:
     best = max(rate for _, _, rate in usable)
     lanes, size, rate = min((lanes, size, rate) for size, lanes, rate in usable if rate >= NEAR_BEST * best)
     why = f"measured {rate / 1e9:.2f} GB/s; the best of {len(rates)} pairs of lanes and read size {best / 1e9:.2f} GB/s"
-    return ReadPlan(lanes, size, why)
+    return ReadPlan(lanes, size, why, rate)
 
 
 def _machine(path: Path) -> str:
@@ -66,9 +72,19 @@ def _machine(path: Path) -> str:
 
 def _remembered(cache: Path, machine: str) -> ReadPlan | None:
     try:
-        return ReadPlan(**json.loads(cache.read_text())[machine])
+        plan = ReadPlan(**json.loads(cache.read_text())[machine])
+        # Of an earlier version, which did not measure memory.
+        return plan if plan.memory_rate > 0 else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # never measured here, or written by something else: measured again
+
+
+def _memory_rate() -> float:
+    """Of as many threads as compute, over an array that is a small part of what is free; 0 where that is too little."""
+    room = available_memory() // 8
+    if room < LEAST_MEMORY_BYTES:
+        return 0.0
+    return _C.measure_memory_bandwidth(torch.get_num_threads(), min(room, MOST_MEMORY_BYTES))
 
 
 def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
@@ -88,8 +104,8 @@ def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
 def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> ReadPlan:
     """The plan for a file: remembered from an earlier measurement on this file system and CPU, or measured now.
 
-    Measuring reads the file at random places for about a second. It never fails: where it cannot measure, the plan is
-    the default one, and says why.
+    Measuring reads the file at random places for about a second, and memory for a fraction of one. It never fails:
+    where it cannot measure, the plan is the default one, and says why.
 
     Args:
         path: an expert store, or another file on the same file system.
@@ -113,10 +129,11 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
             return known
         rates, direct = _C.measure_read_rates(str(path), MEASURE_SECONDS)
         plan = choose(rates) if direct else default_plan("the file system has no direct reads to measure")
+        plan = replace(plan, memory_rate=_memory_rate())
     except OSError as error:
         return default_plan(f"measuring failed: {error}")
     try:
         _remember(cache, machine, plan)
     except OSError as error:
-        plan = ReadPlan(plan.lanes, plan.read_bytes, f"{plan.why}; not remembered: {error}")
+        plan = replace(plan, why=f"{plan.why}; not remembered: {error}")
     return plan

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ import torch
 from sida_ext import _C
 from sida_ext.budget import format_bytes, parse_memory
 from sida_ext.cuda import cuda_blocking, host_slots, resolve_device
+from sida_ext.lookahead import Lookahead, choose_lookahead
 from sida_ext.read_plan import ReadPlan, read_plan
 from sida_ext.stats import Stats
 from sida_ext.store import StoreHeader, open_store
@@ -149,15 +150,16 @@ class Runtime:
 
     header: StoreHeader
     read_plan: ReadPlan  # how the lanes read, and why so
+    lookahead: Lookahead | None = None  # what the latest stream(lookahead="auto") picked
 
     def _read_plan(self, lanes: int | None, read_bytes: int | None) -> ReadPlan:
         if lanes is not None and read_bytes is not None:
             return ReadPlan(lanes, read_bytes, "set by hand")
         plan = read_plan(self.store_path)
         if lanes is not None:
-            return ReadPlan(lanes, plan.read_bytes, f"lanes set by hand; read size: {plan.why}")
+            return replace(plan, lanes=lanes, why=f"lanes set by hand; read size: {plan.why}")
         if read_bytes is not None:
-            return ReadPlan(plan.lanes, read_bytes, f"read size set by hand; lanes: {plan.why}")
+            return replace(plan, read_bytes=read_bytes, why=f"read size set by hand; lanes: {plan.why}")
         return plan
 
     def _slots(self, expert_memory: str | int, reserved: int = 0) -> int:
@@ -197,6 +199,15 @@ class Runtime:
     def slots(self) -> int:
         """The budget in experts."""
         return self._engine.budget
+
+    def pick_lookahead(self, wanted: int) -> Lookahead:
+        """Batches to predict ahead with the budget that is in force, where a batch wants so many experts; kept in
+        ``lookahead``."""
+        plan = self.read_plan
+        self.lookahead = choose_lookahead(
+            self.slots, self.header.total_experts, wanted, plan.disk_rate, plan.memory_rate
+        )
+        return self.lookahead
 
     def set_budget(self, expert_memory: str | int) -> None:
         """Change the budget while the model runs, from any thread: grows at once; shrinks at once by what no layer
@@ -291,9 +302,8 @@ class Runtime:
             if kind == "copy":
                 events.append(Event(kind, f"lane {lane}", f"{name} expert {expert}", begin, end, batch))
             else:
-                events.append(
-                    Event(kind, "compute", f"{name}" + (f", {expert} experts" if expert else ""), begin, end, batch)
-                )
+                many = f", {expert} expert{'s' if expert > 1 else ''}" if expert else ""
+                events.append(Event(kind, "compute", name + many, begin, end, batch))
         return sorted(events, key=lambda event: event.begin)
 
     def write_trace(self, path: str | os.PathLike[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sida_ext import _C
+from sida_ext.lookahead import DEFAULT_LOOKAHEAD
 from sida_ext.pipeline import stream
 from sida_ext.predictor import Predictor
 from sida_ext.runtime import Runtime, runtime_of
@@ -176,7 +177,7 @@ def stream_by_tokens(
     model: PreTrainedModel,
     inputs: Iterable[Any],
     predictor: Predictor | None = None,
-    lookahead: int = 4,
+    lookahead: int | str = DEFAULT_LOOKAHEAD,
     order: str = "given",
     *,
     max_tokens: int,

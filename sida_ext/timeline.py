@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +47,12 @@ def _tracks(events: Sequence[Event]) -> dict[str, list[list[Event]]]:
             tracks.append([])
         tracks[number].append(event)
         ends.append(event.end)
+    return {row: rows[row] for row in _sorted_rows(rows)}
+
+
+def _sorted_rows(rows: Iterable[str]) -> list[str]:
     order = {name: place for place, name in enumerate(FIRST_ROWS)}
-    return dict(sorted(rows.items(), key=lambda entry: (order.get(entry[0], len(order)), entry[0])))
+    return sorted(rows, key=lambda row: (order.get(row, len(order)), row))
 
 
 def write_chrome_trace(events: Sequence[Event], path: str | os.PathLike[str]) -> None:
@@ -107,7 +111,7 @@ def draw(
     panels = figure.subplots(len(runs), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for panel, (title, events) in zip(panels, runs, strict=True):
         start = min((event.begin for event in events), default=0)
-        rows = sorted({event.row for event in events}, reverse=True)
+        rows = _sorted_rows({event.row for event in events})[::-1]  # level 0 is at the bottom
         for level, row in enumerate(rows):
             for kind, colour in COLOURS.items():
                 bars = [

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 import sida_ext
 from sida_ext.cli import main, read_texts
-from sida_ext.info import collect
+from sida_ext.info import _lookaheads, collect
+from sida_ext.read_plan import ReadPlan
 
 WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
 
@@ -203,6 +204,15 @@ def test_info_lists_the_devices(monkeypatch):
     devices = collect(measure=False)["devices"]
     assert list(devices) == ["cpu", "cuda:0", "cuda:1"]
     assert devices["cuda:1"] == "Card 1, compute capability 9.0, 8.00 GiB, 2.00 GiB free"
+
+
+def test_info_says_which_lookahead_it_would_pick_and_why():
+    told = _lookaheads(ReadPlan(2, 0, "", 1e9, 30e9))
+    assert told['lookahead="auto"'] == (
+        "4 batches with 25 % in memory, 7 batches with 50 % in memory, 13 batches with 75 % in memory"
+    )
+    assert "reading an expert takes 30.0 times as long" in told["for example"]
+    assert "reads hide" in _lookaheads(ReadPlan(2, 0, "", 40e9, 30e9))["for example"]
 
 
 def test_texts_that_cannot_be_read(tmp_path):

@@ -199,6 +199,66 @@ print("closed after", round(time.monotonic() - begin, 1))
     assert float(done.stdout.split("closed after")[1].split()[0]) < 10
 
 
+STREAM = """
+class Guess:
+    def __init__(self):
+        self.slow = 0.0
+    def predict(self, input_ids, attention_mask=None, top_k=1):
+        time.sleep(self.slow)
+        index = (input_ids % 8)[:, :, None, None].repeat(1, 1, 2, 1)
+        return sida_ext.HashTable(index, torch.full(index.shape, 0.5))
+guess = Guess()
+def builders():
+    return [thread for thread in threading.enumerate() if thread.name == "sida-hash-builder"]
+"""
+
+
+def test_ctrl_c_in_a_stream_ends_it_and_the_next_one_is_right(folder):
+    done = script(
+        folder,
+        STREAM
+        + """
+model = load()
+with torch.no_grad():
+    plain = model(**batch).last_hidden_state
+guess.slow = 0.3  # the inference thread waits for tables
+timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+begin = time.monotonic()
+try:
+    timer.start()
+    for output in sida_ext.stream(model, [batch] * 200, guess):
+        pass
+except KeyboardInterrupt:
+    print("interrupted after", round(time.monotonic() - begin, 1))
+while builders() and time.monotonic() - begin < 30:
+    time.sleep(0.01)
+guess.slow = 0.0
+right = [torch.equal(output.last_hidden_state, plain) for output in sida_ext.stream(model, [batch] * 5, guess)]
+print("then:", len(right), all(right), len(builders()))
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("interrupted after")[1].split()[0]) < 30  # of 60 that the stream would take
+    assert "then: 5 True 0" in done.stdout
+
+
+def test_exit_in_mid_stream(folder):
+    done = script(
+        folder,
+        STREAM
+        + """
+guess.slow = 0.05
+model = load(faults=_C.Faults(delay_us_min=50_000, delay_us_max=50_001))
+outputs = sida_ext.stream(model, [batch] * 100, guess)
+next(outputs)
+print("left:", len(builders()))
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "left: 1" in done.stdout
+    assert not done.stderr.strip() or "Loading" in done.stderr
+
+
 def test_exit_without_close_in_mid_copy(folder):
     begin = time.monotonic()
     done = script(

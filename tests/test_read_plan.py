@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from reference import build, small_config
 from transformers import SwitchTransformersEncoderModel
@@ -45,18 +47,38 @@ def test_it_is_measured_once(store, tmp_path, monkeypatch):
         return [(2 * MIB, 8, 1e9)], True
 
     monkeypatch.setattr(_C, "measure_read_rates", measure)
+    monkeypatch.setattr(_C, "measure_memory_bandwidth", lambda threads, bytes: 20e9)
     cache = tmp_path / "cache" / "plans.json"
     first = read_plan.read_plan(store, cache)
-    assert (first.lanes, first.read_bytes) == (8, 2 * MIB)
+    assert (first.lanes, first.read_bytes, first.disk_rate, first.memory_rate) == (8, 2 * MIB, 1e9, 20e9)
     assert read_plan.read_plan(store, cache) == first
     assert len(calls) == 1
     assert read_plan.read_plan(store, cache, again=True) == first
     cache.write_text("{ not JSON")
     assert read_plan.read_plan(store, cache) == first
     assert len(calls) == 3
+    older = {
+        name: {"lanes": 3, "read_bytes": MIB, "why": "memory was not measured"}
+        for name in json.loads(cache.read_text())
+    }
+    cache.write_text(json.dumps(older))
+    assert read_plan.read_plan(store, cache) == first
+    assert len(calls) == 4
     monkeypatch.setattr(read_plan, "_machine", lambda path: "another machine")
     read_plan.read_plan(store, cache)
-    assert len(calls) == 4
+    assert len(calls) == 5
+
+
+def test_memory_is_measured_over_a_small_part_of_what_is_free(monkeypatch):
+    asked = []
+    monkeypatch.setattr(_C, "measure_memory_bandwidth", lambda threads, bytes: asked.append(bytes) or 5e9)
+    for free, size in ((64 << 30, 256 << 20), (1 << 30, 128 << 20)):
+        monkeypatch.setattr(read_plan, "available_memory", lambda free=free: free)
+        assert read_plan._memory_rate() == 5e9
+        assert asked.pop() == size
+    monkeypatch.setattr(read_plan, "available_memory", lambda: 100 << 20)
+    assert read_plan._memory_rate() == 0
+    assert not asked
 
 
 def test_what_cannot_be_measured_says_so(store, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ bool eventually(const Condition& holds) {
   return false;
 }
 
-// Reads the records of a store, but no more of them than it was told to let through.
+// Reads the records of a store, but no more of them than it was told to let through, and none that is held.
 class Gate final : public RecordSource {
  public:
   explicit Gate(const StoreFile& file) : store_(file.open()) {}
@@ -99,7 +99,7 @@ class Gate final : public RecordSource {
     {
       std::unique_lock lock(mutex_);
       ++begun_;
-      changed_.wait(lock, [&] { return interrupted_ || allowed_ > 0; });
+      changed_.wait(lock, [&] { return interrupted_ || (allowed_ > 0 && held_.count(record) == 0); });
       if (interrupted_) fail(ErrorKind::closed, "interrupted before the gate");
       --allowed_;
     }
@@ -114,6 +114,12 @@ class Gate final : public RecordSource {
   }
   void open() {
     change([&] { allowed_ = std::numeric_limits<int64_t>::max(); });
+  }
+  void hold(int64_t record) {
+    change([&] { held_.insert(record); });
+  }
+  void let_go(int64_t record) {
+    change([&] { held_.erase(record); });
   }
   int64_t begun() const {
     const std::lock_guard lock(mutex_);
@@ -134,6 +140,7 @@ class Gate final : public RecordSource {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   int64_t allowed_ = 0, begun_ = 0;
+  std::set<int64_t> held_;
   bool interrupted_ = false;
 };
 

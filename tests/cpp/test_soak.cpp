@@ -1,5 +1,6 @@
-// Random batches, tables, budgets, cancels and faults for a while: `test_soak [--seconds N]`. What is served is right
-// throughout; memory, threads and open files stay as they were.
+// Random batches, tables, budgets, cancels and faults for a while: `test_soak [--seconds N] [--deadline SECONDS]`. What
+// is served is right throughout; memory, threads and open files stay as they were. A long run prints them as it goes.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -22,6 +23,7 @@ using namespace sida::test;
 namespace {
 
 double seconds_to_run = 3;
+int64_t deadline_seconds = 60;  // of a wait; more where the whole process may be stopped for a while
 
 int64_t entries(const char* folder) {
   int64_t count = 0;
@@ -61,7 +63,8 @@ std::vector<int32_t> draw_experts(std::mt19937& random) {
 }
 
 // One consumer of the engine, as a stream of batches with tables that are often wrong.
-void consume(TransferEngine& engine, const StoreFile& file, unsigned seed, int batches, std::atomic<int64_t>& served) {
+void consume(TransferEngine& engine, const StoreFile& file, unsigned seed, int batches, std::atomic<int64_t>& served,
+             std::atomic<int64_t>& failed) {
   std::mt19937 random(seed);
   for (int i = 0; i < batches; ++i) {
     std::vector<std::vector<int32_t>> wanted(3);
@@ -82,7 +85,11 @@ void consume(TransferEngine& engine, const StoreFile& file, unsigned seed, int b
         ++served;
       }
     } catch (const Error& error) {
-      CHECK(error.kind() == ErrorKind::io || error.kind() == ErrorKind::store || error.kind() == ErrorKind::internal);
+      const bool injected =
+          error.kind() == ErrorKind::io || error.kind() == ErrorKind::store || error.kind() == ErrorKind::internal;
+      if (!injected) std::cerr << error.what() << std::endl;
+      CHECK(injected);
+      ++failed;
     }
     engine.retire(batch);
     if (random() % 10 == 0) engine.set_budget(1 + random() % 24);
@@ -95,21 +102,26 @@ SIDA_TEST(a_long_run_is_right_and_flat) {
   const StoreFile file;
   std::mt19937 random(1);
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds_to_run);
-  std::atomic<int64_t> served{0};
+  std::atomic<int64_t> served{0}, failed{0};
   int64_t files = 0, threads = 0;
   [[maybe_unused]] int64_t kilobytes = 0;
   int rounds = 0;
+  const auto begin = std::chrono::steady_clock::now();
+  const std::chrono::duration<double> every(std::max(1.0, seconds_to_run / 20));
+  auto next_line = begin + every;
   while (std::chrono::steady_clock::now() < end || rounds < 5) {
     {
       EngineOptions options{static_cast<int64_t>(1 + random() % 24)};
       options.lanes = static_cast<int>(1 + random() % 4);
       options.eviction = std::vector<std::string>{"fifo", "lru", "lfu", "next_use"}[random() % 4];
       options.faults = draw_faults(random);
+      options.wait_deadline = std::chrono::seconds(deadline_seconds);
       options.read_bytes = 4096 * static_cast<int64_t>(random() % 3);
       TransferEngine engine(file.open(), options);
       std::vector<std::thread> consumers;
       for (int i = 0; i < 2; ++i) {
-        consumers.emplace_back(consume, std::ref(engine), std::cref(file), random(), 40, std::ref(served));
+        consumers.emplace_back(consume, std::ref(engine), std::cref(file), random(), 40, std::ref(served),
+                               std::ref(failed));
       }
       for (std::thread& consumer : consumers) consumer.join();
       const LayerCounters sum = total(engine.stats());
@@ -120,8 +132,16 @@ SIDA_TEST(a_long_run_is_right_and_flat) {
       threads = entries("/proc/self/task");
       kilobytes = resident_kilobytes();
     }
+    if (std::chrono::steady_clock::now() >= next_line) {
+      const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
+      std::cout << static_cast<int>(passed.count()) << " s: " << rounds << " engines, " << served << " layers served, "
+                << failed << " errors raised, " << resident_kilobytes() << " kB, " << entries("/proc/self/fd")
+                << " files, " << entries("/proc/self/task") << " threads" << std::endl;
+      next_line += std::chrono::duration_cast<std::chrono::steady_clock::duration>(every);
+    }
   }
   CHECK(served > 0);
+  CHECK(failed > 0);
   CHECK_EQ(entries("/proc/self/fd"), files);
   CHECK(eventually([&] { return entries("/proc/self/task") <= threads; }));
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // whose own memory grows with time
@@ -131,9 +151,15 @@ SIDA_TEST(a_long_run_is_right_and_flat) {
 }
 
 int main(int argc, char** argv) {
-  if (argc == 3 && std::strcmp(argv[1], "--seconds") == 0) {
-    seconds_to_run = std::atof(argv[2]);
-    argc = 1;
+  for (; argc >= 3; argc -= 2) {
+    const char *const name = argv[argc - 2], *const value = argv[argc - 1];
+    if (std::strcmp(name, "--seconds") == 0) {
+      seconds_to_run = std::atof(value);
+    } else if (std::strcmp(name, "--deadline") == 0) {
+      deadline_seconds = std::atoll(value);
+    } else {
+      break;  // for run_all
+    }
   }
   return run_all(argc, argv);
 }

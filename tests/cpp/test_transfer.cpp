@@ -70,6 +70,27 @@ SIDA_TEST(resident_experts_come_first_and_are_pinned_until_released) {
   CHECK(engine.next_wave(demand.id).experts.empty());
 }
 
+SIDA_TEST(a_layer_computes_in_the_order_of_arrival) {
+  const StoreFile file;
+  for (const int32_t last : {0, 1, 2}) {
+    GatedEngine gated(file, options(3, 3));
+    TransferEngine& engine = gated.engine;
+    gated.gate->hold(last);
+    gated.gate->open();
+    const Demanded demand(engine, 0, {0, 1, 2});
+    std::set<int32_t> left{0, 1, 2};
+    while (left.size() > 1) {
+      const Wave wave = engine.next_wave(demand.id);
+      for (const int32_t expert : wave.experts) left.erase(expert);
+      if (wave.experts.empty() || left.count(last) == 0) break;
+    }
+    CHECK_EQ(left.size(), 1u);
+    CHECK_EQ(left.count(last), 1u);
+    gated.gate->let_go(last);
+    CHECK(engine.next_wave(demand.id).experts == std::vector<int32_t>{last});
+  }
+}
+
 SIDA_TEST(many_threads_share_one_slot_without_a_deadlock) {
   const StoreFile file;
   for (const int64_t slots : {1, 2, 5}) {
