@@ -117,7 +117,9 @@ class RecurrentPredictor(HashPredictor):
         real = check_tokens(input_ids, None, self.embedding.shape[0])
         with torch.no_grad():
             logits, state = self._step(state, input_ids)
-            return self._table(logits, real, self.candidates), state
+            if input_ids.shape[1] != 1:
+                return self._table(logits, real, self.candidates), state
+            return self._table_of_step(logits), state
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
         """See `DecoderPredictor.reorder`."""
@@ -131,6 +133,17 @@ class RecurrentPredictor(HashPredictor):
         if input_ids.shape[1] != 1 or torch.is_grad_enabled() or self.training:
             return self.net(embedding, state)
         return self._folded_step()(embedding, state)
+
+    def _table_of_step(self, logits: Tensor) -> HashTable:
+        """As `_table` for logits [B, 1, layers, experts] of tokens without padding, in fewer calls."""
+        gates = logits.log_softmax(dim=-1)
+        best, index = gates.topk(self.candidates, dim=-1)
+        if not bool(best.isfinite().all()):
+            raise ValueError(
+                f"the {self.variant} predictor's logits hold NaN or inf; its weights are damaged or training diverged"
+            )
+        probability = (logits / self.temperature[:, None]).log_softmax(dim=-1).gather(-1, index)
+        return HashTable(index, best.exp().clamp_(max=1), probability.exp().clamp_(max=1))
 
     def _folded_step(self) -> FoldedStep:
         """Folded anew when a weight has been written to, loaded or moved."""
