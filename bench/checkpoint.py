@@ -18,20 +18,20 @@ from transformers import SwitchTransformersConfig, SwitchTransformersEncoderMode
 SHARD_BYTES = 1_000_000_000
 
 
-def base_config(num_experts: int) -> SwitchTransformersConfig:
-    """Switch-base: d_model 768, d_ff 3072, 12 layers, every second one an MoE layer."""
+def base_config(num_experts: int, num_layers: int = 12) -> SwitchTransformersConfig:
+    """Switch-base: d_model 768, d_ff 3072, 12 layers (or fewer), every second one an MoE layer."""
     return SwitchTransformersConfig(
         num_experts=num_experts,
         d_ff=3072,
-        num_layers=12,
-        num_sparse_encoder_layers=6,
+        num_layers=num_layers,
+        num_sparse_encoder_layers=num_layers // 2,
         architectures=["SwitchTransformersEncoderModel"],
     )
 
 
-def write_checkpoint(num_experts: int, folder: Path) -> None:
+def write_checkpoint(num_experts: int, folder: Path, num_layers: int = 12) -> None:
     """Shapes come from transformers' own model on the meta device; each tensor is drawn, written and forgotten."""
-    config = base_config(num_experts)
+    config = base_config(num_experts, num_layers)
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in SwitchTransformersEncoderModel(config).state_dict().items()}
     del shapes["encoder.embed_tokens.weight"]  # tied to shared.weight

@@ -1,13 +1,15 @@
 """What each part of a predictor is worth: the paper's form, one addition at a time, the shadow, the loss's settings.
 
-    python bench/predictor_ablation.py                     # goes on where it stopped; a minute or less for each row
+    python bench/predictor_ablation.py                     # goes on where it stopped; one or two minutes for each row
     python bench/predictor_ablation.py --seeds 0 1 2       # more seeds for the same rows
     python bench/predictor_ablation.py --only paper shadow # some rows
 
-Every row is trained from the same traces for the same number of passes with the same optimiser, and judged on the same
-held-out sentences. Results go to bench/results/predictor_ablation.json after each row, and from there into a section of
-docs/predictor_figures.md. The rows are small (one thread, a part of the training sentences): they rank, and none of
-them is as good as the same form trained to its end.
+Every row is trained from the same traces and judged on the same held-out sentences. The forms are all trained by one
+rule with one optimiser: at most FORM_PASSES passes, ended by PATIENCE passes without a better validation loss, the best
+weights kept. The settings of the loss are compared on the shadow, in SETTING_PASSES passes; the "short" rows are the
+forms in as many passes, which ranks additions for less. Results go to
+bench/results/predictor_ablation.json after each row, and from there into a section of docs/predictor_figures.md. The
+rows see a part of the training sentences: they rank, and none of them is as good as the same form trained on all.
 """
 
 from __future__ import annotations
@@ -89,9 +91,12 @@ class AblatedNet(nn.Module):
         x = F.relu(self.reduce(x))
         if self.conv is not None:
             x = x + self.conv((x * real[..., None]).transpose(1, 2)).transpose(1, 2)
-        length = real.sum(1).clamp(min=1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
-        state, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
+        if self.lstm.bidirectional:  # must not begin in the padding
+            length = real.sum(1).clamp(min=1).cpu()
+            packed = nn.utils.rnn.pack_padded_sequence(x, length, batch_first=True, enforce_sorted=False)
+            state, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
+        else:
+            state, _ = self.lstm(x)
         scores = state @ state.transpose(1, 2) * state.shape[-1] ** -0.5
         state = state + sparsemax(scores.masked_fill(~real[:, None, :], _MASKED)) @ state
         logits: list[Tensor] = []
@@ -106,24 +111,37 @@ class AblatedNet(nn.Module):
         return torch.stack(logits, dim=2)
 
 
-# name -> (what AblatedNet switches on, or None for the shadow; sizes of the shadow; training options)
-ROWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = {
-    "paper": ({}, {}, {}),
-    "paper, own embeddings": ({"own_embeddings": True}, {}, {}),
-    "paper + token prior": ({"prior": True}, {}, {}),
-    "paper + both directions": ({"both_directions": True}, {}, {}),
-    "paper + convolution": ({"kernel": 5}, {}, {}),
-    "paper + layer on layer": ({"conditioned": True}, {}, {}),
-    "paper + all four": ({"prior": True, "both_directions": True, "kernel": 5, "conditioned": True}, {}, {}),
-    "shadow": (None, {}, {}),
-    "shadow at half width": (None, {"hidden": 64}, {}),
-    "shadow, T = 3": (None, {}, {"truncation": 3}),
-    "shadow, T = 10": (None, {}, {"truncation": 10}),
-    "shadow, lambda = 0": (None, {}, {"top1_weight": 0.0}),
-    "shadow, lambda = 0.1": (None, {}, {"top1_weight": 0.1}),
-    "shadow, lambda = 1": (None, {}, {"top1_weight": 1.0}),
-    "shadow, temperature = 0.5": (None, {}, {"temperature": 0.5}),
-    "shadow, temperature = 2": (None, {}, {"temperature": 2.0}),
+FORM_PASSES, SETTING_PASSES, PATIENCE = 24, 4, 3
+FORM: dict[str, Any] = {"batch_sentences": 16}
+_ALL_FOUR = {"prior": True, "both_directions": True, "kernel": 5, "conditioned": True}
+
+# name -> (what AblatedNet switches on, or None for the shadow; sizes of the shadow; training options; passes)
+ROWS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any], int]] = {
+    "paper": ({}, {}, FORM, FORM_PASSES),
+    "paper, lambda = 0.1": ({}, {}, {**FORM, "top1_weight": 0.1}, FORM_PASSES),
+    "paper, own embeddings": ({"own_embeddings": True}, {}, FORM, FORM_PASSES),
+    "paper + token prior": ({"prior": True}, {}, FORM, FORM_PASSES),
+    "paper + both directions": ({"both_directions": True}, {}, FORM, FORM_PASSES),
+    "paper + convolution": ({"kernel": 5}, {}, FORM, FORM_PASSES),
+    "paper + layer on layer": ({"conditioned": True}, {}, FORM, FORM_PASSES),
+    "paper + all four": (_ALL_FOUR, {}, FORM, FORM_PASSES),
+    "shadow at half width": (None, {"hidden": 64}, FORM, FORM_PASSES),
+    "shadow": (None, {}, FORM, FORM_PASSES),
+    "short: paper": ({}, {}, FORM, SETTING_PASSES),
+    "short: paper, own embeddings": ({"own_embeddings": True}, {}, FORM, SETTING_PASSES),
+    "short: paper + token prior": ({"prior": True}, {}, FORM, SETTING_PASSES),
+    "short: paper + both directions": ({"both_directions": True}, {}, FORM, SETTING_PASSES),
+    "short: paper + convolution": ({"kernel": 5}, {}, FORM, SETTING_PASSES),
+    "short: paper + layer on layer": ({"conditioned": True}, {}, FORM, SETTING_PASSES),
+    "short: paper + all four": (_ALL_FOUR, {}, FORM, SETTING_PASSES),
+    "setting: T = 30, lambda = 0.005, temperature = 1": (None, {}, FORM, SETTING_PASSES),
+    "setting: T = 3": (None, {}, {**FORM, "truncation": 3}, SETTING_PASSES),
+    "setting: T = 10": (None, {}, {**FORM, "truncation": 10}, SETTING_PASSES),
+    "setting: lambda = 0": (None, {}, {**FORM, "top1_weight": 0.0}, SETTING_PASSES),
+    "setting: lambda = 0.1": (None, {}, {**FORM, "top1_weight": 0.1}, SETTING_PASSES),
+    "setting: lambda = 1": (None, {}, {**FORM, "top1_weight": 1.0}, SETTING_PASSES),
+    "setting: temperature = 0.5": (None, {}, {**FORM, "temperature": 0.5}, SETTING_PASSES),
+    "setting: temperature = 2": (None, {}, {**FORM, "temperature": 2.0}, SETTING_PASSES),
 }
 
 
@@ -134,16 +152,13 @@ def prepared(embedding: Tensor, table: TokenTablePredictor) -> Tensor:
     return torch.cat([embedding.float(), token[:, None].float(), table.seen(token)[:, None].float(), prior], dim=1)
 
 
-def train_row(
-    model: Any, traces: dict[str, Trace], table: TokenTablePredictor, name: str, seed: int, epochs: int
-) -> dict[str, Any]:
-    switches, sizes, given = ROWS[name]
+def train_row(model: Any, traces: dict[str, Trace], table: TokenTablePredictor, name: str, seed: int) -> dict[str, Any]:
+    switches, sizes, given, passes = ROWS[name]
     options = TrainingOptions(
         variant="shadow" if switches is None else "paper",
         net=sizes,
-        epochs=epochs,
-        patience=epochs,
-        batch_sentences=16,
+        epochs=passes,
+        patience=PATIENCE,
         warmup=50,
         seed=seed,
         **given,
@@ -158,9 +173,8 @@ def train_row(
         made.embedding = prepared(made.embedding, table)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(made, Memory(traces["train"]), Memory(traces["validation"]), options, Path(folder) / "c")
-        trainer.run(progress=False)
+        history = trainer.run(progress=False)
         predictor = trainer.finish()
-    start = time.perf_counter()
     summary = evaluate(predictor, [traces["held_out"]]).summary()
     return {
         "parameters": predictor.parameter_count(),
@@ -168,22 +182,25 @@ def train_row(
         "top3": summary["mean_top3"],
         "ece": summary["mean_ece"],
         "gate_error": statistics.fmean(summary["gate_error"]),
-        "training_seconds": trainer.seconds,
-        "evaluation_seconds": time.perf_counter() - start,
+        "passes": len(history),
+        "validation_loss": min(entry["validation_loss"] for entry in history),
+        "last_gain": history[-2]["validation_loss"] - history[-1]["validation_loss"],
     }
 
 
 def rendered(known: dict[str, Any]) -> list[str]:
     sizes, table = known["sizes"], known["token_table"]
     lines = [
-        f"{sizes['train_tokens']:,} training tokens, {sizes['epochs']} passes in steps of 16 sentences, one thread, "
-        f"LSTM forms {HIDDEN} wide; {sizes['held_out_tokens']:,} held-out tokens; means over the MoE layers, and over "
-        "seeds where there are several. Fewer errors: than the token table of the same training tokens.",
+        f"{sizes['train_tokens']:,} training tokens, LSTM forms {HIDDEN} wide; {sizes['held_out_tokens']:,} held-out "
+        f"tokens; means over the MoE layers and over seeds, ± half the range. Forms: at most {FORM_PASSES} passes, "
+        f"ended by {PATIENCE} without a better validation loss. Settings of the loss: the shadow in {SETTING_PASSES} "
+        "passes; short: the forms in as many, far from their end. Fewer errors: than the token table of the same "
+        "training tokens.",
         "",
-        "| predictor | seeds | parameters | top-1 | top-3 | fewer top-1 errors | fewer top-3 errors | ECE | "
+        "| predictor | seeds | passes | parameters | top-1 | top-3 | fewer top-1 errors | fewer top-3 errors | ECE | "
         "gate error |",
-        "|---|---|---|---|---|---|---|---|---|",
-        f"| token table | | | {table['top1']:.4f} | {table['top3']:.4f} | | | {table['ece']:.4f} | "
+        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| token table | | | | {table['top1']:.4f} | {table['top3']:.4f} | | | {table['ece']:.4f} | "
         f"{table['gate_error']:.4f} |",
     ]
     for name in ROWS:
@@ -192,10 +209,15 @@ def rendered(known: dict[str, Any]) -> list[str]:
             continue
         mean = {field: statistics.fmean(run[field] for run in runs) for field in runs[0]}
         fewer = [1 - (1 - mean[k]) / (1 - table[k]) for k in ("top1", "top3")]
-        spread = f" ± {statistics.stdev(run['top1'] for run in runs):.4f}" if len(runs) > 1 else ""
+
+        def shown(field: str, runs: list[Any] = runs) -> str:
+            values = [run[field] for run in runs]
+            spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+            return f"{statistics.fmean(values):.4f}{spread}"
+
         lines.append(
-            f"| {name} | {len(runs)} | {mean['parameters']:,.0f} | {mean['top1']:.4f}{spread} | {mean['top3']:.4f} | "
-            f"{fewer[0]:.1%} | {fewer[1]:.1%} | {mean['ece']:.4f} | {mean['gate_error']:.4f} |"
+            f"| {name} | {len(runs)} | {mean['passes']:.0f} | {mean['parameters']:,.0f} | {shown('top1')} | "
+            f"{shown('top3')} | {fewer[0]:.1%} | {fewer[1]:.1%} | {mean['ece']:.4f} | {mean['gate_error']:.4f} |"
         )
     return lines
 
@@ -204,10 +226,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "demo_model")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--sentences", type=int, default=2500, help="training sentences")
     parser.add_argument("--held-out", type=int, default=800, help="held-out sentences")
-    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
@@ -222,7 +243,7 @@ def main() -> None:
         "model_fingerprint": table.model_fingerprint,
         "train_tokens": traces["train"].input_ids.numel(),
         "held_out_tokens": traces["held_out"].input_ids.numel(),
-        "epochs": arguments.epochs,
+        "passes": [FORM_PASSES, SETTING_PASSES, PATIENCE],
     }
     known = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     if known.get("sizes") != sizes:  # of another model or other sizes: nothing of it can be compared
@@ -234,7 +255,7 @@ def main() -> None:
         for name in arguments.only:
             if f"{name}#{seed}" in known["rows"]:
                 continue
-            known["rows"][f"{name}#{seed}"] = row = train_row(model, traces, table, name, seed, arguments.epochs)
+            known["rows"][f"{name}#{seed}"] = row = train_row(model, traces, table, name, seed)
             print(f"{name}, seed {seed}: {json.dumps(row)}", flush=True)
             arguments.results.parent.mkdir(parents=True, exist_ok=True)
             partial = arguments.results.with_suffix(".partial")

@@ -1,6 +1,7 @@
 """Two more models, trained here, and their predictors: another number of experts, another kind of text.
 
     python bench/predictor_models.py               # some ten minutes on 2 idle cores; Ctrl-C and run again to go on
+    python bench/predictor_models.py --only        # writes the section again from the figures that are recorded
 
 Models and predictors go to out/predictor_models and are not bundled; the figures go to
 bench/results/predictor_models.json and a section of docs/predictor_figures.md. Each model reads one of the corpus's two
@@ -45,6 +46,7 @@ MODELS = {
     ),
 }
 PREDICTOR_EPOCHS = 2
+OUT = ROOT / "out" / "predictor_models"
 
 
 def folder_of(name: str, out: Path) -> Path:
@@ -111,29 +113,33 @@ def measured(name: str, out: Path, threads: int) -> dict[str, Any]:
 
 def rendered(known: dict[str, Any]) -> list[str]:
     lines = [
-        f"Held-out sentences (at most 800 of each kind), means over the MoE layers; predictors of the default form, "
-        f"{PREDICTOR_EPOCHS} passes, seed 0. The oracle is the router itself: 1 by definition.",
+        "Held-out sentences (at most 800 of each kind), means over the MoE layers and by layer; predictors of the "
+        f"default form, {PREDICTOR_EPOCHS} passes, seed 0. The oracle with full context is the router itself: 1 by "
+        "definition.",
         "",
         "| model | text | table top-1 / top-3 | predictor top-1 / top-3 | fewer top-1 errors | fewer top-3 errors |",
         "|---|---|---|---|---|---|",
     ]
+    layers = ["", "| model | text | layer | table top-1 / top-3 | predictor top-1 / top-3 |", "|---|---|---|---|---|"]
     for name, found in known.items():
-        for text in ("own", "other"):
+        for text, kind in (("own", "of the same kind"), ("other", "of the other kind")):
             table, ours = found[f"token_table on {text}"], found[f"predictor on {text}"]
             fewer = [1 - (1 - ours[k]) / (1 - table[k]) for k in ("mean_top1", "mean_top3")]
             lines.append(
-                f"| {name} | {'of the same kind' if text == 'own' else 'of the other kind'} | "
-                f"{table['mean_top1']:.4f} / {table['mean_top3']:.4f} | "
+                f"| {name} | {kind} | {table['mean_top1']:.4f} / {table['mean_top3']:.4f} | "
                 f"{ours['mean_top1']:.4f} / {ours['mean_top3']:.4f} | {fewer[0]:.1%} | {fewer[1]:.1%} |"
             )
-    return lines
+            for layer in range(found["layers"]):
+                cells = [f"{part['top1'][layer]:.4f} / {part['top3'][layer]:.4f}" for part in (table, ours)]
+                layers.append(f"| {name} | {kind} | {layer} | {cells[0]} | {cells[1]} |")
+    return [*lines, *layers]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "predictor_models")
+    parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()

@@ -27,6 +27,7 @@ from bench.predictor_quality import write  # noqa: E402
 from sida_ext.hash_table import HashTable  # noqa: E402
 from sida_ext.moe_facts import stack_facts  # noqa: E402
 from sida_ext.predictor import load_predictor  # noqa: E402
+from sida_ext.switch import moe_layers  # noqa: E402
 
 
 class FirstChoices:
@@ -48,6 +49,26 @@ class Replay:
 
     def predict(self, input_ids: Any, attention_mask: Any = None, top_k: int = 1) -> HashTable:
         return self.tables[input_ids.numpy().tobytes()]
+
+
+def oracle_tables(model: Any, batches: list[dict[str, Any]]) -> Replay:
+    """The true routing as tables, found by a pass beforehand through a model with swapped experts."""
+    tables, routed = {}, []
+    hooks = [
+        layer.router.register_forward_hook(lambda _, args, output: routed.append(output[:2]))
+        for layer in moe_layers(model).values()
+        if layer.table_layer is not None
+    ]
+    with torch.inference_mode():
+        for batch in batches:
+            routed.clear()
+            model(**batch)
+            index, gate = (torch.stack(part, dim=2)[..., None].clone() for part in zip(*routed, strict=True))
+            gate[index < 0] = 0  # over capacity: no expert is wanted
+            tables[batch["input_ids"].numpy().tobytes()] = HashTable(index, gate)
+    for hook in hooks:
+        hook.remove()
+    return Replay(tables)
 
 
 @torch.no_grad()

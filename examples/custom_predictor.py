@@ -32,5 +32,5 @@ class PopularExperts:
 
 
 def make(model):
-    sentence = torch.arange(3, 35)[None]
-    return PopularExperts(model, [{"input_ids": sentence + 32 * n} for n in range(64)])
+    tokens = torch.arange(64 * 32) % stack_facts(model).embedding.shape[0]
+    return PopularExperts(model, [{"input_ids": sentence[None]} for sentence in tokens.view(64, 32)])

@@ -133,6 +133,19 @@ def run_policy(
     lookahead: int,
     predicted: Sequence[Wanted],
 ) -> tuple[int, int, int]: ...
+def run_clock(
+    layers: int,
+    experts: int,
+    batches: Sequence[Wanted],
+    eviction: str,
+    slots: int,
+    lookahead: int,
+    read: float,
+    before: float,
+    compute: float,
+    lanes: int,
+    predicted: Sequence[Wanted],
+) -> dict[str, float]: ...
 def run_optimal(layers: int, experts: int, batches: Sequence[Wanted], slots: int) -> tuple[int, int, int]: ...
 def register_layer(engine: TransferEngine, index: int, num_experts: int, activation: str) -> int: ...
 def register_cuda_layer(serving: CudaServing, index: int, num_experts: int, activation: str) -> int: ...

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder_net import DecoderNet, DecoderState, copy_routers, decoder_options
+from .decoder_step import FoldedStep
 from .hash_predictor import HashPredictor
 from .hash_table import HashTable
 from .moe_facts import check_tokens, check_top_k, stack_facts
@@ -47,6 +48,7 @@ class RecurrentPredictor(HashPredictor):
             raise ValueError(f"stack is {stack!r}; RecurrentPredictor predicts the 'decoder'")
         super().__init__(embedding, layers, experts, model_fingerprint, variant, stack, **options)
         self.candidates, self.min_need = min(CANDIDATES, experts), MIN_NEED
+        self._folded: tuple[list[nn.Parameter], int, FoldedStep] | None = None
 
     @classmethod
     def for_model(
@@ -115,7 +117,9 @@ class RecurrentPredictor(HashPredictor):
         real = check_tokens(input_ids, None, self.embedding.shape[0])
         with torch.no_grad():
             logits, state = self._step(state, input_ids)
-            return self._table(logits, real, self.candidates), state
+            if input_ids.shape[1] != 1:
+                return self._table(logits, real, self.candidates), state
+            return self._table_of_step(logits), state
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
         """See `DecoderPredictor.reorder`."""
@@ -124,7 +128,45 @@ class RecurrentPredictor(HashPredictor):
     def _step(self, state: DecoderState, input_ids: Tensor) -> tuple[Tensor, DecoderState]:
         if state.rows != input_ids.shape[0]:
             raise ValueError(f"the state is of {state.rows} rows, input_ids of {input_ids.shape[0]}; expected as many")
-        return self.net(self.embedding[input_ids.long()].float(), state)
+        embedding = self.embedding[input_ids.long()].float()
+        # Of one token a row and for good: with the weights multiplied out. Training and whole rows: as written.
+        if input_ids.shape[1] != 1 or torch.is_grad_enabled() or self.training:
+            return self.net(embedding, state)
+        return self._folded_step()(embedding, state)
+
+    def _table_of_step(self, logits: Tensor) -> HashTable:
+        """As `_table` for logits [B, 1, layers, experts] of tokens without padding, in fewer calls."""
+        gates = logits.log_softmax(dim=-1)
+        best, index = gates.topk(self.candidates, dim=-1)
+        if not bool(best.isfinite().all()):
+            raise ValueError(
+                f"the {self.variant} predictor's logits hold NaN or inf; its weights are damaged or training diverged"
+            )
+        probability = (logits / self.temperature[:, None]).log_softmax(dim=-1).gather(-1, index)
+        return HashTable(index, best.exp().clamp_(max=1), probability.exp().clamp_(max=1))
+
+    def _folded_step(self) -> FoldedStep:
+        """Folded anew when a weight has been written to, loaded or moved."""
+        if self._folded is not None:
+            weights, version, step = self._folded
+            if _version(weights) == version:
+                return step
+        weights = list(self.net.parameters())
+        self._folded = (weights, _version(weights), FoldedStep(self.net))
+        return self._folded[2]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._folded = None
+        return super().load_state_dict(*args, **kwargs)
+
+
+def _version(weights: list[nn.Parameter]) -> int:
+    """Grows with every write to one of the weights; those made under inference_mode cannot be written to."""
+    return sum(weight._version for weight in weights if not weight.is_inference())
 
 
 class TokenTableDecoder:

@@ -183,7 +183,8 @@ def _forward(decoder: nn.Module, runtime: Runtime, layers: list[str], *args: Any
     table = _predict(runtime, predictor, layers, steps, given, 0 if cache is None else int(cache.get_seq_length()))
     # A predictor whose probabilities can be trusted says from which on an expert is worth reading ahead.
     least = getattr(predictor, "min_need", 0.0)
-    number = runtime.announce({name: table.experts_of(layer, least) for layer, name in enumerate(layers)})
+    wanted = table.experts_by_layer(runtime.header.num_experts, least)
+    number = runtime.announce(dict(zip(layers, wanted, strict=True)))
     try:
         with runtime.batch(number, runtime.current.table):
             output = type(decoder).forward(decoder, *args, **kwargs)

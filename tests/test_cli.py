@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -60,9 +61,11 @@ def texts(tmp_path_factory) -> Path:
     return path
 
 
-def sida(*arguments: object) -> subprocess.CompletedProcess[str]:
+def sida(*arguments: object, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`path`: PYTHONPATH of the command."""
     command = [sys.executable, "-m", "sida_ext.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | ({"PYTHONPATH": path} if path is not None else {})
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_help_names_every_command():
@@ -168,6 +171,24 @@ def test_train_then_run_and_plan(folder, texts, tmp_path):
     assert planned.returncode == 0, planned.stderr
     for name in ("OPT", "next_use", "lru", "lfu", "fifo", "90%"):
         assert name in planned.stdout
+
+
+def test_an_installed_predictor_of_somebody_else_is_named_on_the_command_line(folder, texts, tmp_path):
+    """A package beside ours, as pip leaves it: its entry point is all that we know of it."""
+    package = tmp_path / "somebody_else-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody-else\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[sida_ext.predictors]\npopular = custom_predictor:make\n")
+    examples = Path(__file__).parent.parent / "examples"
+    path = os.pathsep.join([str(tmp_path), str(examples), str(examples.parent)])
+    given = ("run", folder, texts, "--batch-size", 4, "--routing", "predicted", "--expert-memory", "50%")
+    ran = sida(*given, "--predictor", "popular", path=path)
+    assert ran.returncode == 0, ran.stderr
+    unknown = sida(*given, "--predictor", "unpopular", path=path)
+    assert unknown.returncode == 1
+    assert re.search(
+        r"neither a folder with a predictor nor an entry point .*popular", unknown.stderr.replace("\n", " ")
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from reference import build, small_config
@@ -202,4 +204,42 @@ def test_odd_sentences_are_served_under_every_routing(folder, routing):
             torch.testing.assert_close(output.last_hidden_state, true, rtol=0, atol=2e-4)
     with pytest.raises(ValueError, match=r"input_ids\[0, 1\] is 97; the model knows tokens 0..96"):
         list(sida_ext.stream(model, [{"input_ids": torch.tensor([[5, 97]])}], predictor))
+    model.sida.close()
+
+
+@pytest.mark.parametrize("routing", ["router", "predicted", "confident"])
+def test_nan_goes_where_it_goes_in_the_reference(folder, routing):
+    """A weight that is NaN in front of the first MoE layer: its rows are NaN, and nothing hangs or is made up."""
+    reference = SwitchTransformersEncoderModel.from_pretrained(folder).eval()
+    predictor = HashPredictor.for_model(reference).eval()
+    model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="40%", routing=routing)
+    for each in (reference, model):
+        each.encoder.block[0].layer[0].SelfAttention.o.weight.data[0, 0] = float("nan")
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        expected = reference(**batch).last_hidden_state.isnan()
+    assert expected.any()
+    (output,) = sida_ext.stream(model, [batch], predictor)
+    assert torch.equal(output.last_hidden_state.isnan(), expected)
+    model.sida.close()
+
+
+@pytest.mark.parametrize("routing", ["router", "predicted", "confident"])
+def test_a_sentence_of_no_token_is_what_it_is_without_us(folder, routing):
+    """transformers' own model answers, or says what it says; the next batch is served either way."""
+    reference = SwitchTransformersEncoderModel.from_pretrained(folder).eval()
+    predictor = HashPredictor.for_model(reference).eval()
+    model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="40%", routing=routing)
+    empty = {"input_ids": torch.zeros(1, 0, dtype=torch.int64)}
+    try:
+        with torch.no_grad():
+            expected = reference(**empty).last_hidden_state.shape
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+            list(sida_ext.stream(model, [empty], predictor))
+    else:
+        (output,) = sida_ext.stream(model, [empty], predictor)
+        assert output.last_hidden_state.shape == expected
+    (output,) = sida_ext.stream(model, [{"input_ids": torch.tensor([[5, 6]])}], predictor)
+    assert bool(torch.isfinite(output.last_hidden_state).all())
     model.sida.close()

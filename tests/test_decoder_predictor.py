@@ -549,6 +549,59 @@ def test_padding_of_the_encoder_and_of_the_decoder_changes_nothing(model):
     assert predictor.predict(ids).expert_index.shape == (1, 6, LAYERS, 1)  # without an encoder's result
 
 
+def busy(model, **options) -> RecurrentPredictor:
+    """Every weight random, so that no part of the network is without effect."""
+    predictor = recurrent(model, **options)
+    random = torch.Generator().manual_seed(5)
+    for weight in predictor.net.parameters():
+        weight.add_(0.3 * torch.randn(weight.shape, generator=random))
+    return predictor
+
+
+def both_ways(predictor, encoded, ids):
+    """Logits of each token, step by step and as whole rows, and the last states."""
+    state, steps = predictor.start(encoded, None), []
+    for token in ids.split(1, dim=1):
+        logits, state = predictor._step(state, token)
+        steps.append(logits)
+    whole, end = predictor._step(predictor.start(encoded, None), ids)
+    return (torch.cat(steps, 1), state.memory), (whole, end.memory)
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden": 8}, {"cells": 1}, {"hidden": 8, "cells": 1, "stand_in": 4}])
+@pytest.mark.parametrize("source", [0, 5])
+def test_a_folded_step_computes_what_the_network_computes(model, options, source):
+    predictor = busy(model, **options)
+    random = torch.Generator().manual_seed(1)
+    encoded, ids = torch.randn(3, source, 24, generator=random), torch.randint(2, 97, (3, 6), generator=random)
+    with torch.no_grad():
+        ours, theirs = both_ways(predictor, encoded, ids)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert theirs[0].std() > 0.5  # logits that could differ
+
+
+def test_a_folded_step_follows_the_weights(model):
+    predictor, other = busy(model), busy(model, seed=3)
+    encoded, ids = torch.randn(2, 4, 24), torch.randint(2, 97, (2, 3))
+
+    def check():
+        ours, theirs = both_ways(predictor, encoded, ids)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        return ours[0]
+
+    with torch.no_grad():
+        before = check()
+        predictor.net.moe[1].router.weight.mul_(3)
+        written = check()
+        predictor.load_state_dict(other.state_dict())
+        loaded = check()
+        predictor.double().float()
+        check()
+    assert not torch.allclose(before, written)
+    assert not torch.allclose(written, loaded)
+
+
 def tokenizer(text: str, truncation: bool, max_length: int) -> dict[str, list[int]]:
     return {"input_ids": [2 + ord(letter) % 95 for letter in text][:max_length]}
 

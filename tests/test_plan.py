@@ -13,7 +13,7 @@ from reference import build, small_config
 from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from sida_ext.plan import POLICIES, Routing, compare, record_routing
+from sida_ext.plan import POLICIES, ModelledTime, Routing, compare, on_the_clock, record_routing
 
 
 def routing(batches: int, layers: int = 3, experts: int = 16, wanted: int = 4, seed: int = 0) -> Routing:
@@ -88,3 +88,57 @@ def test_next_use_on_real_routing(recorded, perfect):
         assert rate["next_use"] >= max(rate["lru"], rate["lfu"], rate["fifo"]), row
         if rate["opt"] > rate["lru"] + 0.01:
             assert rate["next_use"] > rate["lru"], row
+
+
+A, B = [(0, [0])], [(0, [1])]
+
+
+@pytest.mark.parametrize(
+    ("batches", "slots", "lookahead", "read", "stalled", "seconds"),
+    [
+        # Read once for want, then there: 2 before the layer, 1 of waiting, a half of computing; two more batches.
+        ([A, A, A], 1, 0, 1.0, 1.0, 8.5),
+        # Announced at the start, read while the model computes what comes before.
+        ([A, B, A], 2, 2, 1.0, 0.0, 7.5),
+        # The reader is behind: A is there at 5 and wanted at 2; B is there at 10 and wanted at 7.5.
+        ([A, B], 2, 1, 5.0, 5.5, 10.5),
+        # Two experts of one layer in one slot: the second is read when the first has been computed.
+        ([[(0, [0, 1])]], 1, 0, 1.0, 2.0, 5.0),
+    ],
+)
+def test_the_virtual_clock_counts_what_a_pencil_counts(batches, slots, lookahead, read, stalled, seconds):
+    row = on_the_clock(Routing(1, 2, batches, []), slots, ModelledTime(read, before=2.0, compute=0.5), lookahead)
+    assert row.stalled == pytest.approx(stalled)
+    assert row.seconds == pytest.approx(seconds)
+
+
+def test_two_lanes_read_side_by_side():
+    both = Routing(1, 2, [[(0, [0, 1])]], [])
+    one, two = (on_the_clock(both, 2, ModelledTime(1.0, 0.0, 0.0, lanes), lookahead=0) for lanes in (1, 2))
+    assert (one.stalled, two.stalled) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_true_tables_stall_less_than_wrong_ones_and_both_compute_the_same(seed):
+    true, other = routing(40, seed=seed), routing(40, seed=seed + 100)
+    time = ModelledTime(read=1e-3, before=2e-3, compute=2e-4)
+    told, misled = (on_the_clock(r, 24, time) for r in (true, replace(true, predicted=other.batches)))
+    assert told.wanted == misled.wanted
+    assert told.stalled < misled.stalled
+    assert misled.wasted_prefetches > told.wasted_prefetches
+    for row in (told, misled):
+        computed = sum(len(experts) for batch in true.batches for _, experts in batch) * time.compute
+        assert row.seconds == pytest.approx(row.stalled + 40 * 3 * time.before + computed)
+
+
+@pytest.mark.parametrize(
+    ("time", "says"),
+    [
+        (ModelledTime(-1.0, 0, 0), "read is -1 s"),
+        (ModelledTime(1.0, float("nan"), 0), "before is nan s"),
+        (ModelledTime(1.0, 0, 0, lanes=0), "lanes is 0"),
+    ],
+)
+def test_modelled_times_are_checked(time, says):
+    with pytest.raises(ValueError, match=says):
+        on_the_clock(routing(1), 4, time)

@@ -77,6 +77,20 @@ def test_experts_are_named_once_and_the_most_wanted_first():
     assert table.experts_of(0, min_need=0.4) == [1, 3]
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 3), st.integers(1, 5), st.booleans())
+def test_all_layers_at_once_are_each_layer(seed, rows, width, top_k, calibrated):
+    random = torch.Generator().manual_seed(seed)
+    shape = (rows, width, 3, top_k)
+    index = torch.rand(*shape[:3], 9, generator=random).argsort(-1)[..., :top_k]
+    absent = torch.rand(shape, generator=random) < 0.2
+    gate, probability = (torch.rand(shape, generator=random).masked_fill(absent, 0) for _ in range(2))
+    probability = torch.where(probability > 0.9, 1.0, probability)  # certain ones
+    table = HashTable(index.masked_fill(absent, -1), gate, probability if calibrated else None)
+    for least in (0.0, 0.3, 0.8, 1.0):
+        assert table.experts_by_layer(9, least) == [table.experts_of(layer, least) for layer in range(3)]
+
+
 def test_a_certain_candidate_is_needed_with_probability_one():
     assert table_of([[4], [2]], [[1.0], [0.5]]).need(0)[1].tolist() == [1.0, 0.5]
 

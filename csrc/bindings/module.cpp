@@ -16,6 +16,7 @@
 #include "experts/policy_trace.h"
 #include "experts/store.h"
 #include "experts/transfer.h"
+#include "experts/virtual_clock.h"
 #include "kernels/activation.h"
 #include "kernels/moe_ffn.h"
 #ifdef SIDA_WITH_CUDA
@@ -164,6 +165,29 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
     result = run_optimal(trace, slots);
   }
   return policy_result(result);
+}
+
+py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, const std::string& eviction,
+                      int64_t slots, int lookahead, double read, double before, double compute, int lanes,
+                      const std::vector<Wanted>& predicted) {
+  const RoutingTrace trace = trace_from(layers, experts, batches);
+  const RoutingTrace tables = trace_from(layers, experts, predicted);
+  const PolicyOptions options{.eviction = parse_eviction(eviction), .slots = slots, .lookahead = lookahead};
+  ClockResult result;
+  {
+    const py::gil_scoped_release released;
+    result =
+        run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes}, tables.batches);
+  }
+  py::dict fields;
+  fields["seconds"] = result.seconds;
+  fields["stalled"] = result.stalled;
+  fields["wanted"] = result.wanted;
+  fields["loads"] = result.loads;
+  fields["misses"] = result.demanded_loads;
+  fields["late"] = result.late;
+  fields["wasted_prefetches"] = result.wasted_prefetches;
+  return fields;
 }
 
 py::tuple take_trace(TransferEngine& engine) {
@@ -364,6 +388,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
+  m.def("run_clock", &run_clock_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
+        py::arg("slots"), py::arg("lookahead"), py::arg("read"), py::arg("before"), py::arg("compute"),
+        py::arg("lanes"), py::arg("predicted"));
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
   m.def(

@@ -1,0 +1,127 @@
+#include "experts/virtual_clock.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <utility>
+
+#include "base/error.h"
+
+namespace sida {
+namespace {
+
+// The lanes: commands that a Residency gives become copies with an end on the clock.
+class Lanes {
+ public:
+  Lanes(Residency& residency, double read) : residency_(residency), read_(read) { start(); }
+
+  double now() const { return now_; }
+
+  // Takes what the Residency has to do; a copy that starts ends `read` later.
+  void start() {
+    while (const auto command = residency_.next_command()) {
+      if (command->kind == Command::Kind::give_back) {
+        residency_.given_back(command->slot, command->count);
+      } else {
+        ends_.emplace(now_ + read_, command->slot);
+      }
+    }
+  }
+
+  // Time passes; copies end, and others begin in their place.
+  void advance(double until) {
+    while (!ends_.empty() && ends_.begin()->first <= until) end_first();
+    now_ = until;
+  }
+
+  bool idle() const { return ends_.empty(); }
+
+  void end_first() {
+    const auto [at, slot] = *ends_.begin();
+    ends_.erase(ends_.begin());
+    now_ = std::max(now_, at);
+    residency_.copy_done(slot);
+    start();
+  }
+
+ private:
+  Residency& residency_;
+  const double read_;
+  double now_ = 0;
+  std::multimap<double, int32_t> ends_;  // when a copy is done, and in which slot
+};
+
+// One MoE layer: computes what is there, wave by wave, and waits where nothing is.
+double serve(Residency& residency, Lanes& lanes, const AnnouncedBatch::Layer& layer, BatchId batch, double compute) {
+  double stalled = 0;
+  const DemandId demand = residency.demand(layer.layer, layer.experts, batch);
+  residency.set_waiting(demand, true);
+  lanes.start();
+  while (true) {
+    const Wave wave = residency.take_ready(demand);
+    if (!wave.experts.empty()) {
+      lanes.advance(lanes.now() + compute * static_cast<double>(wave.experts.size()));
+      residency.release(demand, wave);
+      lanes.start();
+      continue;
+    }
+    if (residency.exhausted(demand)) break;
+    if (lanes.idle()) fail(ErrorKind::internal, "a demand of MoE layer ", layer.layer, " cannot be served");
+    const double from = lanes.now();
+    lanes.end_first();
+    stalled += lanes.now() - from;
+  }
+  residency.finish(demand);
+  lanes.start();
+  return stalled;
+}
+
+void check(const char* name, double value) {
+  if (!std::isfinite(value) || value < 0) fail(ErrorKind::invalid, name, " is ", value, " s, expected 0 or more");
+}
+
+}  // namespace
+
+ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, const ModelledTime& time,
+                      const std::vector<AnnouncedBatch>& predicted) {
+  if (!predicted.empty() && predicted.size() != trace.batches.size()) {
+    fail(ErrorKind::invalid, "the trace has ", trace.batches.size(), " batches, but ", predicted.size(),
+         " tables are predicted for it");
+  }
+  if (options.lookahead < 0) fail(ErrorKind::invalid, "lookahead is ", options.lookahead, ", expected 0 or more");
+  if (time.lanes < 1) fail(ErrorKind::invalid, "lanes is ", time.lanes, ", expected at least 1");
+  check("read", time.read);
+  check("before", time.before);
+  check("compute", time.compute);
+  const auto& tables = predicted.empty() ? trace.batches : predicted;
+  Residency residency(
+      {trace.layers, trace.experts, options.slots, time.lanes, options.eviction, options.prefetch_layers});
+  Lanes lanes(residency, time.read);
+  ClockResult result;
+  std::vector<BatchId> numbers;
+  for (size_t i = 0; i < trace.batches.size(); ++i) {
+    if (options.lookahead > 0) {
+      const size_t until = std::min(tables.size(), i + static_cast<size_t>(options.lookahead) + 1);
+      while (numbers.size() < until) numbers.push_back(residency.announce(tables[numbers.size()]));
+      lanes.start();
+    }
+    const BatchId batch = numbers.empty() ? 0 : numbers[i];
+    for (const auto& layer : trace.batches[i].layers) {
+      lanes.advance(lanes.now() + time.before);
+      result.stalled += serve(residency, lanes, layer, batch, time.compute);
+    }
+    if (batch != 0) residency.retire(batch);
+    lanes.start();
+  }
+  result.seconds = lanes.now();
+  for (const LayerCounters& counters : residency.counters()) {
+    result.wanted += counters.unique;
+    result.loads += counters.loads;
+    result.demanded_loads += counters.misses;
+    result.late += counters.late;
+    result.wasted_prefetches += counters.wasted_prefetches;
+  }
+  return result;
+}
+
+}  // namespace sida

@@ -1,0 +1,32 @@
+// A known routing on a virtual clock: the engine's own Residency with copies and computation that take modelled time.
+// The same every time, on every machine.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "experts/policy_trace.h"
+#include "experts/residency.h"
+
+namespace sida {
+
+// Seconds. Copies on different lanes do not slow each other down; `read` is what one takes.
+struct ModelledTime {
+  double read = 1e-3;     // one expert, on one lane
+  double before = 1e-3;   // what a model computes before each of its MoE layers
+  double compute = 1e-4;  // one expert of a layer, on all of its tokens
+  int lanes = 1;
+};
+
+struct ClockResult {
+  double seconds = 0;  // of the whole run
+  double stalled = 0;  // of these, a layer had nothing to compute for want of experts
+  int64_t wanted = 0, loads = 0, demanded_loads = 0, late = 0, wasted_prefetches = 0;
+};
+
+// As `run_policy`, over time. A table is announced as soon as there is room for it in the look-ahead: what predicting
+// takes is not part of the model.
+ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, const ModelledTime& time,
+                      const std::vector<AnnouncedBatch>& predicted = {});
+
+}  // namespace sida
