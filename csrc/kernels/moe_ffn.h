@@ -79,14 +79,24 @@ void moe_ffn(const MoeFfnArgs& args, const ParallelFor& parallel);
 // out[t] = sum over k of partials[t, k] in the order of k, rounded once. Only for top_k > 1.
 void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel);
 
-// The instruction set in force: the best one that this CPU has, or the one that SIDA_CPU names.
-// Throws Error(invalid) if SIDA_CPU names an unknown set or one that the CPU lacks.
+// The instruction set in force: the best of those taken by default that this CPU has, or the one that SIDA_CPU names.
+// Throws Error(invalid) if SIDA_CPU names an unknown set or one that the build or the CPU lacks.
 const char* instruction_set();
 // Floating-point operations a second of `threads` threads that do fused multiply-adds in registers and nothing else, in
 // the instruction set in force; the best of several tries. Takes some 50 ms.
 double measure_multiply_add_rate(int threads);
-// All that this CPU has, best first.
+// All that build and CPU have, best first; those that are not taken by default too.
 std::vector<std::string> instruction_sets();
+
+// exact: products of weights and activations as they are, sums in fp32. fast: activations (x and the hidden layer) are
+// rounded to bfloat16 where weights are bfloat16 and the instruction set in force multiplies such pairs.
+enum class Precision : int32_t { exact, fast };
+// For all calls of the process that begin afterwards; any thread may call it at any time.
+// Throws Error(invalid), naming the set, if the instruction set in force has no `fast`.
+void set_precision(Precision precision);
+Precision precision();
+// Those of the instruction set in force.
+std::vector<Precision> precisions();
 
 }  // namespace cpu
 }  // namespace sida

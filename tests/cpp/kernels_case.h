@@ -4,14 +4,57 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string_view>
 #include <thread>
 #include <vector>
 
+#include "base/error.h"
+#include "check.h"
+#include "emulated/emulated_kernels.h"
+#include "emulated/emulated_tiles.h"
+#include "kernels/cpu/kernels.h"
 #include "kernels/moe_ffn.h"
 
 namespace sida::test {
+
+// What the tests run: the kernels in force, or an emulated set that the program's main has chosen.
+inline EmulatedSet& set_under_test() {
+  static EmulatedSet set{nullptr, false};
+  return set;
+}
+
+inline const cpu::Kernels& kernels_under_test() {
+  return set_under_test().kernels != nullptr ? *set_under_test().kernels : cpu::kernels();
+}
+
+// Runs the tests on the emulated set that SIDA_TEST_SET names, else on the instruction set in force; with the
+// precision that SIDA_TEST_PRECISION names. 77: this machine lacks it.
+inline int run_all_on_chosen_set(int argc, char** argv) {
+  const char* const emulated = std::getenv("SIDA_TEST_SET");
+  const char* const precision = std::getenv("SIDA_TEST_PRECISION");
+  try {
+    if (emulated != nullptr) {
+      set_under_test() = emulated_set(emulated);
+      if (set_under_test().kernels == nullptr) fail(ErrorKind::invalid, "SIDA_TEST_SET is '", emulated, "'");
+    } else if (precision != nullptr && std::string_view(precision) == "fast") {
+      cpu::set_precision(cpu::Precision::fast);
+      set_under_test() = {&cpu::kernels(), true};
+    }
+    std::cout << (emulated != nullptr ? "emulated: " : "instruction set: ") << kernels_under_test().name << std::endl;
+  } catch (const Error& error) {
+    std::cout << "skipped: " << error.what() << std::endl;
+    return emulated != nullptr ? 1 : 77;
+  }
+  const int result = run_all(argc, argv);
+  for (const std::string& fault : take_faults()) {
+    std::cerr << "fault: " << fault << std::endl;
+    return 1;
+  }
+  return result;
+}
 
 inline uint16_t to_bf16(float value) {
   uint32_t bits;
@@ -285,11 +328,15 @@ struct Call {
             shape.top_k > 1 ? reinterpret_cast<float*>(partials.data()) : nullptr};
   }
 
+  static void run_wave(const MoeFfnArgs& args, const ParallelFor& parallel) {
+    cpu::moe_ffn_with(kernels_under_test(), args, parallel);
+  }
+
   void run(int thread_count) {
     const MoeFfnArgs all = args();
     const ParallelFor parallel = threads(thread_count);
-    cpu::moe_ffn(all, parallel);
-    if (shape.top_k > 1) cpu::moe_ffn_combine(all, parallel);
+    run_wave(all, parallel);
+    if (shape.top_k > 1) cpu::moe_ffn_combine_with(kernels_under_test(), all, parallel);
   }
 
   std::vector<char> bits() const { return {out.data(), out.data() + out.bytes()}; }
@@ -311,6 +358,10 @@ struct Call {
     expected.assign(s.tokens * s.d_model, 0.0);
     allowed.assign(s.tokens * s.d_model, 0.0);
     const int64_t wi_rows = s.gated ? 2 * s.d_ff : s.d_ff;
+    // Of a dot product, relative to the sum of the magnitudes of its products. Rounding a factor to bfloat16 moves it
+    // by 2^-8 of its size at most.
+    const double rounding = set_under_test().rounds && s.w_dtype == DType::bf16 ? 0x1p-8 : 0.0;
+    const double relative = 1e-5 + rounding;
     for (int64_t t = 0; t < s.tokens; ++t) {
       for (int64_t k = 0; k < s.top_k; ++k) {
         const int32_t expert = expert_index[t * s.top_k + k];
@@ -330,15 +381,18 @@ struct Call {
             return sum;
           };
           double magnitude, up_magnitude = 0.0;
-          const double z = product(f, magnitude), error = 1e-5 * magnitude;
+          const double z = product(f, magnitude), error = relative * magnitude;
           const double a = reference_activation(s.activation, z);
           h[f] = a;
-          h_error[f] = std::max(std::fabs(reference_activation(s.activation, z + error) - a),
-                                std::fabs(reference_activation(s.activation, z - error) - a));
+          // An activation may turn within a wide interval: its ends alone do not bound it.
+          for (int step = rounding > 0.0 ? -8 : -1; step <= (rounding > 0.0 ? 8 : 1); ++step) {
+            const double moved = z + error * step / (rounding > 0.0 ? 8 : 1);
+            h_error[f] = std::max(h_error[f], std::fabs(reference_activation(s.activation, moved) - a));
+          }
           if (s.gated) {
             const double up = product(s.d_ff + f, up_magnitude);
             h[f] = a * up;
-            h_error[f] = h_error[f] * std::fabs(up) + std::fabs(a) * 1e-5 * up_magnitude;
+            h_error[f] = h_error[f] * std::fabs(up) + (std::fabs(a) + h_error[f] * rounding) * relative * up_magnitude;
           }
         }
         const double g = gate[t * s.top_k + k];
@@ -348,10 +402,10 @@ struct Call {
             const double w = weight(wo, wo_scale, slot, wo_slot, wo_row, s.d_model, d, f);
             sum += w * h[f];
             magnitude += std::fabs(w * h[f]);
-            carried += std::fabs(w) * h_error[f];
+            carried += std::fabs(w) * h_error[f] * (1.0 + rounding);
           }
           expected[t * s.d_model + d] += g * sum;
-          allowed[t * s.d_model + d] += std::fabs(g) * (1e-5 * magnitude + carried);
+          allowed[t * s.d_model + d] += std::fabs(g) * (relative * magnitude + carried);
         }
       }
     }

@@ -1,8 +1,6 @@
 // The vectorised activations against float64, through a one-by-one "expert" whose hidden value is the argument.
 #include <algorithm>
 
-#include "base/error.h"
-#include "check.h"
 #include "kernels/activation.h"
 #include "kernels/route.h"
 #include "kernels_case.h"
@@ -37,7 +35,7 @@ std::vector<float> activate(Activation activation, const std::vector<float>& x) 
                         false,
                         out.data(),
                         nullptr};
-  cpu::moe_ffn(args, threads(1));
+  Call::run_wave(args, threads(1));
   return out;
 }
 
@@ -129,11 +127,5 @@ SIDA_TEST(capacity_counts_within_a_sequence_and_an_expert) {
 }
 
 int main(int argc, char** argv) {
-  try {
-    cpu::instruction_set();
-  } catch (const Error& error) {
-    std::cout << "skipped: " << error.what() << std::endl;
-    return 77;
-  }
-  return run_all(argc, argv);
+  return run_all_on_chosen_set(argc, argv);
 }

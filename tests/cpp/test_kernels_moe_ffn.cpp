@@ -2,8 +2,6 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "base/error.h"
-#include "check.h"
 #include "kernels_case.h"
 
 using namespace sida;
@@ -135,9 +133,9 @@ SIDA_TEST(waves_and_slots_do_not_change_bits) {
     for (int64_t e = shape.experts - 1; e >= 0; --e) {
       std::fill(call.slot_of_expert.begin(), call.slot_of_expert.end(), -1);
       call.slot_of_expert[e] = slots[e];
-      cpu::moe_ffn(call.args(), parallel);
+      Call::run_wave(call.args(), parallel);
     }
-    if (shape.top_k > 1) cpu::moe_ffn_combine(call.args(), parallel);
+    if (shape.top_k > 1) cpu::moe_ffn_combine_with(kernels_under_test(), call.args(), parallel);
     if (call.bits() != together) report(__FILE__, __LINE__, describe(shape) + ": other bits in waves");
   }
 }
@@ -243,15 +241,9 @@ SIDA_TEST(partials_must_go_with_top_k) {
   Call call({2, 2, 8, 8, 2, 2, DType::f32, DType::f32, Activation::relu, false}, 1);
   MoeFfnArgs args = call.args();
   args.partials = nullptr;
-  CHECK_THROWS(cpu::moe_ffn(args, threads(1)), Error, "partials is null with top_k 2");
+  CHECK_THROWS(Call::run_wave(args, threads(1)), Error, "partials is null with top_k 2");
 }
 
 int main(int argc, char** argv) {
-  try {
-    std::cout << "instruction set: " << cpu::instruction_set() << std::endl;
-  } catch (const Error& error) {
-    std::cout << "skipped: " << error.what() << std::endl;
-    return 77;
-  }
-  return run_all(argc, argv);
+  return run_all_on_chosen_set(argc, argv);
 }

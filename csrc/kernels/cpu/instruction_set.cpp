@@ -1,83 +1,134 @@
-// Chooses the kernels at run time: the widest vectors that CPU and operating system support, or what SIDA_CPU names.
+// Chooses the kernels at run time: the widest vectors that CPU and operating system support, or what SIDA_CPU names,
+// and of that set those of the precision that is asked for.
+#include "kernels/cpu/instruction_set.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "base/error.h"
-#include "kernels/cpu/kernels.h"
 
 namespace sida::cpu {
 namespace {
 
-struct Choice {
-  std::string_view name;
-  const Kernels* (*kernels)();  // null: not compiled for this architecture
-  bool (*is_supported)();
-};
+constexpr std::array<std::string_view, 5> known_names{"scalar", "avx2", "avx512", "amx", "neon"};
 
-bool always() {
-  return true;
-}
-
-// __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers.
 #if defined(__x86_64__)
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-constexpr Choice choices[] = {
-    {"avx512", avx512_kernels, has_avx512}, {"avx2", avx2_kernels, has_avx2}, {"scalar", scalar_kernels, always}};
+constexpr const char* architecture = "x86-64";
+constexpr InstructionSet sets[] = {
+    // Not by default: it has run under emulation only, never on a CPU that has it.
+    {"amx", false, amx_kernels, lacks_for_amx, amx_fast_kernels, lacks_nothing, request_tile_registers},
+    {"avx512", true, avx512_kernels, lacks_for_avx512, avx512_fast_kernels, lacks_for_avx512_bf16, nullptr},
+    {"avx2", true, avx2_kernels, lacks_for_avx2, nullptr, nullptr, nullptr},
+    {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #elif defined(__aarch64__)
-constexpr Choice choices[] = {{"neon", neon_kernels, always}, {"scalar", scalar_kernels, always}};
+constexpr const char* architecture = "AArch64";
+constexpr InstructionSet sets[] = {{"neon", true, neon_kernels, lacks_nothing, nullptr, nullptr, nullptr},
+                                   {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #else
-constexpr Choice choices[] = {{"scalar", scalar_kernels, always}};
+constexpr const char* architecture = "this architecture";
+constexpr InstructionSet sets[] = {{"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #endif
 
-std::string available() {
+std::string available(const CpuFeatures& cpu) {
   std::string text;
-  for (const std::string& name : instruction_sets()) text.append(text.empty() ? "" : ", ").append(name);
+  for (const InstructionSet& set : sets) {
+    if (set.lacks(cpu).empty()) text.append(text.empty() ? "" : ", ").append(set.name);
+  }
   return text;
 }
 
-const Kernels* choose() {
-  const char* const wanted = std::getenv("SIDA_CPU");
-  if (wanted == nullptr || *wanted == '\0') {
-    for (const Choice& choice : choices) {
-      if (choice.is_supported()) return choice.kernels();
+// What is in force in this process.
+struct InForce {
+  const InstructionSet& set;
+  std::string why_not_fast;
+
+  InForce() : set(choose_set(std::getenv("SIDA_CPU"), detect_cpu())) {
+    if (set.request != nullptr) {
+      if (const std::string refused = set.request(); !refused.empty()) {
+        fail(ErrorKind::invalid, "SIDA_CPU is '", set.name, "', but ", refused,
+             "; unset it or choose another of: ", available(detect_cpu()));
+      }
     }
+    why_not_fast = lacks_for_fast(set, detect_cpu());
   }
-  for (const Choice& choice : choices) {
-    if (choice.name != wanted) continue;
-    if (choice.is_supported()) return choice.kernels();
-    fail(ErrorKind::invalid, "SIDA_CPU is '", wanted, "', which this CPU or its operating system does not support; ",
-         "available here: ", available(), "; unset it to use the best of them");
-  }
-  fail(ErrorKind::invalid, "SIDA_CPU is '", wanted, "', which is unknown to this build; available here: ", available(),
-       "; unset it to use the best of them");
+};
+
+const InForce& in_force() {
+  // A throw leaves the static unset, so a caller who corrects SIDA_CPU can go on.
+  static const InForce chosen;
+  return chosen;
 }
+
+std::atomic<Precision> current_precision{Precision::exact};
 
 }  // namespace
 
+std::span<const InstructionSet> built_sets() {
+  return sets;
+}
+
+std::string lacks_for_fast(const InstructionSet& set, const CpuFeatures& cpu) {
+  if (set.fast == nullptr) return "an instruction that rounds activations";
+  return set.lacks_for_fast(cpu);
+}
+
+const InstructionSet& choose_set(const char* wanted, const CpuFeatures& cpu) {
+  if (wanted == nullptr || *wanted == '\0') {
+    // The last set is always supported.
+    return *std::ranges::find_if(sets,
+                                 [&](const InstructionSet& set) { return set.by_default && set.lacks(cpu).empty(); });
+  }
+  for (const InstructionSet& set : sets) {
+    if (set.name != wanted) continue;
+    const std::string missing = set.lacks(cpu);
+    if (missing.empty()) return set;
+    fail(ErrorKind::invalid, "SIDA_CPU is '", wanted, "', but this machine lacks ", missing,
+         "; available here: ", available(cpu), "; unset it to use the best of them");
+  }
+  const bool is_known = std::ranges::find(known_names, std::string_view(wanted)) != known_names.end();
+  fail(ErrorKind::invalid, "SIDA_CPU is '", wanted, "', ", is_known ? "which this build for " : "which no build has (",
+       is_known ? architecture : "scalar, avx2, avx512, amx, neon", is_known ? " does not have" : ")",
+       "; available here: ", available(cpu), "; unset it to use the best of them");
+}
+
 const Kernels& kernels() {
-  // A throw leaves the static unset, so a caller who corrects SIDA_CPU can go on.
-  static const Kernels* const chosen = choose();
-  return *chosen;
+  const InstructionSet& set = in_force().set;
+  return current_precision.load(std::memory_order_relaxed) == Precision::fast ? *set.fast() : *set.exact();
 }
 
 const char* instruction_set() {
-  return kernels().name;
+  return in_force().set.exact()->name;
 }
 
 std::vector<std::string> instruction_sets() {
+  const CpuFeatures cpu = detect_cpu();
   std::vector<std::string> names;
-  for (const Choice& choice : choices) {
-    if (choice.is_supported()) names.emplace_back(choice.name);
+  for (const InstructionSet& set : sets) {
+    if (set.lacks(cpu).empty()) names.emplace_back(set.name);
   }
   return names;
+}
+
+void set_precision(Precision precision) {
+  const InForce& now = in_force();
+  if (precision == Precision::fast && !now.why_not_fast.empty()) {
+    fail(ErrorKind::invalid, "precision is 'fast', but the instruction set in force, ", now.set.name, ", lacks ",
+         now.why_not_fast, ", so that it would change nothing; expected 'exact'");
+  }
+  current_precision.store(precision, std::memory_order_relaxed);
+}
+
+Precision precision() {
+  return current_precision.load(std::memory_order_relaxed);
+}
+
+std::vector<Precision> precisions() {
+  if (in_force().why_not_fast.empty()) return {Precision::exact, Precision::fast};
+  return {Precision::exact};
 }
 
 }  // namespace sida::cpu

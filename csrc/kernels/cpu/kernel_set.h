@@ -17,7 +17,7 @@ struct KernelSet {
   // A block's tiles: tile i covers tokens [first(i), first(i + 1)).
   struct Tiles {
     int64_t tokens, count;
-    explicit Tiles(int64_t n) : tokens(n), count((n + S::tile_tokens - 1) / S::tile_tokens) {}
+    explicit Tiles(int64_t n, int64_t most = S::tile_tokens) : tokens(n), count((n + most - 1) / most) {}
     int64_t first(int64_t i) const { return tokens * i / count; }
   };
 
@@ -39,29 +39,42 @@ struct KernelSet {
     store<S>(to + S::lanes, high);
   }
 
-  static void pack(const Pack& args) {
-    const Tiles tiles(args.panel.tokens);
+  // Calls store(first, n, t, k, low, high) for every group of columns: token t of the tile of n tokens that begins at
+  // token `first`, columns [k, k + group) as two vectors in natural order, zeros past the end.
+  template <class Store>
+  static void gather(const Pack& args, const Tiles& tiles, Store store) {
     const int64_t element = args.x_dtype == DType::f32 ? 4 : 2;
     const int64_t whole = args.panel.width / group * group;
+    const auto widened = [&](const char* from, int64_t i) {
+      return load_as_float<S>(args.x_dtype, from + i * S::lanes * element);
+    };
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t begin = tiles.first(i), n = tiles.first(i + 1) - begin;
       for (int64_t t = 0; t < n; ++t) {
         const char* row =
             static_cast<const char*>(args.x) + args.entries[begin + t] / args.top_k * args.x_row_stride * element;
-        float* to = args.panel.data + begin * args.panel.padded_width + t * group;
-        for (int64_t k = 0; k < whole; k += group, row += group * element, to += n * group) {
-          store_group(to, load_as_float<S>(args.x_dtype, row), load_as_float<S>(args.x_dtype, row + S::lanes * element),
-                      is_paired(args.w_dtype));
+        for (int64_t k = 0; k < whole; k += group, row += group * element) {
+          store(begin, n, t, k, widened(row, 0), widened(row, 1));
         }
         if (whole < args.panel.width) {
           char tail[group * 4] = {};
           __builtin_memcpy(tail, row, (args.panel.width - whole) * element);
-          store_group(to, load_as_float<S>(args.x_dtype, tail),
-                      load_as_float<S>(args.x_dtype, tail + S::lanes * element), is_paired(args.w_dtype));
+          store(begin, n, t, whole, widened(tail, 0), widened(tail, 1));
         }
       }
     }
   }
+
+  // Where gather and activate_into put their vectors in a panel of fp32.
+  static auto into_panel(const Panel& panel, DType w_dtype) {
+    return [panel, paired = is_paired(w_dtype)](int64_t first, int64_t n, int64_t t, int64_t k, F low, F high) {
+      store_group(panel.data + first * panel.padded_width + k * n + t * group, low, high, paired);
+    };
+  }
+
+  static PanelForm panel_form(DType, DType, int64_t width) { return {(width + group - 1) / group * group, 0}; }
+
+  static void pack(const Pack& args) { gather(args, Tiles(args.panel.tokens), into_panel(args.panel, args.w_dtype)); }
 
   // Calls body.operator()<N>() for n tokens in tiles of R rows.
   template <int R, class Body>
@@ -91,7 +104,7 @@ struct KernelSet {
   // meanwhile.
   template <DType dtype, int R>
   static void stream_rows(const Project& args, const Tiles& tiles, int64_t row) {
-    const int64_t row_bytes = args.row_stride * Weights<S, dtype>::bytes;
+    const int64_t row_bytes = args.row_bytes;
     const char* const w = static_cast<const char*>(args.w) + row * row_bytes;
     const bool has_next = row + R < args.rows + args.rows_after;
     for (int64_t i = 0; i < tiles.count; ++i) {
@@ -110,7 +123,7 @@ struct KernelSet {
   template <DType dtype, int R>
   static void block_rows(const Project& args, const Tiles& tiles, int64_t first_row, int64_t rows) {
     constexpr int64_t bytes = Weights<S, dtype>::bytes;
-    const int64_t row_bytes = args.row_stride * bytes, width = args.x.width;
+    const int64_t row_bytes = args.row_bytes, width = args.x.width;
     const char* const matrix = static_cast<const char*>(args.w);
     const int64_t pieces = tiles.count / R;  // pieces of a row that make up for rows / R * tiles.count tiles
     for (int64_t begin = 0; begin < width; begin += S::segment) {
@@ -213,61 +226,65 @@ struct KernelSet {
     return value;
   }
 
-  template <Activation activation>
-  static void activate_as(const Activate& args) {
-    const Tiles tiles(args.h.tokens);
+  template <Activation activation, class Store>
+  static void activate_as(const Activate& args, const Tiles& tiles, Store store) {
     for (int64_t i = 0; i < tiles.count; ++i) {
       const int64_t begin = tiles.first(i), n = tiles.first(i + 1) - begin;
       for (int64_t t = 0; t < n; ++t) {
         const float* const sums = args.sums + (begin + t) * args.sums_stride;
         const float* const up = args.up_sums == nullptr ? nullptr : args.up_sums + (begin + t) * args.sums_stride;
-        float* const to = args.h.data + begin * args.h.padded_width + args.row_begin * n + t * group;
         for (int64_t row = 0; row < args.rows; row += group) {
-          store_group(to + row * n, hidden<activation>(args, sums, up, row),
-                      hidden<activation>(args, sums, up, row + S::lanes), is_paired(args.w_dtype));
+          store(begin, n, t, args.row_begin + row, hidden<activation>(args, sums, up, row),
+                hidden<activation>(args, sums, up, row + S::lanes));
         }
       }
     }
   }
 
-  static void activate(const Activate& args) {
+  // The hidden layer's columns to store(first, n, t, k, low, high), as gather does.
+  template <class Store>
+  static void activate_into(const Activate& args, const Tiles& tiles, Store store) {
     using enum Activation;
     switch (args.activation) {
       case relu:
-        return activate_as<relu>(args);
+        return activate_as<relu>(args, tiles, store);
       case gelu:
-        return activate_as<gelu>(args);
+        return activate_as<gelu>(args, tiles, store);
       case gelu_new:
-        return activate_as<gelu_new>(args);
+        return activate_as<gelu_new>(args, tiles, store);
       case silu:
-        return activate_as<silu>(args);
+        return activate_as<silu>(args, tiles, store);
       case gelu_10:
-        return activate_as<gelu_10>(args);
+        return activate_as<gelu_10>(args, tiles, store);
       case quick_gelu:
-        return activate_as<quick_gelu>(args);
+        return activate_as<quick_gelu>(args, tiles, store);
       case tanh:
-        return activate_as<tanh>(args);
+        return activate_as<tanh>(args, tiles, store);
       case sigmoid:
-        return activate_as<sigmoid>(args);
+        return activate_as<sigmoid>(args, tiles, store);
       case relu2:
-        return activate_as<relu2>(args);
+        return activate_as<relu2>(args, tiles, store);
       case relu6:
-        return activate_as<relu6>(args);
+        return activate_as<relu6>(args, tiles, store);
       case leaky_relu:
-        return activate_as<leaky_relu>(args);
+        return activate_as<leaky_relu>(args, tiles, store);
       case hardswish:
-        return activate_as<hardswish>(args);
+        return activate_as<hardswish>(args, tiles, store);
       case mish:
-        return activate_as<mish>(args);
+        return activate_as<mish>(args, tiles, store);
       case laplace:
-        return activate_as<laplace>(args);
+        return activate_as<laplace>(args, tiles, store);
       case softplus:
-        return activate_as<softplus>(args);
+        return activate_as<softplus>(args, tiles, store);
       case sqrtsoftplus:
-        return activate_as<sqrtsoftplus>(args);
+        return activate_as<sqrtsoftplus>(args, tiles, store);
       case linear:
-        return activate_as<linear>(args);
+        return activate_as<linear>(args, tiles, store);
     }
+  }
+
+  static void activate(const Activate& args) {
+    activate_into(args, Tiles(args.h.tokens), into_panel(args.h, args.w_dtype));
   }
 
   // Stores the first `count` <= lanes elements of value, rounded to dtype.
@@ -319,8 +336,8 @@ struct KernelSet {
     return total[0];
   }
 
-  static constexpr Kernels table{S::name, group,   S::tile_tokens, common_rows(),    pack, project, activate,
-                                 finish,  combine, multiply_add,   chains * S::lanes};
+  static constexpr Kernels table{S::name, group,    S::tile_tokens, common_rows(), panel_form,   pack,
+                                 project, activate, finish,         combine,       multiply_add, chains * S::lanes};
 };
 
 }  // namespace sida::cpu

@@ -145,12 +145,15 @@ struct Tile {
         tile.multiply(at, row_bytes, token, groups, [&](const char* now, int64_t) {
           if (until-- != 0) return;
           until = next.period - 1;
-          const uintptr_t wanted = reinterpret_cast<uintptr_t>(now) + next.ahead;
+          uintptr_t wanted = reinterpret_cast<uintptr_t>(now) + next.ahead;
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < R; ++r, wanted += row_bytes) {
+            // From row to row, and the compiler may not know: all rows' offsets, made ahead of the loop, would not fit
+            // in the registers.
+            asm("" : "+r"(wanted));
 #pragma GCC unroll 4
             for (int64_t line = 0; line < group_bytes; line += 64) {
-              __builtin_prefetch(reinterpret_cast<const char*>(wanted + r * row_bytes + line), 0, 2);
+              __builtin_prefetch(reinterpret_cast<const char*>(wanted + line), 0, 2);
             }
           }
         });

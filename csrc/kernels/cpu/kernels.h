@@ -15,10 +15,18 @@ namespace sida::cpu {
 // Tokens are held in fp32 panels in the order in which a tile reads them. n tokens of width k form
 // ceil(n / tile_tokens) tiles of nearly equal width N; a tile is [padded k / group][N][group], so tile i begins
 // at float first_token(i) * padded k. Columns past k are zero. Within a group of 2 * lanes elements the order is
-// that in which the weights unfold: natural, or for bfloat16 even elements first (see kernel_tile.h).
+// that in which the weights unfold: natural, or for bfloat16 even elements first (see kernel_tile.h). Kernels that
+// multiply bfloat16 by bfloat16 hold the tokens in panels of their own form (kernel_amx.h, kernel_dot.h).
 struct Panel {
   float* data;
-  int64_t tokens, width, padded_width;
+  int64_t tokens, width;
+  int64_t padded_width;  // floats of memory for each token
+  int terms;             // 0: fp32; else the bfloat16 terms that each value is the sum of (bf16_terms.h)
+};
+
+struct PanelForm {
+  int64_t padded_width;
+  int terms;
 };
 
 struct Pack {
@@ -33,8 +41,8 @@ struct Pack {
 // sums[t * sums_stride + r] = w[r] . x[t], before scales
 struct Project {
   DType w_dtype;
-  const void* w;       // first row
-  int64_t row_stride;  // elements
+  const void* w;      // first row
+  int64_t row_bytes;  // from one row to the next
   int64_t rows;
   int64_t rows_after;  // of the same matrix, that the caller will want next: worth a prefetch
   Panel x;
@@ -61,6 +69,9 @@ struct Kernels {
   int64_t group;        // elements of a panel's group
   int64_t tile_tokens;  // most tokens in a tile
   int64_t tile_rows;    // a multiple of every tile's rows
+  // How a panel of `width` columns must be held to be multiplied with weights of w_dtype; values: x's dtype, or f32 for
+  // the hidden layer.
+  PanelForm (*panel_form)(DType values, DType w_dtype, int64_t width);
   void (*pack)(const Pack&);
   void (*project)(const Project&);
   void (*activate)(const Activate&);
@@ -73,12 +84,19 @@ struct Kernels {
   int64_t multiply_adds;
 };
 
-const Kernels* scalar_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx512_kernels();
-const Kernels* neon_kernels();
+const Kernels* scalar_kernels() noexcept;
+const Kernels* avx2_kernels() noexcept;
+const Kernels* avx512_kernels() noexcept;
+const Kernels* avx512_fast_kernels() noexcept;
+const Kernels* amx_kernels() noexcept;
+const Kernels* amx_fast_kernels() noexcept;
+const Kernels* neon_kernels() noexcept;
 
-// The table of the instruction set in force; see instruction_set() in moe_ffn.h.
+// The table of the instruction set and the precision in force; see moe_ffn.h.
 const Kernels& kernels();
+
+// moe_ffn and moe_ffn_combine with a table that is not the one in force.
+void moe_ffn_with(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel);
+void moe_ffn_combine_with(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel);
 
 }  // namespace sida::cpu

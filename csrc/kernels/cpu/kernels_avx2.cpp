@@ -5,7 +5,7 @@
 
 namespace sida::cpu {
 
-const Kernels* avx2_kernels() {
+const Kernels* avx2_kernels() noexcept {
   return &KernelSet<Simd>::table;
 }
 

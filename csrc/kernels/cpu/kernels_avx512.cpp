@@ -5,7 +5,7 @@
 
 namespace sida::cpu {
 
-const Kernels* avx512_kernels() {
+const Kernels* avx512_kernels() noexcept {
   return &KernelSet<Simd>::table;
 }
 

@@ -5,7 +5,7 @@
 
 namespace sida::cpu {
 
-const Kernels* neon_kernels() {
+const Kernels* neon_kernels() noexcept {
   return &KernelSet<Simd>::table;
 }
 

@@ -5,7 +5,7 @@
 
 namespace sida::cpu {
 
-const Kernels* scalar_kernels() {
+const Kernels* scalar_kernels() noexcept {
   return &KernelSet<Simd>::table;
 }
 

@@ -81,7 +81,7 @@ void wait_for(const std::atomic<int64_t>& left) {
 
 // Sizes and places of the buffers, in floats.
 struct Layout {
-  int64_t x_width, h_width;        // padded
+  PanelForm x, h;
   int64_t x_panel, h_panel, sums;  // of one worker
   int64_t sums_stride;
   int64_t worker;       // all of one worker's
@@ -90,8 +90,8 @@ struct Layout {
 
 class Call {
  public:
-  Call(const MoeFfnArgs& args, const ParallelFor& parallel)
-      : args_(args), kernels_(kernels()), plan_(make_dispatch_plan(request(args, parallel, kernels_))) {}
+  Call(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel)
+      : args_(args), kernels_(kernels), plan_(make_dispatch_plan(request(args, parallel, kernels_))) {}
 
   void run(const ParallelFor& parallel) {
     if (plan_.tasks.empty()) return;
@@ -120,11 +120,11 @@ class Call {
 
   void lay_out() {
     const int64_t tokens = plan_.largest_block;
-    layout_.x_width = round_up(args_.d_model, kernels_.group);
-    layout_.h_width = round_up(args_.d_ff, kernels_.group);
+    layout_.x = kernels_.panel_form(args_.x_dtype, args_.w_dtype, args_.d_model);
+    layout_.h = kernels_.panel_form(DType::f32, args_.w_dtype, args_.d_ff);
     layout_.sums_stride = rows_at_once;
-    layout_.x_panel = round_up(tokens * layout_.x_width, cache_line);
-    layout_.h_panel = round_up(tokens * layout_.h_width, cache_line);
+    layout_.x_panel = round_up(tokens * layout_.x.padded_width, cache_line);
+    layout_.h_panel = round_up(tokens * layout_.h.padded_width, cache_line);
     layout_.sums = tokens * layout_.sums_stride;
     layout_.worker = layout_.x_panel + layout_.h_panel + 2 * layout_.sums;
     layout_.split_panel = layout_.h_panel;
@@ -178,10 +178,16 @@ class Call {
     return matrix.scale == nullptr ? nullptr : matrix.scale + slot * matrix.scale_slot_stride + row;
   }
 
+  Panel hidden_panel(const TokenBlock& block, float* h) const {
+    return {h, block.tokens, args_.d_ff, layout_.h.padded_width, layout_.h.terms};
+  }
+
+  int64_t row_bytes(const ExpertMatrix& matrix) const { return matrix.row_stride * element_bytes(args_.w_dtype); }
+
   // Rows [begin, end) of the block's hidden layer.
   void up(int64_t index, int64_t begin, int64_t end, float* h, Buffers& buffers) {
     const TokenBlock& block = plan_.blocks[index];
-    const Panel x{buffers.x, block.tokens, args_.d_model, layout_.x_width};
+    const Panel x{buffers.x, block.tokens, args_.d_model, layout_.x.padded_width, layout_.x.terms};
     if (buffers.packed_block != index) {
       kernels_.pack({args_.x_dtype, args_.w_dtype, args_.x, args_.x_row_stride, plan_.entries.data() + block.first,
                      args_.top_k, x});
@@ -190,7 +196,7 @@ class Call {
     for (int64_t first = begin; first < end; first += rows_at_once) {
       const int64_t rows = std::min(rows_at_once, end - first);
       const auto project = [&](int64_t wi_row, float* sums) {
-        kernels_.project({args_.w_dtype, row(args_.wi, args_.w_dtype, block.slot, wi_row), args_.wi.row_stride, rows,
+        kernels_.project({args_.w_dtype, row(args_.wi, args_.w_dtype, block.slot, wi_row), row_bytes(args_.wi), rows,
                           end - first - rows, x, sums, layout_.sums_stride});
       };
       project(first, buffers.sums);
@@ -198,7 +204,7 @@ class Call {
       kernels_.activate({args_.activation, args_.w_dtype, buffers.sums, args_.gated ? buffers.up_sums : nullptr,
                          layout_.sums_stride, scale(args_.wi, block.slot, first),
                          args_.gated ? scale(args_.wi, block.slot, args_.d_ff + first) : nullptr, first, rows,
-                         Panel{h, block.tokens, args_.d_ff, layout_.h_width}});
+                         hidden_panel(block, h)});
     }
   }
 
@@ -209,9 +215,8 @@ class Call {
     char* const out = args_.top_k == 1 ? static_cast<char*>(args_.out) : reinterpret_cast<char*>(args_.partials);
     for (int64_t first = begin; first < end; first += rows_at_once) {
       const int64_t rows = std::min(rows_at_once, end - first);
-      kernels_.project({args_.w_dtype, row(args_.wo, args_.w_dtype, block.slot, first), args_.wo.row_stride, rows,
-                        end - first - rows, Panel{h, block.tokens, args_.d_ff, layout_.h_width}, buffers.sums,
-                        layout_.sums_stride});
+      kernels_.project({args_.w_dtype, row(args_.wo, args_.w_dtype, block.slot, first), row_bytes(args_.wo), rows,
+                        end - first - rows, hidden_panel(block, h), buffers.sums, layout_.sums_stride});
       for (int64_t t = 0; t < block.tokens; ++t) {
         const int64_t entry = plan_.entries[block.first + t];
         kernels_.finish(buffers.sums + t * layout_.sums_stride, rows, scale(args_.wo, block.slot, first),
@@ -233,16 +238,20 @@ class Call {
 
 }  // namespace
 
-void moe_ffn(const MoeFfnArgs& args, const ParallelFor& parallel) {
+void moe_ffn_with(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel) {
   if ((args.top_k == 1) != (args.partials == nullptr)) {
     fail(ErrorKind::invalid, "moe_ffn: partials is ", args.partials == nullptr ? "null" : "given", " with top_k ",
          args.top_k, "; it is given if and only if top_k is above 1");
   }
   if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return;
-  Call(args, parallel).run(parallel);
+  Call(kernels, args, parallel).run(parallel);
 }
 
-void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel) {
+void moe_ffn(const MoeFfnArgs& args, const ParallelFor& parallel) {
+  moe_ffn_with(kernels(), args, parallel);
+}
+
+void moe_ffn_combine_with(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel) {
   if (args.top_k < 2) {
     fail(ErrorKind::invalid, "moe_ffn_combine: top_k is ", args.top_k, "; there are partials to combine only above 1");
   }
@@ -253,7 +262,7 @@ void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel) {
   };
   constexpr int64_t floats_at_once = 64 * 1024;  // below it, starting a thread costs more than it gives
   const int64_t per_token = std::max<int64_t>(args.top_k * args.d_model, 1);
-  Context context{args, kernels(), std::max<int64_t>(floats_at_once / per_token, 1)};
+  Context context{args, kernels, std::max<int64_t>(floats_at_once / per_token, 1)};
   const int64_t chunks = (args.tokens + context.chunk - 1) / context.chunk;
   parallel.run(
       chunks,
@@ -266,6 +275,10 @@ void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel) {
         }
       },
       &context);
+}
+
+void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel) {
+  moe_ffn_combine_with(kernels(), args, parallel);
 }
 
 }  // namespace sida::cpu

@@ -3,23 +3,13 @@
 
 #include <immintrin.h>
 
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/simd_512_shape.h"
 
 namespace sida::cpu {
 namespace {
 
-struct Simd {
+struct Simd : Simd512Shape {
   static constexpr const char* name = "avx512";
-  static constexpr int lanes = 16;
-  using Types = VectorOf<lanes>;
-  using F = Types::F;
-  using I = Types::I;
-
-  static constexpr int64_t segment = 4096;
-
-  // 32 registers: 24 sums, the tokens' vectors and one row of weights.
-  static constexpr int tile_tokens = 4;
-  static constexpr int tile_rows(int tokens) { return tokens == 4 ? 6 : 8; }
 
   // Hides from the compiler that the value could be loaded again.
   static F in_register(F value) {

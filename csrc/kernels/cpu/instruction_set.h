@@ -1,0 +1,36 @@
+// The instruction sets that this build has, and the rules by which one is chosen.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "kernels/cpu/cpu_features.h"
+#include "kernels/cpu/kernels.h"
+
+namespace sida::cpu {
+
+struct InstructionSet {
+  std::string_view name;
+  // Whether it is taken without SIDA_CPU where the CPU has it. The first of the list that is, is.
+  bool by_default;
+  const Kernels* (*exact)();
+  std::string (*lacks)(const CpuFeatures&);
+  // What set_precision("fast") computes with; null: the set has no instruction that rounds activations.
+  const Kernels* (*fast)();
+  std::string (*lacks_for_fast)(const CpuFeatures&);
+  // Asks the operating system for what it gives only when asked: empty, or why not. Null: nothing to ask for.
+  std::string (*request)();
+};
+
+// Best first.
+std::span<const InstructionSet> built_sets();
+
+// The set that SIDA_CPU names, or the best by default where `wanted` is null or empty.
+// Throws Error(invalid), naming what is missing and what there is, for a set that the build or the CPU lacks.
+const InstructionSet& choose_set(const char* wanted, const CpuFeatures& cpu);
+
+// Why the set has no "fast" on this CPU; empty: it has.
+std::string lacks_for_fast(const InstructionSet& set, const CpuFeatures& cpu);
+
+}  // namespace sida::cpu
