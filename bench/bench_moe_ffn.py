@@ -155,6 +155,15 @@ def best_seconds(call: Callable[[], object], rounds: int) -> float:
     return min(times)
 
 
+def gemm_rate() -> float:
+    """FLOP/s of torch's float32 ``mm``: the best of an expert's two shapes and a square one."""
+    best = 0.0
+    for rows, inner, columns in ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048)):
+        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+        best = max(best, 2.0 * rows * inner * columns / best_seconds(functools.partial(torch.mm, a, b), 6))
+    return best
+
+
 @pytest.fixture(scope="session")
 def machine() -> dict[str, Any]:
     """Measured rates of this process; the best of several, as the floor must not be passed."""
@@ -162,15 +171,11 @@ def machine() -> dict[str, Any]:
     stream = torch.ones(1 << 29)  # 2 GiB: more than any cache holds
     by_sum = stream.numel() * 4 / best_seconds(stream.sum, 4)
     del stream
-    gemm = 0.0
-    for rows, inner, columns in ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048)):
-        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-        gemm = max(gemm, 2.0 * rows * inner * columns / best_seconds(functools.partial(torch.mm, a, b), 6))
     return {
         "instruction_set": _C.instruction_set(),
         "threads": THREADS,
         "bandwidth": max(by_sum, _C.measure_memory_bandwidth(THREADS)),
-        "gemm": gemm,
+        "gemm": gemm_rate(),
         "multiply_add": _C.measure_multiply_add_rate(THREADS),
     }
 

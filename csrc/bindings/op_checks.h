@@ -78,12 +78,19 @@ inline Tensor checked_index(const Tensor& index, int64_t limit, const char* op, 
   const auto type = index.scalar_type();
   TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), op, ": ", name, " has dtype ", type,
                    ", expected an integer type");
-  const Tensor wide = index.to(at::kLong).contiguous();
-  const int64_t* value = wide.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < wide.numel(); ++i) {
-    TORCH_CHECK_INDEX(value[i] >= -1 && value[i] < limit, op, ": ", name, " holds ", value[i], " at flat position ", i,
-                      ", expected a value from -1 to ", limit - 1, " (", of, ")");
+  const auto check = [&](const auto* value, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      TORCH_CHECK_INDEX(value[i] >= -1 && value[i] < limit, op, ": ", name, " holds ", value[i], " at flat position ",
+                        i, ", expected a value from -1 to ", limit - 1, " (", of, ")");
+    }
+  };
+  if (type == at::kInt) {
+    const Tensor narrow = index.contiguous();
+    check(narrow.const_data_ptr<int32_t>(), narrow.numel());
+    return narrow;
   }
+  const Tensor wide = index.to(at::kLong).contiguous();
+  check(wide.const_data_ptr<int64_t>(), wide.numel());
   return wide.to(at::kInt);
 }
 

@@ -11,6 +11,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <optional>
@@ -228,6 +229,13 @@ auto typed_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Function>();
 }
 
+// Whether autograd would record the op. Where it would not, NoBackward's bookkeeping is saved: it costs as much as a
+// few of the op's checks.
+bool is_recorded(at::TensorList inputs) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(inputs.begin(), inputs.end(), [](const Tensor& input) { return input.requires_grad(); });
+}
+
 struct MoeFfn {
   static constexpr const char* name = "moe_ffn";
 };
@@ -236,6 +244,10 @@ Tensor moe_ffn_autograd(const Tensor& x, const Tensor& expert_index, const Tenso
                         const Tensor& wo, const Tensor& slot_of_expert, const std::optional<Tensor>& wi_scale,
                         const std::optional<Tensor>& wo_scale, c10::string_view activation, c10::string_view missing) {
   static const auto op = typed_op<decltype(moe_ffn_cpu)>("sida::moe_ffn");
+  if (!is_recorded({x, gate, wi, wo})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, missing);
+  }
   const std::function<torch::autograd::variable_list()> compute = [&]() -> torch::autograd::variable_list {
     return {op.call(x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, missing)};
   };
@@ -248,6 +260,10 @@ struct MoeLayer {
 
 Tensor moe_layer_autograd(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t handle) {
   static const auto op = typed_op<decltype(moe_layer_cpu)>("sida::moe_layer");
+  if (!is_recorded({x, gate})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(x, expert_index, gate, handle);
+  }
   const std::function<torch::autograd::variable_list()> compute = [&]() -> torch::autograd::variable_list {
     return {op.call(x, expert_index, gate, handle)};
   };
@@ -261,6 +277,10 @@ struct RouteTop1 {
 std::tuple<Tensor, Tensor> route_top1_autograd(const Tensor& router_logits, int64_t capacity,
                                                std::optional<at::ScalarType> probs_dtype) {
   static const auto op = typed_op<decltype(route_top1_cpu)>("sida::route_top1");
+  if (!is_recorded({router_logits})) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(router_logits, capacity, probs_dtype);
+  }
   const std::function<torch::autograd::variable_list()> compute = [&]() -> torch::autograd::variable_list {
     auto [expert_index, gate] = op.call(router_logits, capacity, probs_dtype);
     return {expert_index, gate};

@@ -57,6 +57,31 @@ Shape random_shape(std::mt19937_64& random) {
   return s;
 }
 
+// The same token n times over one expert: every column of every tile must give the same bits.
+void check_equal_tokens(int64_t d_model, int64_t d_ff, DType w, const std::vector<int64_t>& counts) {
+  const Shape shape{1, 1, d_model, d_ff, 1, 1, DType::f32, w, Activation::gelu, false};
+  std::vector<char> first;
+  for (const int64_t n : counts) {
+    Shape several = shape;
+    several.tokens = n;
+    Call call(several, 3);
+    const Call one(shape, 3);
+    call.wi = one.wi;
+    call.wo = one.wo;
+    call.wi_scale = one.wi_scale;
+    call.wo_scale = one.wo_scale;
+    const int64_t row = d_model * 4;
+    for (int64_t t = 0; t < n; ++t) {
+      std::memcpy(call.x.data() + t * row, one.x.data(), row);
+      call.expert_index[t] = 0;
+      call.gate[t] = 0.75f;
+    }
+    call.run(1 + static_cast<int>(n % 3));
+    if (first.empty()) first = call.bits();
+    for (int64_t t = 0; t < n; ++t) CHECK(std::memcmp(call.out.data() + t * row, first.data(), row) == 0);
+  }
+}
+
 }  // namespace
 
 SIDA_TEST(every_dtype_and_activation_is_within_the_bound) {
@@ -85,8 +110,10 @@ SIDA_TEST(rows_longer_than_a_segment_are_within_the_bound) {
   for (const DType w : all_w) {
     Call wide({4, 1, 4500, 60, 2, 2, DType::f32, w, Activation::gelu, false}, 7);
     check_against_reference(wide, 2);
-    Call deep({26, 1, 60, 4500, 1, 1, DType::f32, w, Activation::gelu, false}, 7);  // enough tokens for blocks of rows
-    check_against_reference(deep, 2);
+    for (const int64_t tokens : {1, 2, 4, 8, 26}) {  // rows whole, by segment, in blocks
+      Call deep({tokens, 1, 60, 4500, 1, 1, DType::f32, w, Activation::gelu, false}, 7);
+      check_against_reference(deep, 2);
+    }
   }
 }
 
@@ -171,26 +198,15 @@ SIDA_TEST(a_token_alone_has_the_bits_it_has_in_a_batch) {
 }
 
 SIDA_TEST(every_tile_shape_sums_in_one_order) {
-  // The same token n times over one expert: every column of every tile must give the same bits.
-  for (const DType w : all_w) {
-    std::vector<char> first;
-    for (int64_t n = 1; n <= 70; ++n) {
-      Call call({n, 1, 97, 203, 1, 1, DType::f32, w, Activation::gelu, false}, 3);
-      const Call one({1, 1, 97, 203, 1, 1, DType::f32, w, Activation::gelu, false}, 3);
-      call.wi = one.wi;
-      call.wo = one.wo;
-      call.wi_scale = one.wi_scale;
-      call.wo_scale = one.wo_scale;
-      for (int64_t t = 0; t < n; ++t) {
-        std::memcpy(call.x.data() + t * 97 * 4, one.x.data(), 97 * 4);
-        call.expert_index[t] = 0;
-        call.gate[t] = 0.75f;
-      }
-      call.run(1 + static_cast<int>(n % 3));
-      if (n == 1) first = call.bits();
-      for (int64_t t = 0; t < n; ++t) CHECK(std::memcmp(call.out.data() + t * 97 * 4, first.data(), 97 * 4) == 0);
-    }
-  }
+  std::vector<int64_t> counts(70);
+  for (int64_t n = 1; n <= 70; ++n) counts[n - 1] = n;
+  for (const DType w : all_w) check_equal_tokens(97, 203, w, counts);
+}
+
+SIDA_TEST(every_tile_shape_sums_long_rows_in_one_order) {
+  // Rows of several segments take other ways through a matrix: whole, by segment, in blocks.
+  for (const DType w : all_w) check_equal_tokens(61, 4500, w, {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 25, 40});
+  for (const DType w : all_w) check_equal_tokens(4500, 61, w, {1, 2, 3, 4, 6, 8, 12, 31});
 }
 
 SIDA_TEST(nan_and_infinity_reach_their_own_rows_only) {
