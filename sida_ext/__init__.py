@@ -14,6 +14,7 @@ check_build()
 from sida_ext.classification import SwitchTransformersForSequenceClassification  # noqa: E402
 from sida_ext.errors import PredictorError, StoreError  # noqa: E402
 from sida_ext.pipeline import stream  # noqa: E402
+from sida_ext.precision import get_precision, precisions, set_precision  # noqa: E402
 from sida_ext.predictor import DecoderPredictor, HashPredictor, HashTable, Predictor, TokenTablePredictor  # noqa: E402
 from sida_ext.runtime import Runtime  # noqa: E402
 from sida_ext.schedule import TokenBatch, batches_by_tokens, stream_by_tokens  # noqa: E402
@@ -41,7 +42,10 @@ __all__ = [
     "TokenTablePredictor",
     "batches_by_tokens",
     "from_pretrained",
+    "get_precision",
     "pack",
+    "precisions",
+    "set_precision",
     "stream",
     "stream_by_tokens",
     "swap_experts",

@@ -37,7 +37,8 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
         },
         "cpu": {
             "instruction set in force": _C.instruction_set(),
-            "instruction sets of this CPU": ", ".join(_C.instruction_sets()),
+            "instruction sets of this CPU": ", ".join(_C.instruction_sets()) + " (SIDA_CPU chooses; amx only by name)",
+            "precision": f"{_C.get_precision()}; this set has: {', '.join(_C.precisions())}",
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)),
             "memory available": format_bytes(available_memory()),

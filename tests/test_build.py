@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -113,10 +114,25 @@ def test_the_instruction_set_can_be_chosen(name):
     assert done.stdout.strip() == name, done.stderr
 
 
-def test_an_unknown_instruction_set_is_an_error():
-    done = run("-c", "from sida_ext import _C; print(_C.instruction_set())", SIDA_CPU="sse9")
-    assert done.returncode != 0
-    assert "ValueError: SIDA_CPU is 'sse9'" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("sse9", "which no build has (scalar, avx2, avx512, amx, neon)")]
+    + [(name, "") for name in ("scalar", "avx2", "avx512", "amx", "neon") if name not in _C.instruction_sets()],
+)
+def test_an_instruction_set_that_is_not_to_be_had_is_an_error(name, reason):
+    """Never an illegal instruction: what is missing and what there is are named, and nothing is computed."""
+    code = "import torch, sida_ext; from sida_ext import _C; print(_C.instruction_set())"
+    done = run("-c", code, SIDA_CPU=name)
+    assert done.returncode == 1  # an exception, no signal
+    assert f"ValueError: SIDA_CPU is '{name}', {reason}" in done.stderr
+    assert f"available here: {', '.join(_C.instruction_sets())}" in done.stderr
+    if name != "sse9":
+        assert re.search(r"this machine lacks \w|which this build for [\w-]+ does not have", done.stderr)
+
+
+def test_amx_is_taken_only_by_name():
+    done = run("-c", "from sida_ext import _C; print(_C.instruction_set())", SIDA_CPU="")
+    assert done.stdout.strip() == next(name for name in _C.instruction_sets() if name != "amx")
 
 
 def test_info_prints_what_it_measured(tmp_path):
@@ -125,5 +141,8 @@ def test_info_prints_what_it_measured(tmp_path):
     found = json.loads(done.stdout)
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["sida_ext"] == sida_ext.__version__
+    assert found["cpu"]["instruction set in force"] == _C.instruction_set()
+    assert found["cpu"]["instruction sets of this CPU"].startswith(", ".join(_C.instruction_sets()))
+    assert found["cpu"]["precision"] == f"exact; this set has: {', '.join(_C.precisions())}"
     assert found["measured"]["memory bandwidth, GB/s"] > 0.5
     assert not list(tmp_path.iterdir())

@@ -208,6 +208,10 @@ py::tuple take_trace(TransferEngine& engine) {
   return py::make_tuple(events, dropped);
 }
 
+const char* precision_name(cpu::Precision precision) {
+  return precision == cpu::Precision::fast ? "fast" : "exact";
+}
+
 Activation checked_activation(const TransferEngine& engine, const std::string& activation) {
   Activation function;
   bool gated;
@@ -409,4 +413,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_current_batch", &set_current_batch, py::arg("batch"));
   m.def("instruction_set", &cpu::instruction_set);
   m.def("instruction_sets", &cpu::instruction_sets);
+  m.def(
+      "set_precision",
+      [](const std::string& name) {
+        for (const cpu::Precision precision : {cpu::Precision::exact, cpu::Precision::fast}) {
+          if (name == precision_name(precision)) return cpu::set_precision(precision);
+        }
+        fail(ErrorKind::invalid, "precision is '", name, "', expected 'exact' or 'fast'");
+      },
+      py::arg("precision"));
+  m.def("get_precision", [] { return precision_name(cpu::precision()); });
+  m.def("precisions", [] {
+    std::vector<std::string> names;
+    for (const cpu::Precision precision : cpu::precisions()) names.emplace_back(precision_name(precision));
+    return names;
+  });
 }

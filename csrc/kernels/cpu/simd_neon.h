@@ -26,13 +26,21 @@ struct Simd {
     asm volatile("" : "+w"(value));
     return value;
   }
-  // A load that the compiler does not repeat.
-  static F load_held(const float* from) { return in_register(load<Simd>(from)); }
+  // A load that stays where it is written: moved up, it would hold a register that the sums need.
+  static F load_held(const float* from) {
+    F value;
+    asm volatile("ldr %q0, %1" : "=w"(value) : "m"(*reinterpret_cast<const Types::FloatAnywhere*>(from)));
+    return value;
+  }
   static F fma(F a, F b, F c) { return reinterpret_cast<F>(vfmaq_f32(c, a, b)); }
-  // sum += a * b
-  static void accumulate(F& sum, F a, F b) { sum = fma(a, b, sum); }
-  // The upper 16 bits of each lane.
-  static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
+  // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
+  // between registers and spills some.
+  static void accumulate(F& sum, F a, F b) { asm volatile("fmla %0.4s, %1.4s, %2.4s" : "+w"(sum) : "w"(a), "w"(b)); }
+  // The upper 16 bits of each lane. By immediates: a tile has no register left for a mask.
+  static Types::U upper_halves(Types::U value) {
+    asm("bic %0.4s, #255\n\tbic %0.4s, #255, lsl #8" : "+w"(value));
+    return value;
+  }
   static F load_f16(const void* from) {
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(static_cast<const uint8_t*>(from))));
   }
@@ -40,8 +48,10 @@ struct Simd {
     vst1_u8(static_cast<uint8_t*>(to), vreinterpret_u8_f16(vcvt_f16_f32(value)));
   }
   static F load_i8(const void* from) {
-    const Types::Bytes bytes = *static_cast<const Types::BytesAnywhere*>(from);
-    return __builtin_convertvector(__builtin_convertvector(bytes, I), F);
+    int32_t four;
+    __builtin_memcpy(&four, from, sizeof(four));
+    const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
   }
   static Float4 fold(F value) { return value; }
 };
