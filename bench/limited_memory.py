@@ -63,35 +63,40 @@ def prepare(arguments: argparse.Namespace) -> None:
         print(f"{dtype}: {model.sida.store_path}, {routing_file(arguments, dtype)}")
 
 
-def disk_rate(
-    path: Path, records: list[int], total: int, record_bytes: int, readers: int = 4, most: int = 2 << 30
-) -> float:
-    """Bytes a second of plain direct reads of some records of a store, `readers` at a time, nothing checked.
+def disk_rate(path: Path, records: list[int], header: Any, plan: Any, most: int = 2 << 30) -> float:
+    """Bytes a second of plain direct reads of some records of a store, with the lanes and the read size of the engine's
+    plan, nothing checked.
 
     The records are those that the run read, in its order: what a disk gives depends on where and how much.
     """
     import mmap
     from itertools import count
 
+    size = header.record_bytes
+    piece = min(plan.read_bytes or size, size)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    first = os.fstat(descriptor).st_size - total * record_bytes  # they stand one behind the other at the end
+    # Records stand one behind the other at the end of the file.
+    first = os.fstat(descriptor).st_size - header.total_experts * size
     turn = count()
-    records = records[: max(1, most // record_bytes)]
+    records = records[: max(1, most // size)]
 
     def run() -> None:
-        with mmap.mmap(-1, record_bytes) as buffer:
+        with mmap.mmap(-1, piece) as buffer, memoryview(buffer) as view:
             while (number := next(turn)) < len(records):
-                os.preadv(descriptor, [buffer], first + records[number] * record_bytes)
+                for begin in range(0, size, piece):
+                    wanted = min(piece, size - begin)
+                    with view[:wanted] as part:
+                        os.preadv(descriptor, [part], first + records[number] * size + begin)
 
     begin = time.perf_counter()
-    threads = [threading.Thread(target=run) for _ in range(readers)]
+    threads = [threading.Thread(target=run) for _ in range(plan.lanes)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - begin
     os.close(descriptor)
-    return len(records) * record_bytes / seconds
+    return len(records) * size / seconds
 
 
 def compute_ms(model: Any, inputs: list[dict[str, Any]]) -> float:
@@ -128,7 +133,12 @@ def measure(outputs: Iterator[Any], cold: int, warm_up: int, at_warm: Any) -> di
         if number == cold + warm_up:
             at_warm()
     warm = [b - a for a, b in zip(ends[cold + warm_up - 1 : -1], ends[cold + warm_up :], strict=True)]
-    return {"cold_ms": ends[cold - 1] / cold, "warm_ms": mean(warm), "warm_p95_ms": sorted(warm)[int(0.95 * len(warm))]}
+    return {
+        "cold_ms": ends[cold - 1] / cold,
+        "warm_ms": mean(warm),
+        "warm_median_ms": median(warm),
+        "warm_p95_ms": sorted(warm)[int(0.95 * len(warm))],
+    }
 
 
 def plainly(model: Any, inputs: list[dict[str, Any]]) -> Iterator[Any]:
@@ -231,7 +241,7 @@ def run_ours(
     names = {name: layer * experts for layer, name in enumerate(runtime.header.layers)}
     copied = [event.name.split(" expert ") for event in events if event.kind == "copy"]
     records = [names[layer] + int(expert) for layer, expert in copied]
-    rate = disk_rate(runtime.store_path, records or [0], layers * experts, record)
+    rate = disk_rate(runtime.store_path, records or [0], runtime.header, runtime.read_plan)
     disk_ms = warm_read / rate * 1e3
     reading_ms = together(events) / arguments.runs
     result |= {

@@ -1,10 +1,10 @@
 """How near the engine's lanes come to the disk: ``python -m bench.read_rate STORE``, about a minute.
 
 The engine reads every expert of two layers ahead, as an announced batch wants them, into slots that were used before.
-The same records are read by plain direct reads of 16 MiB, four at a time, in the same order and unchecked. The two take
-turns, and which goes first, over parts of the file that were not read before: a host's cache under a virtual disk
-would flatter whoever reads second. The engine reads with the lanes and the read size that its plan picks, checks every
-record and evicts what was there.
+Others are read by plain direct reads, with as many threads and as much at once as the plan of the engine picked as the
+disk's best, in the same order and unchecked. The two take turns over parts of the file that were not read before: a
+host's cache under a virtual disk would flatter whoever reads second. The engine checks every record and evicts what was
+there.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from sida_ext import _C
 from sida_ext.read_plan import read_plan
 from sida_ext.store import StoreHeader, open_store
 
-PIECE, READERS = 16 << 20, 4
 
-
-def plain_rate(path: Path, begin: int, size: int) -> float:
+def plain_rate(path: Path, begin: int, size: int, readers: int, piece: int) -> float:
     """Bytes a second of plain direct reads of a part of the file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     turn = count()
 
     def run() -> None:
-        with mmap.mmap(-1, PIECE) as buffer:
-            while (at := next(turn) * PIECE) < size:
+        with mmap.mmap(-1, piece) as buffer:
+            while (at := next(turn) * piece) < size:
                 os.preadv(descriptor, [buffer], begin + at)
 
     start = time.perf_counter()
-    threads = [threading.Thread(target=run) for _ in range(READERS)]
+    threads = [threading.Thread(target=run) for _ in range(readers)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -91,7 +89,7 @@ def main() -> None:
         if name == "engine":
             rate = read_ahead(engine, header, layer)
         else:
-            rate = plain_rate(arguments.store, first + layer * layer_bytes, layer_bytes)
+            rate = plain_rate(arguments.store, first + layer * layer_bytes, layer_bytes, plan.lanes, plan.read_bytes)
         seconds[name] += layer_bytes / rate
         print(f"layer {layer}, {name}: {rate / 1e9:.2f} GB/s")
     engine.close()

@@ -20,6 +20,10 @@ include(${CMAKE_CURRENT_LIST_DIR}/mutants/mutations.cmake)
 sida_engine_test(test_mutants ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp ${PROJECT_BINARY_DIR}/residency_mutants.cpp)
 sida_engine_test(test_policy_trace)
 sida_engine_test(test_soak)
+if(NOT SIDA_SANITIZE)  # which are slow, and whose own memory grows: there it runs for three seconds
+  add_test(NAME test_soak_half_a_minute COMMAND test_soak --seconds 30)
+  set_tests_properties(test_soak_half_a_minute PROPERTIES TIMEOUT 300)
+endif()
 sida_engine_test(test_residency)
 
 # The two tiers of a GPU machine, over the recording runtime: no toolkit, no kernels.
