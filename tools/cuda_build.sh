@@ -28,18 +28,19 @@ if [[ $(cat "$build/compiled" 2>/dev/null) == "$content" ]]; then
   echo "cuda-build: these sources were compiled before"
 else
   begin=$SECONDS
+  # Objects whose reports are lost are made again.
+  [[ -e $build/ptxas.log ]] || rm -rf "$build/csrc/kernels/cuda"
   # A toolkit that CMake's own search does not find is given by name.
   cmake -S . -B "$build" -G Ninja -DSIDA_CUDA=ON -DSIDA_CPP_TESTS=ON -DCMAKE_CUDA_COMPILER="$nvcc" \
     > "$build/configure.log" 2>&1 || {
     cat "$build/configure.log"
     exit 1
   }
-  # A kernel's newest report stands: what is not compiled again keeps its older one.
-  cmake --build "$build" -j "${JOBS:-2}" --target "${targets[@]}" > "$build/build.log" 2>&1 || {
+  # A kernel's newest report stands; what is not compiled again keeps its older one, also after a build that failed.
+  cmake --build "$build" -j "${JOBS:-2}" --target "${targets[@]}" 2>&1 | tee -a "$build/ptxas.log" > "$build/build.log" || {
     cat "$build/build.log"
     exit 1
   }
-  cat "$build/build.log" >> "$build/ptxas.log"
   printf '%s\n' "$content" > "$build/compiled"
   echo "cuda-build: compiled in $((SECONDS - begin)) s"
 fi

@@ -228,10 +228,10 @@ def resource_problems(kernels: list[Kernel]) -> list[str]:
             found.append(f"{label} was not compiled for {arch}")
     for kernel in kernels:
         where = f"{kernel.label} on {kernel.arch}"
-        if not kernel.tile:
-            continue  # once a layer, over a few integers: not hot
         if kernel.stack or kernel.spills:
             found.append(f"{where}: {kernel.stack} bytes of stack and {kernel.spills} local accesses, expected none")
+        if not kernel.tile:
+            continue  # once a layer, over a few integers: not hot, and the launch chooses its threads
         if not kernel.registers or kernel.blocks < STATED_BLOCKS[kernel.tile]:
             found.append(
                 f"{where}: {kernel.blocks} blocks of {kernel.registers} registers fit, {STATED_BLOCKS[kernel.tile]} "

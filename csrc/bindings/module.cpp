@@ -235,15 +235,12 @@ void bind_cuda(py::module_& m) {
       .def(py::init([](std::shared_ptr<ExpertStore> store, int device, int64_t slots, int64_t host_slots,
                        const std::string& pin, int lanes, int host_lanes, const std::string& eviction,
                        int64_t wait_deadline_ms, const Faults& faults, int64_t read_bytes, bool blocking) {
-             if (pin != "require" && pin != "try") {
-               fail(ErrorKind::invalid, "pin is '", pin, "', expected 'require' or 'try'");
-             }
              const py::gil_scoped_release released;
              cuda::ServingOptions options{};
              options.device = device;
              options.slots = slots;
              options.host_slots = host_slots;
-             options.pin = pin == "require" ? cuda::Pin::require : cuda::Pin::attempt;
+             options.pin = cuda::parse_pin(pin);
              options.lanes = lanes;
              options.host_lanes = host_lanes;
              options.eviction = eviction;

@@ -31,6 +31,13 @@ std::string prefer_node(void* base, int64_t bytes, int node) {
 
 }  // namespace
 
+Pin parse_pin(const std::string& name) {
+  if (name != "require" && name != "try") {
+    fail(ErrorKind::invalid, "pin is '", name, "', expected 'require' or 'try'");
+  }
+  return name == "require" ? Pin::require : Pin::attempt;
+}
+
 PinnedDevice::PinnedDevice(const RuntimeTable& runtime, int device, std::shared_ptr<RecordSource> source, int64_t slots,
                            int64_t reserved, int64_t slot_bytes, Pin pin)
     : runtime_(runtime), host_(std::move(source), reserved, slot_bytes, slots), bytes_(slots * slot_bytes) {

@@ -14,6 +14,9 @@ enum class Pin {
   attempt,  // goes on with memory that is not: copies then pass through the driver's own buffers
 };
 
+// "require" or "try"; Error(invalid) for anything else.
+Pin parse_pin(const std::string& name);
+
 class PinnedDevice final : public Device {
  public:
   // A slab of exactly `slots` slots, near the CUDA device where the system says which memory that is, in huge pages

@@ -10,9 +10,6 @@
 namespace sida::cuda {
 namespace {
 
-// Staging buffers of waves that may be under way at once before the oldest is waited for: more waves than the queue of
-// a stream takes, so that the host never waits here while a stream has room, in 1 MiB of pinned memory.
-constexpr size_t most_staging = 256;
 constexpr int64_t least_staging = 1024;  // numbers: a page
 
 // Runs something when a scope is left, however.
@@ -160,7 +157,7 @@ CudaServing::Staging& CudaServing::take_staging(int64_t count) {
       return *one;
     }
   }
-  if (held >= most_staging) {
+  if (held >= static_cast<size_t>(options_.most_staging)) {
     check(runtime_.event_synchronize(oldest->readers->event), "a layer's kernels");
     oldest->readers = nullptr;
     oldest->taken = true;

@@ -30,6 +30,9 @@ struct ServingOptions {
   std::chrono::milliseconds wait_deadline{60'000};
   Faults faults{};               // of the reads of the store, for tests
   int64_t read_bytes = 4 << 20;  // largest single read of the store, as in EngineOptions
+  // Buffers of slot numbers, one for each wave under way, before the caller waits for the oldest: more waves than a
+  // stream's queue takes, so that the host never waits here while there is room, in 1 MiB of pinned memory.
+  int most_staging = 256;
   // To find a failure's cause: forward() returns when its kernels are over, and raises what they or their copies failed
   // of. Otherwise such a failure is raised by a later call, which cannot tell whose it is.
   bool blocking = false;

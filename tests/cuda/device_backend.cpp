@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "harness/harness.h"
@@ -48,7 +49,9 @@ void global_reset() {
   allocated().clear();
 }
 
-void seed(uint64_t) {}  // the device schedules as it likes
+// The device schedules as it likes.
+void seed(uint64_t) {}
+void order_blocks(std::function<void(std::vector<unsigned>&)>) {}
 
 std::string launched() {
   return "";
