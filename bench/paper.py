@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--stages", nargs="+", help="only these, measured anew")
     parser.add_argument("--part", choices=("prepare", "timings"), help="only the stages of this part")
     parser.add_argument("--list", action="store_true", help="name the stages and what is known of each")
+    parser.add_argument("--base", nargs="+", type=int, help="numbers of experts of the base shapes; default 8 64 128")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints, traces and predictors of the base shapes")
@@ -158,8 +159,10 @@ def main(given: list[str] | None = None) -> None:
         shutil.rmtree(arguments.work, ignore_errors=True)
         shutil.rmtree(predicted_language.masked_language.FOLDER, ignore_errors=True)
     scale = SMOKE if arguments.smoke else FULL
-    # As JSON has it, so that it can be compared with what was kept.
-    scale_found = json.loads(json.dumps(asdict(scale)))
+    if arguments.base:
+        scale = replace(scale, base=tuple(arguments.base))
+    # As JSON has it, to be compared with what was kept; which base shapes there are is in the stages' names.
+    scale_found = {k: v for k, v in json.loads(json.dumps(asdict(scale))).items() if k != "base"}
     known: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     if known.get("scale") != scale_found:
         known = {"scale": scale_found, "stages": {}}
@@ -194,9 +197,12 @@ def main(given: list[str] | None = None) -> None:
     if missing:
         print(f"to do: {', '.join(missing)}; the page is written when all is measured")
         return
-    found = {name: stage["data"] for name, stage in known["stages"].items()}
-    seconds = {name: stage["seconds"] for name, stage in known["stages"].items()}
-    (arguments.out / "paper.md").write_text(page(found, seconds, smoke=arguments.smoke))
+    found = {name: known["stages"][name]["data"] for name in paper.stages}
+    seconds = {name: known["stages"][name]["seconds"] for name in paper.stages}
+    chosen = (" --smoke" if arguments.smoke else "") + (
+        f" --base {' '.join(map(str, scale.base))}" if arguments.base else ""
+    )
+    (arguments.out / "paper.md").write_text(page(found, seconds, chosen))
     draw(arguments.out / "paper.png", found)
     print(f"{arguments.out / 'paper.md'}: {sum(seconds.values()):.0f} s in all")
 

@@ -217,12 +217,18 @@ def throughput(found: dict[str, Any], name: str) -> list[str]:
     ]
 
 
-def page(found: dict[str, Any], seconds: dict[str, float], smoke: bool = False) -> str:
-    """All of docs/paper.md. `found`: stage -> its figures; `seconds`: what each took."""
+def page(found: dict[str, Any], seconds: dict[str, float], arguments: str = "") -> str:
+    """All of docs/paper.md.
+
+    Args:
+        found: stage -> its figures.
+        seconds: stage -> what it took.
+        arguments: of bench/paper.py.
+    """
     text = [
         "# The paper's tables, on models trained here",
         "",
-        f"Written by `make paper` (`python bench/paper.py{' --smoke' if smoke else ''}`). Published numbers: SiDA-MoE, "
+        f"Written by `make paper` (`python bench/paper.py{arguments}`). Published numbers: SiDA-MoE, "
         "MLSys 2024, arXiv 2310.18859, on one A100 with 80 GB, batch 1.",
         "",
         "![The figures of this page](paper.png)",
