@@ -91,11 +91,14 @@ class Paper:
         self.stages: dict[str, tuple[str, Callable[[], Any]]] = {
             "models": ("prepare", self.models),
             "fidelity": ("prepare", lambda: paper_bundled.fidelity(self.bundled, scale.fidelity)),
-            "sparsity": ("prepare", lambda: paper_bundled.sparsity(self.bundled, scale.sparsity)),
+            "sparsity": ("prepare", lambda: paper_bundled.sparsity(self.bundled, scale.sparsity, scale.budgets)),
             "language": ("prepare", self.language),
         }
         for experts in scale.base:
-            self.stages[f"base-{experts}"] = ("prepare", self.shapes(experts).hits)
+            self.stages[f"base-{experts}"] = (
+                "prepare",
+                lambda experts=experts: self.shapes(experts).hits(scale.budgets),
+            )
         self.stages["time bundled"] = ("timings", self.time_bundled)
         for experts in scale.base:
             self.stages[f"time base-{experts}"] = ("timings", lambda experts=experts: self.time_base(experts))
@@ -195,14 +198,14 @@ def main(given: list[str] | None = None) -> None:
         print(f"{name}: {seconds:.0f} s", flush=True)
     missing = [name for name in paper.stages if name not in known["stages"]]
     if missing:
-        print(f"to do: {', '.join(missing)}; the page is written when all is measured")
-        return
-    found = {name: known["stages"][name]["data"] for name in paper.stages}
-    seconds = {name: known["stages"][name]["seconds"] for name in paper.stages}
+        print(f"to do: {', '.join(missing)}")
+    done = [name for name in paper.stages if name in known["stages"]]
+    found = {name: known["stages"][name]["data"] for name in done}
+    seconds = {name: known["stages"][name]["seconds"] for name in done}
     chosen = (" --smoke" if arguments.smoke else "") + (
         f" --base {' '.join(map(str, scale.base))}" if arguments.base else ""
     )
-    (arguments.out / "paper.md").write_text(page(found, seconds, chosen))
+    (arguments.out / "paper.md").write_text(page(found, seconds, list(paper.stages), chosen))
     draw(arguments.out / "paper.png", found)
     print(f"{arguments.out / 'paper.md'}: {sum(seconds.values()):.0f} s in all")
 
