@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,14 @@ class Paper:
         self.stages: dict[str, tuple[str, Callable[[], Any]]] = {
             "models": ("prepare", self.models),
             "fidelity": ("prepare", lambda: paper_bundled.fidelity(self.bundled, scale.fidelity)),
-            "sparsity": ("prepare", lambda: paper_bundled.sparsity(self.bundled, scale.sparsity)),
+            "sparsity": ("prepare", lambda: paper_bundled.sparsity(self.bundled, scale.sparsity, scale.budgets)),
             "language": ("prepare", self.language),
         }
         for experts in scale.base:
-            self.stages[f"base-{experts}"] = ("prepare", self.shapes(experts).hits)
+            self.stages[f"base-{experts}"] = (
+                "prepare",
+                lambda experts=experts: self.shapes(experts).hits(scale.budgets),
+            )
         self.stages["time bundled"] = ("timings", self.time_bundled)
         for experts in scale.base:
             self.stages[f"time base-{experts}"] = ("timings", lambda experts=experts: self.time_base(experts))
@@ -145,6 +148,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--stages", nargs="+", help="only these, measured anew")
     parser.add_argument("--part", choices=("prepare", "timings"), help="only the stages of this part")
     parser.add_argument("--list", action="store_true", help="name the stages and what is known of each")
+    parser.add_argument("--base", nargs="+", type=int, help="numbers of experts of the base shapes; default 8 64 128")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints, traces and predictors of the base shapes")
@@ -158,8 +162,10 @@ def main(given: list[str] | None = None) -> None:
         shutil.rmtree(arguments.work, ignore_errors=True)
         shutil.rmtree(predicted_language.masked_language.FOLDER, ignore_errors=True)
     scale = SMOKE if arguments.smoke else FULL
-    # As JSON has it, so that it can be compared with what was kept.
-    scale_found = json.loads(json.dumps(asdict(scale)))
+    if arguments.base:
+        scale = replace(scale, base=tuple(arguments.base))
+    # As JSON has it, to be compared with what was kept; which base shapes there are is in the stages' names.
+    scale_found = {k: v for k, v in json.loads(json.dumps(asdict(scale))).items() if k != "base"}
     known: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
     if known.get("scale") != scale_found:
         known = {"scale": scale_found, "stages": {}}
@@ -192,11 +198,14 @@ def main(given: list[str] | None = None) -> None:
         print(f"{name}: {seconds:.0f} s", flush=True)
     missing = [name for name in paper.stages if name not in known["stages"]]
     if missing:
-        print(f"to do: {', '.join(missing)}; the page is written when all is measured")
-        return
-    found = {name: stage["data"] for name, stage in known["stages"].items()}
-    seconds = {name: stage["seconds"] for name, stage in known["stages"].items()}
-    (arguments.out / "paper.md").write_text(page(found, seconds, smoke=arguments.smoke))
+        print(f"to do: {', '.join(missing)}")
+    done = [name for name in paper.stages if name in known["stages"]]
+    found = {name: known["stages"][name]["data"] for name in done}
+    seconds = {name: known["stages"][name]["seconds"] for name in done}
+    chosen = (" --smoke" if arguments.smoke else "") + (
+        f" --base {' '.join(map(str, scale.base))}" if arguments.base else ""
+    )
+    (arguments.out / "paper.md").write_text(page(found, seconds, list(paper.stages), chosen))
     draw(arguments.out / "paper.png", found)
     print(f"{arguments.out / 'paper.md'}: {sum(seconds.values()):.0f} s in all")
 

@@ -124,8 +124,8 @@ class BaseShapes:
         model.sida.close()
         return found
 
-    def hits(self) -> dict[str, Any]:
-        """Hit rates on held-out sentences, and how much of the experts a sentence touches, by its length."""
+    def hits(self, budgets: tuple[int, ...]) -> dict[str, Any]:
+        """Hit rates on held-out sentences, how much of the experts a sentence touches, by its length, and memory."""
         trace = self.trace("held_out")
         found: dict[str, Any] = {
             "tokens": trace.input_ids.numel(),
@@ -135,6 +135,9 @@ class BaseShapes:
             summary = evaluate(predictor, [trace]).summary()
             found[name] = {key: summary[key] for key in ("top1", "top3", "mean_top1", "mean_top3", "mean_ece")}
         found["touched"] = touched(trace, self.experts)
+        model = self.model("256MiB")
+        found["memory"] = {str(budget): memory_of(model, budget) for budget in budgets}
+        model.sida.close()
         return found
 
     def timings(self, budgets: tuple[int, ...], sentences: int, warm_up: int, rounds: int) -> dict[str, Any]:
@@ -150,9 +153,9 @@ class BaseShapes:
         kept = self.folder / "timings.json"
         known: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
         if known.get("scale") != scale:
-            known = {"scale": scale, "rows": {}, "memory": {}}
+            known = {"scale": scale, "rows": {}, "done": []}
         for budget in budgets:
-            if str(budget) in known["memory"]:
+            if budget in known["done"]:
                 continue
             model = self.model(f"{budget}%")
             if "oracle" not in predictors:
@@ -165,11 +168,11 @@ class BaseShapes:
                     model.sida.set_budget(whole)
                     rows.setdefault(f"{budget} {name}", []).append(timed(model, batches, predictors[name], warm_up))
             known["rows"] |= rows
-            known["memory"][str(budget)] = memory_of(model)
+            known["done"].append(budget)
             model.sida.close()
             kept.with_suffix(".partial").write_text(json.dumps(known))
             kept.with_suffix(".partial").replace(kept)
-        return {"rows": known["rows"], "memory": known["memory"], **scale}
+        return {"rows": known["rows"], **scale}
 
     def forget_timings(self) -> None:
         (self.folder / "timings.json").unlink(missing_ok=True)
@@ -248,12 +251,12 @@ def timed(model: Any, batches: list[dict[str, Any]], predictor: Any, warm_up: in
     }
 
 
-def memory_of(model: Any) -> dict[str, float]:
-    """Experts in memory at once, and bytes of weights in memory, of all that there are."""
+def memory_of(model: Any, budget: int) -> dict[str, float]:
+    """Experts in memory at once under a budget of per cents, and bytes of weights in memory, of all that there are."""
     record, total = model.sida.header.record_bytes, model.sida.header.total_experts
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
-    peak = model.sida.slots
-    return {"slots": peak, "experts": total, "used": peak * record + rest, "whole": total * record + rest}
+    slots = total * budget // 100
+    return {"slots": slots, "experts": total, "used": slots * record + rest, "whole": total * record + rest}
 
 
 def main() -> None:
@@ -270,7 +273,7 @@ def main() -> None:
         shapes.trace(split)
         print(f"traced {split} after {time.perf_counter() - started:.0f} s", flush=True)
     if arguments.until == "predictors":
-        print(json.dumps(shapes.hits(), indent=1))
+        print(json.dumps(shapes.hits((10, 25, 50, 100)), indent=1))
 
 
 if __name__ == "__main__":

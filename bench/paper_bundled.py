@@ -81,10 +81,14 @@ def fidelity(bundled: Bundled, number: int) -> dict[str, Any]:
     return {"sentences": len(sentences), "rows": found}
 
 
-def sparsity(bundled: Bundled, number: int) -> dict[str, list[float]]:
+def sparsity(bundled: Bundled, number: int, budgets: tuple[int, ...]) -> dict[str, Any]:
+    """How much of the experts a sentence touches, by its length, and memory by budget."""
     texts = [s.text for s in bundled.sentences[:number]]
     trace = join_traces(list(collect_traces(bundled.whole, tokenized_batches(bundled.tokenizer, texts, MAX_TOKENS))))
-    return touched(trace, bundled.whole.config.num_experts)
+    model = bundled.served("25%")
+    memory = {str(budget): memory_of(model, budget) for budget in budgets}
+    model.sida.close()
+    return {"touched": touched(trace, bundled.whole.config.num_experts), "memory": memory}
 
 
 def timings(bundled: Bundled, budgets: tuple[int, ...], sentences: int, rounds: int) -> dict[str, Any]:
@@ -97,12 +101,10 @@ def timings(bundled: Bundled, budgets: tuple[int, ...], sentences: int, rounds: 
         "oracle": oracle(bundled.whole, batches),
     }
     rows: dict[str, list[dict[str, float]]] = {}
-    memory: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for budget in budgets:
             for name in PREDICTORS:
                 model = bundled.served(f"{budget}%")
                 rows.setdefault(f"{budget} {name}", []).append(timed(model, batches, predictors[name], 0))
-                memory[str(budget)] = memory_of(model)
                 model.sida.close()
-    return {"rows": rows, "memory": memory, "sentences": sentences, "warm_up": 0, "rounds": rounds}
+    return {"rows": rows, "sentences": sentences, "warm_up": 0, "rounds": rounds}

@@ -18,12 +18,16 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     figure = Figure(figsize=(15, 12), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3, 3)
-    draw_hits(axes[0, 0], found)
-    draw_touched(axes[0, 1], found)
-    draw_language(axes[0, 2], found)
+    for place, (needed, drawn) in enumerate(
+        (("models", draw_hits), ("sparsity", draw_touched), ("language", draw_language))
+    ):
+        if needed in found:
+            drawn(axes[0, place], found)
+        else:
+            axes[0, place].set_axis_off()
     experts = base_experts(found)
     for column in range(3):
-        if column >= len(experts):
+        if column >= len(experts) or f"time base-{experts[column]}" not in found:
             axes[1, column].set_axis_off()
             axes[2, column].set_axis_off()
             continue
@@ -57,7 +61,7 @@ def draw_hits(axes: Axes, found: dict[str, Any]) -> None:
 
 
 def draw_touched(axes: Axes, found: dict[str, Any]) -> None:
-    columns = {"bundled, 32 experts": found["sparsity"]}
+    columns = {"bundled, 32 experts": found["sparsity"]["touched"]}
     columns |= {f"base-{experts}": found[f"base-{experts}"]["touched"] for experts in base_experts(found)}
     bounds = sorted(
         {bound for touched in columns.values() for bound in touched}, key=lambda bound: int(bound.split("-")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 PREDICTORS = ("none", "token table", "hash predictor", "oracle")
@@ -41,7 +42,7 @@ def hit_rates(found: dict[str, Any]) -> list[str]:
 
     for name, rates in found["models"].items():
         row(name, rates["token_table"], rates["predictor"])
-    if "masked" in found["language"]:
+    if "masked" in found.get("language", {}):
         masked = found["language"]["masked"]
         name = f"masked language model, {masked['experts']} experts, {masked['layers']} MoE layers"
         row(name, masked["hits"]["token table"], masked["hits"]["trained"])
@@ -49,7 +50,7 @@ def hit_rates(found: dict[str, Any]) -> list[str]:
         part = found[f"base-{experts}"]
         row(f"base-{experts} shapes, random weights", part["token table"], part["hash predictor"])
     shapes = [found[f"base-{experts}"] for experts in base_experts(found)]
-    words = [f"{part['train_tokens']:,} tokens" for part in shapes]
+    words = [f"{part['train_tokens']:,} tokens" for part in shapes] or ["no tokens"]
     return [
         *lines,
         *PUBLISHED_HITS,
@@ -128,7 +129,7 @@ def language(found: dict[str, Any]) -> list[str]:
 
 
 def sparsity(found: dict[str, Any]) -> list[str]:
-    columns = {"bundled, 32": found["sparsity"]}
+    columns = {"bundled, 32": found["sparsity"]["touched"]}
     columns |= {f"base-{experts} shapes": found[f"base-{experts}"]["touched"] for experts in base_experts(found)}
     bounds = list(dict.fromkeys(bound for touched in columns.values() for bound in touched))
     bounds.sort(key=lambda bound: int(bound.split("-")[0]))
@@ -156,15 +157,16 @@ def memory(found: dict[str, Any]) -> list[str]:
     lines += ["|---|---|---|---|---|"]
     names = ["bundled", *(f"base-{experts}" for experts in base_experts(found))]
     for name in names:
-        for budget, row in found[f"time {name}"]["memory"].items():
+        part = found["sparsity" if name == "bundled" else name]
+        for budget, row in part["memory"].items():
             lines.append(
                 f"| {name} | {budget} % | {row['slots']:.0f} of {row['experts']:.0f} | {row['used'] / 1e6:,.0f} MB of "
                 f"{row['whole'] / 1e6:,.0f} MB | {1 - row['used'] / row['whole']:.1%} |"
             )
-        touched = found["sparsity"] if name == "bundled" else found[name]["touched"]
+        touched = part["touched"]
         count = sum(n for n, _ in touched.values())
         share = sum(n * value for n, value in touched.values()) / count
-        row = next(iter(found[f"time {name}"]["memory"].values()))
+        row = next(iter(part["memory"].values()))
         record = (row["whole"] - row["used"]) / (row["experts"] - row["slots"]) if row["experts"] > row["slots"] else 0
         rest = row["whole"] - record * row["experts"]
         used = rest + share * record * row["experts"]
@@ -217,30 +219,48 @@ def throughput(found: dict[str, Any], name: str) -> list[str]:
     ]
 
 
-def page(found: dict[str, Any], seconds: dict[str, float], smoke: bool = False) -> str:
-    """All of docs/paper.md. `found`: stage -> its figures; `seconds`: what each took."""
+def page(found: dict[str, Any], seconds: dict[str, float], stages: list[str], arguments: str = "") -> str:
+    """All of docs/paper.md.
+
+    Args:
+        found: stage -> its figures.
+        seconds: stage -> what it took.
+        stages: all that there are; a table whose stage is missing is left out, and the page says so.
+        arguments: of bench/paper.py.
+    """
     text = [
         "# The paper's tables, on models trained here",
         "",
-        f"Written by `make paper` (`python bench/paper.py{' --smoke' if smoke else ''}`). Published numbers: SiDA-MoE, "
+        f"Written by `make paper` (`python bench/paper.py{arguments}`). Published numbers: SiDA-MoE, "
         "MLSys 2024, arXiv 2310.18859, on one A100 with 80 GB, batch 1.",
         "",
         "![The figures of this page](paper.png)",
         "",
     ]
 
-    def section(title: str, lines: list[str]) -> None:
-        text.extend([f"## {title}", "", *lines, ""])
+    missing = [name for name in stages if name not in found]
+    if missing:
+        text += [
+            f"Not measured yet: {', '.join(missing)}. `python bench/paper.py` goes on with what is missing. "
+            "An earlier quick run on the bundled model is in [paper_quick.md](paper_quick.md).",
+            "",
+        ]
 
-    section("Hit rates by number of experts", hit_rates(found))
-    section("Hit rates by layer", by_layer(found))
-    section("Fidelity of predicted routing", fidelity(found))
-    section("Perplexity of predicted routing", language(found))
-    section("Sparsity of activation by sentence length", sparsity(found))
-    section("Memory saved", memory(found))
-    for experts in base_experts(found):
-        section(f"Throughput and latency by memory budget: base-{experts} shapes", throughput(found, f"base-{experts}"))
-    section("Throughput and latency by memory budget: the bundled classifier", throughput(found, "bundled"))
+    def section(title: str, needed: list[str], lines: Callable[[], list[str]]) -> None:
+        if all(name in found for name in needed):
+            text.extend([f"## {title}", "", *lines(), ""])
+
+    bases = [f"base-{experts}" for experts in base_experts(found)]
+    section("Hit rates by number of experts", ["models"], lambda: hit_rates(found))
+    section("Hit rates by layer", bases or ["base"], lambda: by_layer(found))
+    section("Fidelity of predicted routing", ["fidelity"], lambda: fidelity(found))
+    section("Perplexity of predicted routing", ["language"], lambda: language(found))
+    section("Sparsity of activation by sentence length", ["sparsity"], lambda: sparsity(found))
+    section("Memory saved", ["sparsity"], lambda: memory(found))
+    title = "Throughput and latency by memory budget"
+    for base in bases:
+        section(f"{title}: {base} shapes", [f"time {base}"], lambda base=base: throughput(found, base))
+    section(f"{title}: the bundled classifier", ["time bundled"], lambda: throughput(found, "bundled"))
     text += [
         "## How long it took",
         "",

@@ -25,12 +25,15 @@ def test_the_papers_tables_are_made_in_parts(tmp_path, paper, capsys):
     given = ["--smoke", "--out", str(out), "--work", str(work)]
     paper.main([*given, "--part", "prepare"])
     assert "to do: time bundled, time base-8" in capsys.readouterr().out
-    assert not (out / "paper.md").exists()
+    first = (out / "paper.md").read_text()
+    assert "Not measured yet: time bundled, time base-8." in first
+    assert "Throughput" not in first
     record = json.loads((out / "paper.json").read_text())
     before = record["stages"]["base-8"]
     paper.main(given)
     assert json.loads((out / "paper.json").read_text())["stages"]["base-8"] == before  # kept, not made again
     text = (out / "paper.md").read_text()
+    assert "Not measured" not in text
     *sections, took = text.split("\n## ")[1:]
     assert [section.splitlines()[0].split(":")[0] for section in sections] == [
         "Hit rates by number of experts",
