@@ -15,9 +15,10 @@ COLOURS = {"none": "tab:gray", "token table": "tab:orange", "hash predictor": "t
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
-    figure = Figure(figsize=(15, 12), layout="constrained")
+    timed = any(name.startswith("time base-") for name in found)
+    figure = Figure(figsize=(15, 12 if timed else 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 3)
+    axes = figure.subplots(3 if timed else 1, 3, squeeze=False)
     for place, (needed, drawn) in enumerate(
         (("models", draw_hits), ("sparsity", draw_touched), ("language", draw_language))
     ):
@@ -26,7 +27,7 @@ def draw(path: Path, found: dict[str, Any]) -> None:
         else:
             axes[0, place].set_axis_off()
     experts = base_experts(found)
-    for column in range(3):
+    for column in range(3 if timed else 0):
         if column >= len(experts) or f"time base-{experts[column]}" not in found:
             axes[1, column].set_axis_off()
             axes[2, column].set_axis_off()

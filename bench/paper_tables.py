@@ -97,7 +97,7 @@ def fidelity(found: dict[str, Any]) -> list[str]:
         f"What differs: {sentences} held-out movie-review sentences and a classifier trained here. A score can rise "
         "when a few sentences change class, so the share that keeps its class is given too. The last rows are "
         f"controls: with no experts at all this classifier still keeps {1 - lost:.1%} of its score, so its score is "
-        "no hard test; the masked language model below is. The default, the model's own router, loses nothing and "
+        "no hard test. The default, the model's own router, loses nothing and "
         "is what the paper does not have.",
     ]
 

@@ -124,12 +124,19 @@ def collect_traces(
             continue
         was_training = facts.stack.training
         facts.stack.eval()
+        # The router is asked, also of a model that is served with a table in its place and has none yet.
+        tabled: list[Any] = [m for m in facts.stack.modules() if getattr(m, "routing", "router") != "router"]
+        routings = [layer.routing for layer in tabled]
+        for layer in tabled:
+            layer.routing = "router"
         try:
             output = facts.stack(
                 input_ids=input_ids.to(device), attention_mask=real.long().to(device), output_router_logits=True
             )
         finally:
             facts.stack.train(was_training)
+            for layer, routing in zip(tabled, routings, strict=True):
+                layer.routing = routing
         yield Trace(
             input_ids.cpu()[real].long(),
             real.sum(dim=1),
