@@ -16,5 +16,5 @@ for sanitizer in "" address thread; do
     exit 1
   }
   # The CUDA kernels' tests are built here and run by tests/test_cuda_kernels.py.
-  ctest --test-dir "$folder" --output-on-failure --exclude-regex '^cuda_'
+  ctest --test-dir "$folder" --output-on-failure --exclude-regex '^cuda_' -j "${JOBS:-2}"
 done
