@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,26 @@ def print_table(found: list[dict[str, Any]]) -> None:
         for c in found
         if c["dtype"] == "float32"
     }
-    rates: tuple[float, ...] = ()
+    middle = {kind: statistics.median(case[kind] for case in found) / 1e9 for kind in ("bandwidth", "gemm")}
+    first = found[0]
+    columns = f"{'shape':20} {'weights':9} {'tokens':>6} {'experts':>7} {'ms':>9} {'GB/s':>6} {'of':>6} "
+    columns += (
+        f"{'GFLOP/s':>8} {'of':>6} {'x floor':>8} {'x transformers':>15} {'x fp32':>7} {'x grouped':>10} undisturbed"
+    )
+    print(
+        f"\n{first['instruction_set']}, {first['threads']} threads; medians of the run: {middle['bandwidth']:.1f} GB/s "
+        f"read, {middle['gemm']:.0f} GFLOP/s torch.mm float32; {first['multiply_add'] / 1e9:.0f} GFLOP/s multiply-adds "
+        f"in registers\n{columns}"
+    )
     for case in found:
-        if (case["bandwidth"], case["gemm"], case["multiply_add"]) != rates:
-            rates = case["bandwidth"], case["gemm"], case["multiply_add"]
-            print(
-                f"\n{case['instruction_set']}, {case['threads']} threads; measured: {rates[0] / 1e9:.1f} GB/s read, "
-                f"{rates[1] / 1e9:.0f} GFLOP/s torch.mm float32, {rates[2] / 1e9:.0f} GFLOP/s FMA in registers"
-            )
-            print(
-                f"{'shape':20} {'weights':9} {'tokens':>6} {'experts':>7} {'ms':>9} {'GB/s':>6} {'GFLOP/s':>8} "
-                f"{'x floor':>8} {'x transformers':>15} {'x fp32':>7} {'x grouped':>10} {'undisturbed':>12}"
-            )
         peers = []
         fp32 = by_shape.get((case["instruction_set"], case["shape"], case["tokens"]))
         for value in (case["peer_ms"].get("transformers"), fp32, case["peer_ms"].get("grouped")):
             peers.append("-" if value is None else f"{value / case['ms']:.2f}")
         print(
             f"{case['shape']:20} {case['dtype']:9} {case['tokens']:6d} {case['distinct_experts']:7.1f} "
-            f"{case['ms']:9.3f} {case['gb_per_s']:6.1f} {case['gflop_per_s']:8.1f} {case['x_floor']:8.2f} "
+            f"{case['ms']:9.3f} {case['gb_per_s']:6.1f} {case['bandwidth'] / 1e9:6.1f} {case['gflop_per_s']:8.1f} "
+            f"{case['gemm'] / 1e9:6.0f} {case['x_floor']:8.2f} "
             f"{peers[0]:>15} {peers[1]:>7} {peers[2]:>10} {case['undisturbed']:>6}/{case['rounds']}"
         )
 
@@ -86,7 +88,7 @@ def draw_roofline(found: list[dict[str, Any]], path: Path) -> None:
     import numpy as np
 
     figure, axes = plt.subplots(figsize=(8, 5.5))
-    bandwidth, gemm = found[0]["bandwidth"] / 1e9, found[0]["gemm"] / 1e9
+    bandwidth, gemm = (max(case[kind] for case in found) / 1e9 for kind in ("bandwidth", "gemm"))
     intensity = np.logspace(-1, 3, 200)
     axes.loglog(intensity, np.minimum(intensity * bandwidth, gemm), color="black", label="floor: read rate, fp32 GEMM")
     peak = found[0]["multiply_add"] / 1e9

@@ -1,8 +1,11 @@
 """One MoE layer beside transformers, torch's grouped products and the floor; run it with ``python -m bench``.
 
-The floor is max(bytes of the distinct experts / read bandwidth, floating-point operations / fp32 GEMM peak), both
-measured in this process: the bandwidth by streaming 2 GiB with all threads, the peak as torch's own best ``mm``. Beside
-them stands the rate of fused multiply-adds in registers for the instruction set in force, which no GEMM can pass.
+The floor is max(bytes of the distinct experts / read bandwidth, floating-point operations / fp32 GEMM peak). What a
+shared machine gives of either changes within seconds (bandwidth by a factor of 1.7 where this was written), so both
+are measured before and after each call (each few milliseconds of short calls): the bandwidth by streaming memory that
+is in no cache with all threads, the larger of both; the peak with torch's own ``mm`` where arithmetic may bound the
+case, the best that was seen. Beside them stands the rate of fused multiply-adds in registers for the instruction set in
+force, which no GEMM can pass.
 
 Every call gets fresh tokens and fresh uniform routing (or Zipf's, in the skewed groups). A round during which the
 system took a core away from this process (an involuntary context switch) is not counted, unless that happened in more
@@ -12,6 +15,7 @@ than half of the rounds; ``undisturbed`` says how many were counted that were no
 from __future__ import annotations
 
 import functools
+import itertools
 import resource
 import statistics
 import time
@@ -146,38 +150,46 @@ def layers() -> Layers:
     return Layers()
 
 
-def best_seconds(call: Callable[[], object], rounds: int) -> float:
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
-def gemm_rate() -> float:
-    """FLOP/s of torch's float32 ``mm``: the best of an expert's two shapes and a square one."""
-    best = 0.0
-    for rows, inner, columns in ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048)):
-        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
-        best = max(best, 2.0 * rows * inner * columns / best_seconds(functools.partial(torch.mm, a, b), 6))
-    return best
+GEMM_SHAPES = ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048))  # an expert's two and a square one
+
+
+class Rates:
+    """What the machine gives at this moment: bytes a second of reading memory, FLOP/s of torch's float32 ``mm``."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(THREADS)
+        self._stream = torch.ones(1 << 28)  # 1 GiB: more than any cache holds
+        self._windows = itertools.cycle(self._stream.split(1 << 24))  # 64 MiB: what was read last time is 1 GiB ago
+        self._products = [
+            (2.0 * rows * inner * columns, torch.randn(rows, inner), torch.randn(inner, columns))
+            for rows, inner, columns in GEMM_SHAPES
+        ]
+        rates = [max(self._gemm(number) for _ in range(4)) for number in range(len(GEMM_SHAPES))]
+        self._best = rates.index(max(rates))
+        self.gemm_at_start = max(rates)
+        self.multiply_add = _C.measure_multiply_add_rate(THREADS)
+
+    def _gemm(self, number: int) -> float:
+        flops, a, b = self._products[number]
+        return flops / seconds_of(functools.partial(torch.mm, a, b))
+
+    def bandwidth(self) -> float:
+        # The best of three: the first one may find the pool's threads asleep.
+        return max(window.numel() * 4 / seconds_of(window.sum) for window in itertools.islice(self._windows, 3))
+
+    def gemm(self) -> float:
+        return self._gemm(self._best)
 
 
 @pytest.fixture(scope="session")
-def machine() -> dict[str, Any]:
-    """Measured rates of this process; the best of several, as the floor must not be passed."""
-    torch.set_num_threads(THREADS)
-    stream = torch.ones(1 << 29)  # 2 GiB: more than any cache holds
-    by_sum = stream.numel() * 4 / best_seconds(stream.sum, 4)
-    del stream
-    return {
-        "instruction_set": _C.instruction_set(),
-        "threads": THREADS,
-        "bandwidth": max(by_sum, _C.measure_memory_bandwidth(THREADS)),
-        "gemm": gemm_rate(),
-        "multiply_add": _C.measure_multiply_add_rate(THREADS),
-    }
+def rates() -> Rates:
+    return Rates()
 
 
 def switches() -> int:
@@ -213,20 +225,35 @@ CASES = [
     *((Shape(skewed=True), dtype, t) for dtype in ("bfloat16", "int8") for t in CURVE),
     *((Shape(top_k=2), dtype, t) for dtype in ("bfloat16", "int8") for t in CURVE),
 ]
-ROUNDS = {1: 41, 8: 31, 32: 15, 64: 11, 256: 7, 1024: 5, 4096: 3}
+ROUNDS = {1: 301, 8: 61, 32: 31, 64: 21, 256: 13, 1024: 9, 4096: 5}
+BLOCK = {1: 10, 8: 10, 32: 4, 64: 3, 256: 1, 1024: 1, 4096: 1}  # calls between two looks at the machine
 
 
 # Float32 first: the lines of the same shape in other dtypes are compared with its transformers, too.
 @pytest.mark.parametrize(("shape", "dtype", "tokens"), CASES, ids=lambda v: str(v).replace(" ", "-"))
-def test_moe_ffn(
-    benchmark: Any, machine: dict[str, Any], layers: Layers, shape: Shape, dtype: str, tokens: int
-) -> None:
+def test_moe_ffn(benchmark: Any, rates: Rates, layers: Layers, shape: Shape, dtype: str, tokens: int) -> None:
     benchmark.group = f"{shape} {dtype}"
     layer = layers.get(shape, dtype)
+    flops = 4.0 * tokens * shape.top_k * shape.d_model * shape.d_ff
+    # A product is only timed where the GEMM's peak may be the floor (of bytes at the most that memory gave anywhere).
+    by_bytes = min(tokens, shape.experts) * layer.expert_bytes / 65e9
+    may_be_arithmetic = flops / rates.gemm_at_start > 0.8 * by_bytes
     distinct: list[int] = []
     disturbed: list[bool] = []
+    found: list[float] = []  # bytes a second, before each block of calls
+    gemm = [rates.gemm_at_start]
+
+    def look() -> None:
+        # The product first: memory that was idle for milliseconds is slower than one that streams, for both.
+        if may_be_arithmetic:
+            gemm.append(rates.gemm())
+        found.append(rates.bandwidth())
 
     def setup() -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        if len(disturbed) % BLOCK[tokens] == 0:
+            look()
+            if BLOCK[tokens] > 1:  # the stream has swept the caches of all else, too: a short call would be of that
+                layer.ours(*layer.draw(tokens))
         drawn = layer.draw(tokens)
         distinct.append(int(drawn[1].unique().numel()))
         return drawn, {}
@@ -241,12 +268,14 @@ def test_moe_ffn(
     benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=1)
     if benchmark.disabled:
         return
-    flops = 4.0 * tokens * shape.top_k * shape.d_model * shape.d_ff
+    look()
+    both = [max(pair) for pair in itertools.pairwise(found)]
+    bandwidth = [both[number // BLOCK[tokens]] for number in range(len(disturbed))][-rounds:]
     seconds = list(benchmark.stats.stats.data)
     read = [experts * layer.expert_bytes for experts in distinct[-rounds:]]
-    floors = [max(r / machine["bandwidth"], flops / machine["gemm"]) for r in read]
+    floors = [max(r / b, flops / max(gemm)) for r, b in zip(read, bandwidth, strict=True)]
     ratios = [s / f for s, f in zip(seconds, floors, strict=True)]
-    rates = [r / s for r, s in zip(read, seconds, strict=True)]
+    speeds = [r / s for r, s in zip(read, seconds, strict=True)]
     flags = disturbed[-rounds:]
     median = statistics.median(undisturbed(seconds, flags))
     peers: dict[str, float] = {}
@@ -257,13 +286,18 @@ def test_moe_ffn(
     if grouped is not None:
         peers["grouped"] = measure(grouped, draws)
     benchmark.extra_info |= {
-        **machine,
+        "instruction_set": _C.instruction_set(),
+        "threads": THREADS,
+        "bandwidth": statistics.median(bandwidth),
+        "bandwidth_range": [min(bandwidth), max(bandwidth)],
+        "gemm": max(gemm),
+        "multiply_add": rates.multiply_add,
         "shape": str(shape),
         "dtype": dtype,
         "tokens": tokens,
         "distinct_experts": statistics.mean(distinct[-rounds:]),
         "ms": median * 1e3,
-        "gb_per_s": statistics.median(undisturbed(rates, flags)) / 1e9,
+        "gb_per_s": statistics.median(undisturbed(speeds, flags)) / 1e9,
         "gflop_per_s": flops / median / 1e9,
         "x_floor": statistics.median(undisturbed(ratios, flags)),
         "rounds": rounds,

@@ -19,7 +19,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as the engine'
 
 import torch
 
-from bench.bench_moe_ffn import DTYPES, THREADS, Layer, Shape, gemm_rate, switches, undisturbed
+from bench.bench_moe_ffn import DTYPES, THREADS, Layer, Rates, Shape, switches, undisturbed
 from sida_ext import _C, ops
 
 TOKENS = 32
@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=41)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
-    bandwidth, gemm = _C.measure_memory_bandwidth(THREADS), gemm_rate()
+    rates = Rates()
+    gemm = rates.gemm_at_start
     print(
-        f"{_C.instruction_set()}, {THREADS} threads, {TOKENS} tokens; measured: {bandwidth / 1e9:.1f} GB/s read, "
-        f"{gemm / 1e9:.0f} GFLOP/s torch.mm float32\n"
+        f"{_C.instruction_set()}, {THREADS} threads, {TOKENS} tokens; {gemm / 1e9:.0f} GFLOP/s torch.mm float32, "
+        "memory's rate measured before each call\n"
         f"{'weights':9} {'experts':>7} {'distinct':>8} {'ms':>8} {'GB/s':>6} {'ps/byte':>8} {'of 128':>7} "
         f"{'x floor':>8}  bound by"
     )
@@ -49,11 +49,13 @@ def main() -> None:
         seconds: dict[int, list[float]] = {e: [] for e in EXPERTS}
         distinct: dict[int, list[int]] = {e: [] for e in EXPERTS}
         disturbed: dict[int, list[bool]] = {e: [] for e in EXPERTS}
+        bandwidths: dict[int, list[float]] = {e: [] for e in EXPERTS}
         for turn in range(arguments.rounds + 1):
             for experts in EXPERTS:
                 slots = torch.randperm(s.experts, generator=layer.random)[:experts].int()
                 index = torch.randint(experts, (TOKENS, 1), generator=layer.random)
                 x, gate = torch.randn(TOKENS, s.d_model, generator=layer.random), torch.ones(TOKENS, 1)
+                bandwidth = rates.bandwidth()
                 before, start = switches(), time.perf_counter()
                 ops.moe_ffn(x, index, gate, layer.wi, layer.wo, slots, **layer.scales)
                 took = time.perf_counter() - start
@@ -63,10 +65,12 @@ def main() -> None:
                 distinct[experts].append(count)
                 seconds[experts].append(took)
                 per_byte[experts].append(took / (count * layer.expert_bytes))
+                bandwidths[experts].append(bandwidth)
                 disturbed[experts].append(switches() > before)
         rate = {e: statistics.median(undisturbed(per_byte[e], disturbed[e])) for e in EXPERTS}
         for experts in EXPERTS:
             bytes_read = statistics.mean(distinct[experts]) * layer.expert_bytes
+            bandwidth = statistics.median(bandwidths[experts])
             by_bytes, by_flops = bytes_read / bandwidth, flops / gemm
             took = statistics.median(undisturbed(seconds[experts], disturbed[experts]))
             line = {

@@ -36,6 +36,19 @@ class Results(Dataset):
         return result(index)
 
 
+class StartedThreads(Dataset):
+    """How many threads a call of the worker starts; those of the worker's own queues start between two items."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> int:
+        arguments, activation = arguments_of(CASE | {"seed": index})
+        before = len(os.listdir("/proc/self/task"))
+        ops.moe_ffn(**arguments, activation=activation)
+        return len(os.listdir("/proc/self/task")) - before
+
+
 POOL = """
 import os, sys, torch
 from test_moe_ffn_threads import CASE, arguments_of
@@ -73,6 +86,19 @@ def test_dataloader_workers(method: str) -> None:
     expected = [result(seed) for seed in range(4)]  # the parent's pool is running when its worker is forked
     loader = DataLoader(Results(), batch_size=None, num_workers=1, multiprocessing_context=method, timeout=240)
     assert all(same_bits(a, b) for a, b in zip(loader, expected, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_dataloader_worker_starts_no_threads(method: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        result(0)  # the parent's pool runs
+        loader = DataLoader(StartedThreads(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=240)
+        assert list(loader) == [0, 0, 0]
+    finally:
+        torch.set_num_threads(before)
 
 
 def send_result(queue: multiprocessing.SimpleQueue, arguments: dict, activation: str) -> None:
