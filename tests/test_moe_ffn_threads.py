@@ -95,7 +95,9 @@ def test_a_dataloader_worker_starts_no_threads(method: str) -> None:
     torch.set_num_threads(3)
     try:
         result(0)  # the parent's pool runs
-        loader = DataLoader(StartedThreads(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=240)
+        loader = DataLoader(
+            StartedThreads(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=240
+        )
         assert list(loader) == [0, 0, 0]
     finally:
         torch.set_num_threads(before)
