@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import time
-from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +12,11 @@ from torch import nn
 
 from .decoder_predictor import RecurrentPredictor, TokenTableDecoder
 from .decoder_traces import DecoderTrace, Pairs, collect_decoder_traces, paired_batches, read_by_decoder
-from .distill import SplitPart, fill_store
-from .evaluation import evaluate
+from .distill import fill_store, train_on_store, training_folder, training_options
 from .moe_facts import stack_facts
-from .objective import HELD_OUT, TRAIN, VALIDATION, TrainingOptions
-from .report import write_report
+from .objective import TrainingOptions
 from .token_table import TokenTablePredictor
 from .traces import TraceStore
-from .trainer import Trainer
 
 __all__ = ["decoder_cost", "train_decoder_predictor"]
 
@@ -62,16 +56,10 @@ def train_decoder_predictor(
     Raises:
         ValueError: documents too few to split, tokens unknown to the model, unfinished work of another model or text.
     """
-    options = options or TrainingOptions()
-    if held_out_pairs is not None:
-        options = replace(options, held_out=0.0)
-    elif options.held_out == 0:
-        raise ValueError("held_out is 0 and there are no held_out_pairs; a report needs text that was not trained on")
-    facts = stack_facts(model, "decoder")
     started = time.perf_counter()
-    work = Path(out) / "training"
-    if not resume and work.exists():
-        shutil.rmtree(work)
+    options = training_options(options, "held_out_pairs", held_out_pairs)
+    facts = stack_facts(model, "decoder")
+    work = training_folder(out, resume)
     identity = {"model_fingerprint": facts.fingerprint, "max_length": options.max_length, "stack": "decoder"}
     store = TraceStore(work / "traces", identity, DecoderTrace)
     given, held = (
@@ -82,39 +70,20 @@ def train_decoder_predictor(
     )
     assert given is not None  # for the type checker: pairs are given
     fill_store(store, given, held, lambda batches: collect_decoder_traces(model, batches), progress)
-    trained, validation, held_out = (SplitPart(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
     predictor = RecurrentPredictor.for_model(model, seed=options.seed, **options.net)
-    trainer = Trainer(predictor, trained, validation, options, work / "checkpoint")
-    history = trainer.run(progress)
-    trainer.finish()
     table = TokenTablePredictor.for_model(model, "decoder")
-    for trace in trained():
-        table.update(trace.input_ids, trace.top1, trace.gate)
-    judged = evaluate(predictor, held_out())
-    predictor.held_out_top1 = judged.summary()["mean_top1"]
-    report = {
-        "model_fingerprint": facts.fingerprint,
-        "options": asdict(options),
-        "network": {**predictor.description(), "parameters": predictor.parameter_count()},
-        "tokens": {
-            name: sum(t.input_ids.numel() for t in part())
-            for name, part in (("train", trained), ("validation", validation), ("held_out", held_out))
-        },
-        "history": history,
-        "training_seconds": trainer.seconds,
-        "total_seconds": time.perf_counter() - started,
-        "held_out": {
-            "predictor": judged.summary(),
-            "token_table": evaluate(TokenTableDecoder(table), held_out()).summary(),
-        },
-        "cost": decoder_cost(predictor, model),
-    }
-    table.save_pretrained(Path(out) / "token_table")
-    predictor.save_pretrained(out)
-    write_report(out, report)
-    if not keep_traces:
-        shutil.rmtree(work)
-    return predictor
+    return train_on_store(
+        predictor,
+        table,
+        store,
+        options,
+        out,
+        compared_with=TokenTableDecoder(table),
+        details=lambda _: {"cost": decoder_cost(predictor, model)},
+        started=started,
+        progress=progress,
+        keep_traces=keep_traces,
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -81,29 +81,82 @@ def train_predictor(
     Raises:
         ValueError: texts too few to split, tokens unknown to the model, unfinished work of another model or text.
     """
-    options = options or TrainingOptions()
-    if held_out_texts is not None:
-        options = replace(options, held_out=0.0)
-    elif options.held_out == 0:
-        raise ValueError("held_out is 0 and there are no held_out_texts; a report needs text that was not trained on")
-    facts = stack_facts(model)
     started = time.perf_counter()
+    options = training_options(options, "held_out_texts", held_out_texts)
+    facts = stack_facts(model)
+    work = training_folder(out, resume)
+    store = _collect(model, facts, tokenizer, texts, held_out_texts, work / "traces", options, progress)
+    predictor = HashPredictor.for_model(model, options.variant, options.seed, **options.net)
+    table = TokenTablePredictor.for_model(model)
+    return train_on_store(
+        predictor,
+        table,
+        store,
+        options,
+        out,
+        compared_with=table,
+        details=lambda held_out: {
+            "confident": routing_curve(predictor, model, held_out()),
+            "cost": cost_share(predictor, model),
+        },
+        started=started,
+        progress=progress,
+        keep_traces=keep_traces,
+    )
+
+
+def training_options(options: TrainingOptions | None, argument: str, held_out: Any) -> TrainingOptions:
+    """The options of a run; where documents to report on are given (`argument`), no others are held out for that."""
+    options = options or TrainingOptions()
+    if held_out is not None:
+        return replace(options, held_out=0.0)
+    if options.held_out == 0:
+        raise ValueError(f"held_out is 0 and there are no {argument}; a report needs text that was not trained on")
+    return options
+
+
+def training_folder(out: str | os.PathLike[str], resume: bool) -> Path:
+    """OUT/training; emptied unless the work in it is to be gone on with."""
     work = Path(out) / "training"
     if not resume and work.exists():
         shutil.rmtree(work)
-    store = _collect(model, facts, tokenizer, texts, held_out_texts, work / "traces", options, progress)
+    return work
+
+
+P = TypeVar("P", bound=HashPredictor)
+
+
+def train_on_store(
+    predictor: P,
+    table: TokenTablePredictor,
+    store: TraceStore,
+    options: TrainingOptions,
+    out: str | os.PathLike[str],
+    *,
+    compared_with: Any,
+    details: Callable[[SplitPart], dict[str, Any]],
+    started: float,
+    progress: bool,
+    keep_traces: bool,
+) -> P:
+    """Trains `predictor` and its rival on the traces, judges both, and writes them and the report to folder `out`.
+
+    Args:
+        compared_with: `table` as a predictor of the same stack.
+        details: the report's further entries, asked for when the predictor is trained; gets the held-out part.
+        started: `time.perf_counter()` when the work began.
+    """
+    work = Path(out) / "training"
     trained, validation, held_out = (SplitPart(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
-    predictor = HashPredictor.for_model(model, options.variant, options.seed, **options.net)
     trainer = Trainer(predictor, trained, validation, options, work / "checkpoint")
     history = trainer.run(progress)
-    predictor = trainer.finish()
-    table = TokenTablePredictor.for_model(model)
+    trainer.finish()
     for trace in trained():
         table.update(trace.input_ids, trace.top1, trace.gate)
     judged = evaluate(predictor, held_out())
     predictor.held_out_top1 = judged.summary()["mean_top1"]
     report = {
-        "model_fingerprint": facts.fingerprint,
+        "model_fingerprint": predictor.model_fingerprint,
         "options": asdict(options),
         "network": {**predictor.description(), "parameters": predictor.parameter_count()},
         "tokens": {
@@ -115,10 +168,9 @@ def train_predictor(
         "total_seconds": time.perf_counter() - started,
         "held_out": {
             "predictor": judged.summary(),
-            "token_table": evaluate(table, held_out()).summary(),
+            "token_table": evaluate(compared_with, held_out()).summary(),
         },
-        "confident": routing_curve(predictor, model, held_out()),
-        "cost": cost_share(predictor, model),
+        **details(held_out),
     }
     table.save_pretrained(Path(out) / "token_table")
     predictor.save_pretrained(out)
