@@ -186,6 +186,19 @@ def train(
         table.add_row(f"[bold]{name}, mean[/]", f"{found['mean_top1']:.1%}", f"{found['mean_top3']:.1%}")
     Console().print(table)
     print(f"predictor: {out}; report: {out / 'report.json'}")
+    if (advice := table_advice(report["held_out"], out)) is not None:
+        print(advice)
+
+
+def table_advice(held_out: dict[str, Any], out: Path) -> str | None:
+    """What to do where the token table, which costs nothing, hits more often than the predictor; else None."""
+    table, ours = (held_out[name]["mean_top3"] for name in ("token_table", "predictor"))
+    if table <= ours:
+        return None
+    return (
+        f"on held-out text the token table hits more often (top-3 {table:.1%}) than the predictor ({ours:.1%}): train on "
+        f"more text, or serve with --predictor {out / 'token_table'}"
+    )
 
 
 @app.command()

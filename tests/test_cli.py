@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import sida_ext
-from sida_ext.cli import main, read_texts
+from sida_ext.cli import main, read_texts, table_advice
 from sida_ext.info import _lookaheads, collect
 from sida_ext.read_plan import ReadPlan
 
@@ -157,6 +157,17 @@ def test_errors_of_run_are_one_line_and_close_the_runtime(folder, untokenized, t
         assert done.returncode == 1
         assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_train_says_when_the_token_table_is_better():
+    def held_out(table: float, ours: float) -> dict:
+        return {"token_table": {"mean_top3": table}, "predictor": {"mean_top3": ours}}
+
+    assert table_advice(held_out(0.8, 0.8), Path("out")) is None
+    advice = table_advice(held_out(0.532, 0.5), Path("out"))
+    assert advice is not None
+    assert "top-3 53.2%" in advice
+    assert "--predictor out/token_table" in advice
 
 
 def test_train_then_run_and_plan(folder, texts, tmp_path):
