@@ -196,8 +196,8 @@ def table_advice(held_out: dict[str, Any], out: Path) -> str | None:
     if table <= ours:
         return None
     return (
-        f"on held-out text the token table hits more often (top-3 {table:.1%}) than the predictor ({ours:.1%}): train on "
-        f"more text, or serve with --predictor {out / 'token_table'}"
+        f"on held-out text the token table hits more often (top-3 {table:.1%}) than the predictor ({ours:.1%}): train "
+        f"on more text, or serve with --predictor {out / 'token_table'}"
     )
 
 
