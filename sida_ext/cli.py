@@ -7,15 +7,17 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from sida_ext.files import written_whole
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
@@ -346,7 +348,7 @@ def run(
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
         if out is not None:
-            with _written_whole(out) as file:
+            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
                 for number, text in enumerate(lines):
                     file.write(json.dumps({"text": text, **rows[number]}) + "\n")
         tokens = sum(sum(batch.lengths) for batch in formed)
@@ -370,18 +372,6 @@ def _summary(output: Any) -> dict[str, Any]:
         return {"label": int(logits.argmax()), "logits": logits.tolist()}
     states = output.last_hidden_state.float()
     return {"mean": states.mean().item(), "norm": states.norm().item()}
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name when it is complete, and leaves nothing behind otherwise."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _print_savings(savings: OrderSavings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,14 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     import torch
     import transformers
 
-    import sida_ext
-    from sida_ext import _C
-    from sida_ext._load import check_build
+    from sida_ext._load import _C, check_build
     from sida_ext.experts.budget import available_memory, format_bytes
     from sida_ext.experts.store import default_cache
 
     build = check_build()
     found: dict[str, Any] = {
         "versions": {
-            "sida_ext": sida_ext.__version__,
+            "sida_ext": _version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -63,6 +62,13 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             **_lookaheads(plan),
         }
     return found
+
+
+def _version() -> str:
+    try:
+        return version("sida_ext")
+    except PackageNotFoundError:
+        return "a source tree that was never installed"
 
 
 def _lookaheads(plan: Any) -> dict[str, str]:

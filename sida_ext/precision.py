@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, cast, get_args
 
-from sida_ext import _C
+from sida_ext._load import _C
 
 __all__ = ["Precision", "get_precision", "precisions", "set_precision"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.runtime import runtime_of
 from sida_ext.models.switch import SparseMLP, moe_layers
 from sida_ext.prediction.prefetch import CANDIDATES, PrefetchPolicy

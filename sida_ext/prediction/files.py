@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sida_ext.errors import PredictorError
+from sida_ext.files import written_whole
 
 PREDICTOR_FILE = "predictor.safetensors"
 FORMAT_VERSION = 1
@@ -32,15 +33,8 @@ def write_predictor(path: str | os.PathLike[str], config: dict[str, Any], tensor
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     description = {"format_version": FORMAT_VERSION, **config, "tensors_sha256": _digest(stored)}
-    temporary = folder / f".{PREDICTOR_FILE}.{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(save(stored, {"sida_predictor": json.dumps(description)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / PREDICTOR_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(folder / PREDICTOR_FILE, sync=True) as partial:
+        save_file(stored, partial, {"sida_predictor": json.dumps(description)})
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sida_ext.files import written_whole
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.moe_facts import check_tokens, stack_facts
 
@@ -268,12 +269,11 @@ class TraceStore:
 
     def _write_shard(self, traces: list[Trace]) -> None:
         name = f"{len(self._state['shards']):05d}.safetensors"
-        temporary = self.folder / f".{name}.tmp"
         joined = join_traces(traces)
         for trace in traces:
             self._note(trace.input_ids, trace.length, trace.document)
-        save_file(joined.tensors(), temporary)
-        os.replace(temporary, self.folder / name)
+        with written_whole(self.folder / name, sync=True) as partial:
+            save_file(joined.tensors(), partial)
         self._state["shards"].append({"file": name, "tokens": joined.input_ids.numel()})
         self._state["batches"] += len(traces)
         self._state["digest"] = self._digest.hexdigest()
@@ -284,9 +284,8 @@ class TraceStore:
             self._digest.update(tensor.long().numpy().tobytes())
 
     def _write_index(self) -> None:
-        temporary = self.folder / f".{self._INDEX}.tmp"
-        temporary.write_text(json.dumps(self._state))
-        os.replace(temporary, self.folder / self._INDEX)
+        with written_whole(self.folder / self._INDEX, sync=True) as partial:
+            partial.write_text(json.dumps(self._state))
 
 
 def join_traces(traces: list[Trace]) -> Trace:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sida_ext.files import written_whole
 from sida_ext.prediction.calibration import fit_temperature
 from sida_ext.prediction.hash_predictor import HashPredictor
 from sida_ext.training.objective import TrainingOptions, predictor_loss
@@ -245,11 +246,10 @@ class Trainer:
             "history": self.history,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(state)}
-        )
-        os.replace(temporary, self.file)
+        with written_whole(self.file, sync=True) as partial:
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, {"state": json.dumps(state)}
+            )
 
     def _load(self) -> None:
         with safe_open(self.file, "pt") as opened:
