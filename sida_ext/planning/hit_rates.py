@@ -85,7 +85,7 @@ class ClockRow:
 def on_the_clock(
     routing: Routing, slots: int, time: ModelledTime, lookahead: int = 4, eviction: str = "next_use"
 ) -> ClockRow:
-    """Runs the batches through the engine's own state machine while time is counted, not measured: the same every time.
+    """Run the batches through the engine's own state machine while time is counted, not measured: the same every time.
 
     Args:
         routing: its predicted tables are announced, or the true ones where there are none.

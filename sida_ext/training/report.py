@@ -14,13 +14,13 @@ PICTURE_FILE = "report.png"
 
 
 def write_report(path: str | os.PathLike[str], report: dict[str, Any]) -> None:
-    """Writes PATH/report.json and PATH/report.png, each whole or not at all.
+    """Write PATH/report.json and PATH/report.png, each whole or not at all.
 
     Args:
         path: folder of the predictor.
-        report: must hold `held_out` with the summaries of "predictor" and "token_table" (see `Evaluation.summary`).
-            With `confident`, what `routing_curve` gives, its curves are drawn too; a decoder's report has none, as its
-            table never replaces the router.
+        report: must hold ``held_out`` with the summaries of "predictor" and "token_table" (``Evaluation.summary``).
+            With ``confident``, what ``routing_curve`` gives, its curves are drawn too; a decoder's report has none, as
+            its table never replaces the router.
     """
     folder = Path(path)
     with written_whole(folder / REPORT_FILE, sync=True) as partial:
