@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sida_ext.errors import PredictorError, StoreError
+    from sida_ext.experts.options import Options
     from sida_ext.experts.runtime import Runtime
     from sida_ext.experts.stats import LayerStats, Stats
     from sida_ext.experts.store import pack
     from sida_ext.models.classification import SwitchTransformersForSequenceClassification
-    from sida_ext.models.switch import from_pretrained, swap_experts
+    from sida_ext.models.swap import from_pretrained, swap_experts
     from sida_ext.precision import get_precision, precisions, set_precision
     from sida_ext.prediction.protocol import (
         DecoderPredictor,
@@ -37,6 +38,7 @@ __all__ = [
     "HashPredictor",
     "HashTable",
     "LayerStats",
+    "Options",
     "Predictor",
     "PredictorError",
     "Runtime",
@@ -59,11 +61,12 @@ __all__ = [
 # Where each name is defined, as above for the type checker.
 _HOME = {
     "errors": ("PredictorError", "StoreError"),
+    "experts.options": ("Options",),
     "experts.runtime": ("Runtime",),
     "experts.stats": ("LayerStats", "Stats"),
     "experts.store": ("pack",),
     "models.classification": ("SwitchTransformersForSequenceClassification",),
-    "models.switch": ("from_pretrained", "swap_experts"),
+    "models.swap": ("from_pretrained", "swap_experts"),
     "precision": ("get_precision", "precisions", "set_precision"),
     "prediction.protocol": ("DecoderPredictor", "HashPredictor", "HashTable", "Predictor", "TokenTablePredictor"),
     "serving.pipeline": ("stream",),

@@ -38,6 +38,7 @@ NAMES = [
     "HashPredictor",
     "HashTable",
     "LayerStats",
+    "Options",
     "Predictor",
     "PredictorError",
     "Runtime",
@@ -111,7 +112,7 @@ def test_imports_run_downwards():
         ("experts/budget.py", "from sida_ext.serving import lookahead"),
         ("prediction/drift.py", "from sida_ext.experts import runtime"),
         ("files.py", "from sida_ext.experts import budget"),
-        ("training/report.py", "from sida_ext.models import switch"),
+        ("training/report.py", "from sida_ext.models import swap"),
     ],
 )
 def test_an_import_that_climbs_is_caught(tmp_path, module, line):
