@@ -1,0 +1,166 @@
+"""Which files a checkpoint folder or hub id means: decided by transformers, for the experts as for everything else."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.utils import hub as transformers_hub
+
+__all__ = ["LOCATION_ARGUMENTS", "CheckpointFiles", "model_class_of", "resolve_checkpoint"]
+
+# Arguments of transformers' from_pretrained that say which files are meant; those of the second line pick among a
+# folder's weights and are not for its configuration.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+LOCATION_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "use_safetensors")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """A checkpoint that has been found.
+
+    Attributes:
+        path_or_id: as it was given.
+        config: its configuration.
+        weights: its weight files, in transformers' order.
+        arguments: what a later ``from_pretrained(path_or_id, **arguments)`` of transformers needs to load the same
+            files: the location arguments, a branch of the hub fixed to the commit that it is now.
+    """
+
+    path_or_id: str
+    config: PretrainedConfig
+    weights: tuple[Path, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Last part of the folder or id."""
+        return Path(self.path_or_id).resolve().name if Path(self.path_or_id).is_dir() else self.path_or_id
+
+
+def _config(
+    path_or_id: str, config: Any, model_class: type[PreTrainedModel] | None, hub: Mapping[str, Any]
+) -> PretrainedConfig:
+    if isinstance(config, PretrainedConfig):
+        return config
+    place = path_or_id if config is None else os.fspath(config)
+    own = getattr(model_class, "config_class", None)
+    try:
+        return (own if own is not None else AutoConfig).from_pretrained(place, **hub)
+    except OSError as error:
+        if Path(place).is_dir() and not (Path(place) / hub.get("subfolder", "") / "config.json").is_file():
+            raise FileNotFoundError(f"{place} holds no config.json, expected a transformers checkpoint") from None
+        raise FileNotFoundError(f"{place} is no checkpoint folder, and the hub did not give it: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{place}: its config.json is of no model that transformers knows: {error}") from error
+
+
+def model_class_of(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> type[PreTrainedModel]:
+    """The transformers class to load: the given one, else the one that ``config.architectures`` names.
+
+    Raises:
+        ValueError: none of the names is a class of transformers.
+    """
+    if model_class is not None:
+        return model_class
+    names = list(config.architectures or [])
+    for name in names:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    raise ValueError(f"config.json names architectures {names}, none of which is known; pass model_class=")
+
+
+def _pinned_revision(path_or_id: str, hub: dict[str, Any]) -> None:
+    """Fix a branch to its commit, so that a push between two loads cannot mix two saves."""
+    resolve = getattr(transformers_hub, "resolve_revision", None)
+    if resolve is None or Path(path_or_id).is_dir():
+        return
+    names = ("token", "local_files_only", "cache_dir")
+    hub["revision"] = resolve(
+        path_or_id, hub.get("revision", "main"), **{name: hub[name] for name in names if name in hub}
+    )
+
+
+def resolve_checkpoint(
+    path_or_id: str | os.PathLike[str],
+    *,
+    config: Any = None,
+    model_class: type[PreTrainedModel] | None = None,
+    allow_pickle: bool = False,
+    **location: Any,
+) -> CheckpointFiles:
+    """Find a checkpoint's configuration and weight files as transformers' ``from_pretrained`` would.
+
+    Args:
+        config: a configuration, or where one is; None: the checkpoint's own.
+        model_class: the class that will be loaded, if the user named one.
+        allow_pickle: take ``.bin`` files where there are no others.
+        location: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, ``proxies``,
+            ``subfolder``, ``variant``, ``use_safetensors``.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a part of it is missing.
+        ValueError: one that cannot be read, or an unknown argument.
+    """
+    unknown = sorted(set(location) - set(LOCATION_ARGUMENTS))
+    if unknown:
+        raise ValueError(f"{unknown[0]}= says nothing about which files to take, expected {LOCATION_ARGUMENTS}")
+    place = os.fspath(path_or_id)
+    if Path(place).is_file():
+        raise FileNotFoundError(f"{place} is a file, expected a checkpoint folder or a hub id")
+    hub = {name: location[name] for name in HUB_ARGUMENTS if location.get(name) is not None}
+    _pinned_revision(place, hub)
+    folder = Path(place) / hub.get("subfolder", "")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its model "
+            "(peft: merge_and_unload) and save that"
+        )
+    found = _config(place, config, model_class, hub)
+    use_safetensors = location.get("use_safetensors")
+    if use_safetensors is None:
+        use_safetensors = None if allow_pickle else True
+    elif use_safetensors is False and not allow_pickle:
+        raise ValueError(
+            "use_safetensors=False asks for pytorch_model.bin files, which are Python pickles; pass allow_pickle=True"
+        )
+    wanted = {
+        "pretrained_model_name_or_path": place,
+        "variant": location.get("variant"),
+        "gguf_file": None,
+        "use_safetensors": use_safetensors,
+        "user_agent": {"file_type": "model", "framework": "pytorch"},
+        "is_remote_code": False,
+        "transformers_explicit_filename": getattr(found, "transformers_weights", None),
+        "download_kwargs": hub,
+    }
+    accepted = inspect.signature(_get_resolved_checkpoint_files).parameters
+    try:
+        paths, _ = _get_resolved_checkpoint_files(**{name: wanted[name] for name in wanted if name in accepted})
+    except OSError as error:
+        if not allow_pickle and any(folder.glob("pytorch_model*.bin*")):
+            raise ValueError(
+                f"{folder} holds only pytorch_model.bin files, which are Python pickles: loading one can run code that "
+                "it carries. Convert it to safetensors, or pass allow_pickle=True (--allow-pickle) if you trust its "
+                "source"
+            ) from None
+        raise FileNotFoundError(f"{place}: transformers finds no weights there: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: its shard index cannot be read: {error!r}") from error
+    weights = tuple(Path(path) for path in paths or ())
+    missing = sorted(path.name for path in weights if not path.is_file())
+    if missing:
+        raise FileNotFoundError(f"{folder}: the shard index names {', '.join(missing)}, which is not there")
+    arguments = dict(hub)
+    if location.get("variant") is not None:
+        arguments["variant"] = location["variant"]
+    arguments["use_safetensors"] = use_safetensors
+    return CheckpointFiles(place, found, weights, arguments)
