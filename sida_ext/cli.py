@@ -66,11 +66,10 @@ def pack(
 ) -> None:
     """Write the experts of a checkpoint as aligned, checksummed records."""
     from sida_ext.experts.budget import format_bytes
-    from sida_ext.experts.store import pack as pack_store
+    from sida_ext.models.packing import pack as pack_store
 
-    hub = {"revision": revision} if revision is not None else {}
     with _Bar("packing") as bar:
-        header = pack_store(checkpoint, out, dtype, allow_pickle=allow_pickle, progress=bar, **hub)
+        header = pack_store(checkpoint, out, dtype, allow_pickle=allow_pickle, progress=bar, revision=revision)
     print(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
         f"{format_bytes(header.record_bytes)} each, {format_bytes(header.experts_bytes)} in all"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sida_ext.experts.cache import default_cache
+from sida_ext.experts.folders import default_cache
 
 __all__ = ["identity_of"]
 

@@ -51,13 +51,14 @@ def _config(
     if isinstance(config, PretrainedConfig):
         return config
     place = path_or_id if config is None else os.fspath(config)
+    folder = Path(place) / hub.get("subfolder", "")
+    if Path(place).is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json, expected a transformers checkpoint")
     own = getattr(model_class, "config_class", None)
     try:
         return (own if own is not None else AutoConfig).from_pretrained(place, **hub)
     except OSError as error:
-        if Path(place).is_dir() and not (Path(place) / hub.get("subfolder", "") / "config.json").is_file():
-            raise FileNotFoundError(f"{place} holds no config.json, expected a transformers checkpoint") from None
-        raise FileNotFoundError(f"{place} is no checkpoint folder, and the hub did not give it: {error}") from error
+        raise FileNotFoundError(f"{place} is no folder, and the hub did not give it: {error}") from error
     except ValueError as error:
         raise ValueError(f"{place}: its config.json is of no model that transformers knows: {error}") from error
 
@@ -132,7 +133,7 @@ def resolve_checkpoint(
         raise ValueError(
             "use_safetensors=False asks for pytorch_model.bin files, which are Python pickles; pass allow_pickle=True"
         )
-    wanted = {
+    wanted: dict[str, Any] = {
         "pretrained_model_name_or_path": place,
         "variant": location.get("variant"),
         "gguf_file": None,

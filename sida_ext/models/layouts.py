@@ -170,7 +170,7 @@ def _run(recipe: Recipe, collected: dict[str, list[Tensor]], model: Any, config:
             config=config,
             missing_keys=None,
         )
-    for name, made in result.items():
+    for name in result:
         if name in recipe.loaded_as:
             prefix, _, suffix = recipe.loaded_as.partition(name)
             break
@@ -213,6 +213,31 @@ class ExpertLayout:
         for name, recipes in self.recipes.items():
             for recipe in recipes.values():
                 self._check(self.modules[name], recipe)
+
+    @property
+    def keys(self) -> set[str]:
+        """The checkpoint's keys that make experts."""
+        return {key for recipes in self.recipes.values() for recipe in recipes.values() for key in recipe.keys}
+
+    @property
+    def phrase(self) -> str:
+        """How the checkpoint holds the experts, for people."""
+        name, recipes = next(iter(self.recipes.items()))
+        module, recipe = self.modules[name], recipes["wi"]
+        kinds = [type(operation).__name__ for operation in recipe.operations]
+        sources = [pattern.replace("\\", "").rpartition("experts.")[2] for pattern in recipe.sources]
+        if not kinds:
+            sources = [recipe.keys[0].rpartition("experts.")[2]]
+        parts = [("one matrix for each expert" if recipe.stacked else "all experts fused") + f" ({', '.join(sources)})"]
+        if module.is_transposed or "Transpose" in kinds:
+            parts.append("transposed")
+        if not module.is_concatenated or "Interleave" in kinds:
+            parts.append("gate and up in turns")
+        if "ErnieFuseAndSplitTextVisionExperts" in kinds:
+            parts.append("text and vision experts in one list")
+        if any("equantize" in kind for kind in kinds):
+            parts.append("MXFP4" if "Mxfp4Dequantize" in kinds else "block-scaled")
+        return ", ".join(parts)
 
     def _collect(self, quantizer: Any) -> dict[str, tuple[dict[str, list[str]], WeightConverter | None]]:
         """Parameter name -> its sources and its rule, for every key of the checkpoint that the model has a place for,
@@ -288,7 +313,7 @@ class ExpertLayout:
                 )
         parameter = self.model.get_parameter(recipe.target)
         if recipe.stacked:
-            self._check_count(recipe, module.num_experts)
+            self._check_count(recipe, int(module.num_experts))  # type: ignore[arg-type]
         collected = {
             pattern: [torch.empty(self.files.shape(key), dtype=self.files.dtype(key), device="meta") for key in keys]
             for pattern, keys in recipe.sources.items()
@@ -328,7 +353,8 @@ class ExpertLayout:
     def expert(self, name: str, index: int) -> ExpertWeights:
         """Expert ``index`` of the module ``name``, as a store has it (widths as they are)."""
         module = self.modules[name]
-        parts = {role: self._part(recipe, index, module.num_experts) for role, recipe in self.recipes[name].items()}
+        experts = int(module.num_experts)  # type: ignore[arg-type]
+        parts = {role: self._part(recipe, index, experts) for role, recipe in self.recipes[name].items()}
         return canonical(module, parts)
 
     def _part(self, recipe: Recipe, index: int, experts: int) -> Tensor:

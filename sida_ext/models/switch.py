@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,30 +12,33 @@ from typing import Any, NoReturn, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, SwitchTransformersConfig
+from transformers import PretrainedConfig, PreTrainedModel, SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import (
     SwitchTransformersSparseMLP,
     SwitchTransformersTop1Router,
 )
 
 from sida_ext import ops
-from sida_ext.experts.checkpoint import Checkpoint, ModuleExperts, resolve_folder
+from sida_ext.experts.cache import check_source, ensure_store
 from sida_ext.experts.cuda import on_predictor, resolve_device
+from sida_ext.experts.folders import scratch_folder
 from sida_ext.experts.runtime import Runtime, runtime_of
-from sida_ext.experts.store import StoreHeader, check_source, default_cache, ensure_store, open_store, write_store
+from sida_ext.experts.store import StoreHeader, open_store, write_store
+from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, resolve_checkpoint
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
 from sida_ext.models.decoding import predict_decoder
+from sida_ext.models.switch_source import SwitchCheckpoint, SwitchModules
 from sida_ext.prediction.protocol import check_table, split_predictors
 
 __all__ = ["ROUTINGS", "SparseMLP", "Top1Router", "from_pretrained", "moe_layers", "swap_experts"]
 
 ROUTINGS = ("router", "predicted", "confident")
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 REFUSED_ARGUMENTS = {
     "device_map": "expert memory has one device, named by device=",
     "quantization_config": "experts are quantised by expert_dtype='int8'",
     "tp_plan": "tensor parallelism is not supported",
     "state_dict": "the experts are read from the checkpoint's files",
+    "gguf_file": "the experts are read from safetensors files",
     "output_loading_info": "the model alone is returned",
 }
 
@@ -309,7 +311,7 @@ def _drop_table(
         block.__exit__(None, None, None)
 
 
-def _model_class(config: SwitchTransformersConfig, model_class: type[PreTrainedModel] | None) -> type[PreTrainedModel]:
+def _model_class(config: PretrainedConfig, model_class: type[PreTrainedModel] | None) -> type[PreTrainedModel]:
     if model_class is not None:
         return model_class
     names = config.architectures or []
@@ -387,8 +389,17 @@ def from_pretrained(
     for name, reason in REFUSED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r} is not supported: {reason}")
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    with Checkpoint(resolve_folder(path_or_id, allow_pickle=allow_pickle, **hub), allow_pickle) as source:
+    location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
+    found = resolve_checkpoint(
+        path_or_id,
+        config=kwargs.pop("config", None),
+        model_class=model_class,
+        allow_pickle=allow_pickle,
+        **location,
+    )
+    if found.config.model_type != "switch_transformers":
+        raise ValueError(f"{path_or_id} is of model_type {found.config.model_type}, expected switch_transformers")
+    with SwitchCheckpoint(found) as source:
         if store is None:
             path = ensure_store(source, expert_dtype, store_cache, say=say, progress=progress)
         else:
@@ -397,8 +408,7 @@ def from_pretrained(
             check_source(header, source, str(path))
         # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
         other_bytes = source.other_bytes(itemsize=4)
-        folder = source.folder
-    base = _model_class(kwargs.get("config") or SwitchTransformersConfig.from_pretrained(folder), model_class)
+    base = _model_class(found.config, model_class)
     layers: dict[str, SparseMLP] = {}
 
     class WithoutExperts(base):  # type: ignore[misc, valid-type]
@@ -410,8 +420,6 @@ def from_pretrained(
             super().__init__(config, *args, **kwargs)
             layers.update(_replace_layers(self))
 
-    for name in HUB_ARGUMENTS:
-        kwargs.pop(name, None)
     # Before the other weights, so that the system backs expert memory while they are read.
     runtime = Runtime(
         path,
@@ -428,7 +436,7 @@ def from_pretrained(
         say=say,
     )
     try:
-        model = WithoutExperts.from_pretrained(folder, use_safetensors=None if allow_pickle else True, **kwargs)
+        model = WithoutExperts.from_pretrained(found.path_or_id, config=found.config, **found.arguments, **kwargs)
         model.__class__ = base
         _check_fit(model.config, runtime.header, layers, str(path))
         _check_stacks(model, predictor)
@@ -477,15 +485,14 @@ def swap_experts(
     if any(isinstance(layer, SparseMLP) for layer in found.values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
     _check_stacks(model, predictor)
-    experts = ModuleExperts(
-        {name: cast(nn.ModuleDict, layer.experts) for name, layer in found.items()}, type(model).__name__
+    experts = SwitchModules(
+        {name: cast(nn.ModuleDict, layer.experts) for name, layer in found.items()},
+        type(model).__name__,
+        model.config.dense_act_fn,
     )
-    folder = None
-    if store is None:
-        default_cache().mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="swapped-", dir=default_cache())
+    folder = scratch_folder() if store is None else None
     try:
-        path = Path(store) if store is not None else Path(folder.name) / "experts.sida"  # type: ignore[union-attr]
+        path = Path(store) if store is not None else folder.path / "experts.sida"  # type: ignore[union-attr]
         write_store(experts, path, expert_dtype)
         runtime = Runtime(
             path,
