@@ -11,16 +11,16 @@ from sida_ext._load import check_build
 
 check_build()
 
-from sida_ext.classification import SwitchTransformersForSequenceClassification  # noqa: E402
 from sida_ext.errors import PredictorError, StoreError  # noqa: E402
-from sida_ext.pipeline import stream  # noqa: E402
+from sida_ext.experts.runtime import Runtime  # noqa: E402
+from sida_ext.experts.stats import LayerStats, Stats  # noqa: E402
+from sida_ext.experts.store import pack  # noqa: E402
+from sida_ext.models.classification import SwitchTransformersForSequenceClassification  # noqa: E402
+from sida_ext.models.switch import from_pretrained, swap_experts  # noqa: E402
 from sida_ext.precision import get_precision, precisions, set_precision  # noqa: E402
-from sida_ext.predictor import DecoderPredictor, HashPredictor, HashTable, Predictor, TokenTablePredictor  # noqa: E402
-from sida_ext.runtime import Runtime  # noqa: E402
-from sida_ext.schedule import TokenBatch, batches_by_tokens, stream_by_tokens  # noqa: E402
-from sida_ext.stats import LayerStats, Stats  # noqa: E402
-from sida_ext.store import pack  # noqa: E402
-from sida_ext.switch import from_pretrained, swap_experts  # noqa: E402
+from sida_ext.prediction.protocol import DecoderPredictor, HashPredictor, HashTable, Predictor, TokenTablePredictor  # noqa: E402
+from sida_ext.serving.pipeline import stream  # noqa: E402
+from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, stream_by_tokens  # noqa: E402
 
 try:
     __version__ = version("sida_ext")

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from sida_ext.runtime import Runtime
-    from sida_ext.schedule import OrderSavings
+    from sida_ext.experts.runtime import Runtime
+    from sida_ext.serving.schedule import OrderSavings
 
 app = typer.Typer(
     name="sida",
@@ -65,8 +65,8 @@ def pack(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
     """Write the experts of a checkpoint as aligned, checksummed records."""
-    from sida_ext.budget import format_bytes
-    from sida_ext.store import pack as pack_store
+    from sida_ext.experts.budget import format_bytes
+    from sida_ext.experts.store import pack as pack_store
 
     hub = {"revision": revision} if revision is not None else {}
     with _Bar("packing") as bar:
@@ -146,9 +146,9 @@ def train(
 ) -> None:
     """Train a predictor on a model's own routing; go on after Ctrl-C with the same command."""
     from sida_ext import from_pretrained
-    from sida_ext.decoder_distill import train_decoder_predictor
-    from sida_ext.distill import TrainingOptions, train_predictor
-    from sida_ext.runtime import runtime_of
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.training.decoder_distill import train_decoder_predictor
+    from sida_ext.training.distill import TrainingOptions, train_predictor
 
     if decoder and variant is not None:
         raise ValueError(f"--variant is {variant!r}; a decoder's predictor has one form, leave it out")
@@ -213,9 +213,9 @@ def plan(
 ) -> None:
     """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
     from sida_ext import from_pretrained
-    from sida_ext.plan import POLICIES, compare, record_routing
-    from sida_ext.predictor import find_predictor
-    from sida_ext.runtime import runtime_of
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.planning.hit_rates import POLICIES, compare, record_routing
+    from sida_ext.prediction.protocol import find_predictor
 
     lines = read_texts(texts)
     loaded = from_pretrained(model, expert_memory="auto", store=store, say=lambda text: console.print(text))
@@ -287,9 +287,9 @@ def run(
     import torch
 
     from sida_ext import from_pretrained, stream
-    from sida_ext.predictor import find_predictor
-    from sida_ext.runtime import runtime_of
-    from sida_ext.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.prediction.protocol import find_predictor
+    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
 
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
@@ -385,7 +385,7 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
 
 
 def _print_savings(savings: OrderSavings) -> None:
-    from sida_ext.budget import format_bytes
+    from sida_ext.experts.budget import format_bytes
 
     share = savings.saved_bytes / savings.given_bytes if savings.given_bytes else 0.0
     print(
@@ -395,7 +395,7 @@ def _print_savings(savings: OrderSavings) -> None:
 
 
 def _write_trace(runtime: Runtime, path: Path) -> None:
-    from sida_ext.timeline import draw, write_chrome_trace
+    from sida_ext.experts.timeline import draw, write_chrome_trace
 
     try:
         events = runtime.take_trace()
@@ -409,7 +409,7 @@ def _write_trace(runtime: Runtime, path: Path) -> None:
 
 def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
     """One table of what a run did."""
-    from sida_ext.budget import format_bytes
+    from sida_ext.experts.budget import format_bytes
 
     stats = runtime.stats()
     table = Table(title=f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")

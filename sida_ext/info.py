@@ -23,8 +23,8 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     import sida_ext
     from sida_ext import _C
     from sida_ext._load import check_build
-    from sida_ext.budget import available_memory, format_bytes
-    from sida_ext.store import default_cache
+    from sida_ext.experts.budget import available_memory, format_bytes
+    from sida_ext.experts.store import default_cache
 
     build = check_build()
     found: dict[str, Any] = {
@@ -67,7 +67,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
 
 def _lookaheads(plan: Any) -> dict[str, str]:
     """What stream(lookahead="auto") would pick, for a model of which a batch wants a fifth of the experts."""
-    from sida_ext.lookahead import choose_lookahead
+    from sida_ext.serving.lookahead import choose_lookahead
 
     experts, wanted = 768, 154
     picks = {
@@ -86,7 +86,7 @@ def _measured_plan(folder: Path) -> Any:
     """What Runtime would pick for a store in the folder, from a file of our own that is removed again."""
     import tempfile
 
-    from sida_ext.read_plan import SMALLEST_STORE_BYTES, default_plan, read_plan
+    from sida_ext.experts.read_plan import SMALLEST_STORE_BYTES, default_plan, read_plan
 
     piece = os.urandom(1 << 20)
     try:
@@ -104,7 +104,7 @@ def _cuda_devices() -> dict[str, str]:
     """The CUDA devices that torch sees, each with its compute capability and its memory; none without CUDA."""
     import torch
 
-    from sida_ext.budget import format_bytes
+    from sida_ext.experts.budget import format_bytes
 
     if not torch.cuda.is_available():
         return {}

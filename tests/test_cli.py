@@ -13,14 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import build, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import sida_ext
 from sida_ext.cli import main, read_texts, table_advice
+from sida_ext.experts.read_plan import ReadPlan
 from sida_ext.info import _lookaheads, collect
-from sida_ext.read_plan import ReadPlan
+from tests.support.reference import build, small_config
 
 WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
 
@@ -130,7 +130,7 @@ class Fixed:
 
 
 def test_the_order_says_what_it_saved(folder, texts, sida_here, monkeypatch):
-    monkeypatch.setattr("sida_ext.predictor.find_predictor", lambda name, model: Fixed())
+    monkeypatch.setattr("sida_ext.prediction.protocol.find_predictor", lambda name, model: Fixed())
     done = sida_here("run", folder, texts, "--predictor", "x", "--order", "overlap", "--expert-memory", "30%")
     assert done.returncode == 0, done.stderr
     assert re.search(r"order overlap: .* to read, .* in the given order, .*%\) saved", done.stdout)
@@ -190,7 +190,7 @@ def test_an_installed_predictor_of_somebody_else_is_named_on_the_command_line(fo
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: somebody-else\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[sida_ext.predictors]\npopular = custom_predictor:make\n")
-    examples = Path(__file__).parent.parent / "examples"
+    examples = Path(__file__).resolve().parent.parent / "examples"
     path = os.pathsep.join([str(tmp_path), str(examples), str(examples.parent)])
     given = ("run", folder, texts, "--batch-size", 4, "--routing", "predicted", "--expert-memory", "50%")
     ran = sida(*given, "--predictor", "popular", path=path)
