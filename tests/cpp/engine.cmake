@@ -15,6 +15,7 @@ sida_engine_test(test_transfer)
 sida_engine_test(test_faults)
 sida_engine_test(test_store)
 sida_engine_test(test_slab)
+sida_engine_test(test_measure)
 
 include(${CMAKE_CURRENT_LIST_DIR}/mutants/residency_mutations.cmake)
 sida_engine_test(test_mutants ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp
