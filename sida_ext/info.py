@@ -18,8 +18,8 @@ LEAST = 64 << 20  # below it a cache, or the start of the threads, is what would
 
 def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     """Facts by section. Measuring streams an array of up to 2 GiB and reads a file of up to 1 GiB past the page cache,
-    each at most a quarter of what is free; it takes a few seconds. The reads' plan is measured again, and remembered for
-    the next start.
+    each at most a quarter of what is free; it takes a few seconds. The reads' plan is measured again, and remembered
+    for the next start.
 
     Args:
         path: folder whose disk is measured; None: the store cache.
