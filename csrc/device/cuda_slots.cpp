@@ -7,6 +7,12 @@
 #include "base/error.h"
 
 namespace sida::cuda {
+namespace {
+
+// Streams come and go: a program that makes one for each request must not be remembered for ever.
+constexpr size_t most_streams_remembered = 64;
+
+}  // namespace
 
 CudaSlots::CudaSlots(const RuntimeTable& runtime, int device, int64_t slots, int64_t slot_bytes, int lanes)
     : runtime_(runtime), device_(device), slot_bytes_(slot_bytes), lane_count_(lanes) {
@@ -52,6 +58,12 @@ void CudaSlots::check(int status, const char* what) const {
 
 void CudaSlots::check_open(const char* call) const {
   if (!open_) fail(ErrorKind::closed, "CudaSlots::", call, " after close()");
+}
+
+uint64_t CudaSlots::number_of(Stream stream) const {
+  uint64_t number = 0;
+  check(runtime_.stream_number(stream, &number), "asking for a stream's number");
+  return number;
 }
 
 CudaSlots::Slot& CudaSlots::find(int32_t slot, const char* call) {
@@ -169,7 +181,8 @@ void CudaSlots::wait_source(int32_t slot) {
 void CudaSlots::before_read(Stream stream, std::span<const int32_t> slots) {
   const std::lock_guard lock(mutex_);
   check_open("before_read");
-  std::vector<uint64_t>& waited = waited_[stream];
+  if (waited_.size() >= most_streams_remembered) waited_.clear();  // costs each of them a wait for what it waited for
+  std::vector<uint64_t>& waited = waited_[number_of(stream)];
   waited.resize(lanes_.size(), 0);
   std::vector<const Slot*> newest(lanes_.size(), nullptr);  // that the stream does not wait for yet
   for (const int32_t slot : slots) {
@@ -199,13 +212,14 @@ std::shared_ptr<CudaSlots::Readers> CudaSlots::free_event() {
 std::shared_ptr<const CudaSlots::Readers> CudaSlots::after_read(Stream stream, std::span<const int32_t> slots) {
   const std::lock_guard lock(mutex_);
   check_open("after_read");
+  const uint64_t number = number_of(stream);
   std::shared_ptr<Readers> behind = free_event();
-  behind->stream = stream;
+  behind->stream = number;
   check(runtime_.event_record(behind->event, stream), "recording the readers");
   for (const int32_t slot : slots) {
     Slot& own = find(slot, "after_read");
     // A later event of the same stream covers the earlier ones.
-    std::erase_if(own.readers, [&](const auto& earlier) { return earlier->stream == stream; });
+    std::erase_if(own.readers, [&](const auto& earlier) { return earlier->stream == number; });
     own.readers.push_back(behind);
   }
   return behind;

@@ -28,7 +28,7 @@ class CudaSlots {
   // An event behind kernels of one stream; it may be recorded again once nobody holds it any more.
   struct Readers {
     Event event;
-    Stream stream;
+    uint64_t stream;  // its number
   };
 
   // Throws Error(invalid) for sizes below one and Error(internal) with the runtime's reason.
@@ -87,6 +87,7 @@ class CudaSlots {
 
   void check(int status, const char* what) const;
   void check_open(const char* call) const;
+  uint64_t number_of(Stream stream) const;
   Slot& find(int32_t slot, const char* call);
   std::shared_ptr<Readers> free_event();
   void take_memory(int32_t slot);
@@ -106,7 +107,7 @@ class CudaSlots {
   int64_t pages_ = 0;                // with memory
   std::vector<Lane> lanes_;
   std::vector<Slot> slots_;
-  std::map<Stream, std::vector<uint64_t>> waited_;  // the newest fill of each lane that a stream waits for
+  std::map<uint64_t, std::vector<uint64_t>> waited_;  // by a stream's number: the newest fill of each lane it waits for
   std::vector<std::shared_ptr<Readers>> events_;
 };
 

@@ -80,11 +80,11 @@ SIDA_TEST(calls_are_counted_in_the_steady_state) {
     Forward forward(recording, model, setting);
     const Served served = forward.run();
     // For an expert: its readers' event, copy, event, and the lane's wait for an older copy. For a wave: slot numbers,
-    // one look at their buffer, one wait for each lane, one event. For a layer: the indices' copy, event and wait, a
-    // look at their buffer, and the choice of device and the question about capture, twice each. Besides, what the
-    // lanes still had under way when the counting began.
+    // one look at their buffer, one wait for each lane, one event, and the stream's number, twice. For a layer: the
+    // indices' copy, event and wait, a look at their buffer, and the choice of device and the question about capture,
+    // twice each. Besides, what the lanes still had under way when the counting began.
     const auto lanes = static_cast<size_t>(setting.lanes);
-    const size_t most = 4 * served.loads + (3 + lanes) * served.waves + 8 * served.layers + 2 * lanes;
+    const size_t most = 4 * served.loads + (5 + lanes) * served.waves + 8 * served.layers + 2 * lanes;
     const size_t steady = served.calls - served.buffers;
     std::cout << slots << " slots: " << steady << " calls for " << served.loads << " experts loaded, " << served.waves
               << " waves, " << served.layers << " layers; at most " << most << "; " << served.buffers

@@ -19,7 +19,9 @@ void record(Recording& recording, const Program& program, Wanted& wanted) {
   const auto any_slot = [&] { return static_cast<int32_t>(random() % static_cast<uint64_t>(program.slots)); };
   uint8_t next = 1;
   for (int step = 0; step < program.steps; ++step) {
-    if (random() % 16 == 0) {
+    if (random() % 32 == 0) {
+      recording.make_anew(streams[random() % streams.size()]);
+    } else if (random() % 16 == 0) {
       const int32_t slot = any_slot();
       slots.give_back(slot, 1);
       value[static_cast<size_t>(slot)] = -1;

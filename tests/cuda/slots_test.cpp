@@ -83,6 +83,34 @@ SIDA_TEST(at_most_three_calls_for_an_expert_and_one_wait_for_a_lane) {
   CHECK(recording.problems().empty());
 }
 
+// A stream that was destroyed while its kernels ran, and another one with its handle: the new one has waited for
+// nothing, and is behind none of the old one's kernels.
+SIDA_TEST(a_stream_with_the_handle_of_another_is_another) {
+  Recording recording(1);
+  {
+    CudaSlots slots(recording.table(), 0, 1, slot_bytes, 1);
+    const cuda::Stream stream = recording.user_stream();
+    static uint8_t pinned[slot_bytes];
+    const std::vector<int32_t> read{0};
+    slots.fill(0, 0, pinned, slot_bytes);
+    for (int kernel = 0; kernel < 2; ++kernel) {
+      slots.before_read(stream, read);
+      recording.kernel(stream, {{slots.slot(0), slot_bytes}}, {}, [] {});
+      slots.after_read(stream, read);
+      recording.make_anew(stream);
+    }
+    slots.fill(0, 0, pinned, slot_bytes);
+    for (int other = 0; other < 200; ++other) {  // more than are remembered
+      slots.before_read(stream, read);
+      recording.kernel(stream, {{slots.slot(0), slot_bytes}}, {}, [] {});
+      slots.after_read(stream, read);
+      recording.make_anew(stream);
+    }
+  }
+  recording.finish();
+  for (const std::string& problem : recording.problems()) test::report(__FILE__, __LINE__, problem);
+}
+
 SIDA_TEST(memory_is_taken_and_given_back_by_the_page) {
   Recording recording(1);
   {

@@ -38,6 +38,7 @@ const std::vector<Planted> found_by_programs = {
     {"no_refill_wait", "copy"},
     {"stale_wait", "kernel"},
     {"one_lane_waited", "kernel"},
+    {"stream_by_handle", unordered},
     {"oldest_of_lane", "is not ordered after copy"},
     {"given_back_early", unordered},
     {"page_given_back", "given back, or never taken"},
@@ -95,7 +96,10 @@ SIDA_TEST(random_programs_find_the_bugs_of_the_slots) {
       Recording recording(++seed);
       Wanted wanted;
       record(recording, program_of(seed), wanted);
-      if (!recording.problems().empty()) caught = recording.problems().front();
+      // A mistake may show in several ways; the one that is its own is asked for.
+      for (const std::string& problem : recording.problems()) {
+        if (caught.empty() || problem.find(planted.expected) != std::string::npos) caught = problem;
+      }
     }
     judge(planted, seed, caught);
   }
@@ -204,7 +208,7 @@ SIDA_TEST(the_list_is_complete) {
   }
   CHECK_EQ(test::mutants().size(), seen.size());
   // Ten bugs of the slots are found both ways.
-  CHECK_EQ(found_by_programs.size() + found_by_serving.size() + 1, 37u);
+  CHECK_EQ(found_by_programs.size() + found_by_serving.size() + 1, 38u);
 }
 
 }  // namespace

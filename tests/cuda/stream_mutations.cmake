@@ -21,7 +21,11 @@ sida_mutation(oldest_of_lane ${slots} [=[newest[lane]->number < own.number)]=]
 sida_mutation(no_reader_wait ${slots} [=[check(runtime_.stream_wait(stream, reader->event), "waiting for the slot's readers");]=]
   [=[]=])
 # Of several streams that read the slot only the last one is waited for.
-sida_mutation(newest_reader_only ${slots} [=[return earlier->stream == stream;]=] [=[return true;]=])
+sida_mutation(newest_reader_only ${slots} [=[return earlier->stream == number;]=] [=[return true;]=])
+# A stream is known by its handle, which one that was destroyed may have had.
+sida_mutation(stream_by_handle ${slots}
+  [=[check(runtime_.stream_number(stream, &number), "asking for a stream's number");]=]
+  [=[number = reinterpret_cast<uint64_t>(stream);]=])
 # The event is recorded on another lane.
 sida_mutation(wrong_lane ${slots} [=[check(runtime_.event_record(own.filled, stream), "recording a copy");]=]
   [=[check(runtime_.event_record(own.filled, MUTANT ? lanes_[(static_cast<size_t>(lane) + 1) % lanes_.size()].stream : stream),
