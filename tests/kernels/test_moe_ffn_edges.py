@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.kernels.test_moe_ffn_invariance import W_DTYPES, X_DTYPES, arguments_of, layers, same_bits
 from torch import Tensor
 
 from sida_ext import ops
+from tests.kernels.test_moe_ffn_invariance import W_DTYPES, X_DTYPES, arguments_of, layers, same_bits
 from tests.support.reference import assert_within
 from tests.support.reference import moe_ffn as reference_moe_ffn
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.kernels.test_moe_ffn_invariance import arguments_of, same_bits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sida_ext import ops
+from tests.kernels.test_moe_ffn_invariance import arguments_of, same_bits
 from tests.support.native_build import ROOT
 
 CASE = {

@@ -10,10 +10,10 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings
-from tests.kernels.test_moe_ffn_invariance import arguments_of, layers, rows_of, same_bits
 
 import sida_ext
 from sida_ext import _C, ops
+from tests.kernels.test_moe_ffn_invariance import arguments_of, layers, rows_of, same_bits
 from tests.support.reference import activate
 
 WITH_FAST = "fast" in sida_ext.precisions()
