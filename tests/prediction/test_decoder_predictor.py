@@ -441,13 +441,13 @@ def test_weights_that_are_nan_are_an_error(model):
 
 
 def test_an_object_that_is_no_decoder_predictor_is_named(model):
-    model.sida.decoder_predictor = HashPredictor.for_model(model, "context", hidden=16)
+    model.sida.decoder_predictor = HashPredictor.for_model(model, "paper", hidden=16)
     with pytest.raises(PredictorError, match="decoder_predictor is HashPredictor, expected an object with start"):
         generate(model)
 
 
 def test_predictors_of_both_stacks(reference):
-    encoder = HashPredictor.for_model(reference, "context", hidden=16).eval()
+    encoder = HashPredictor.for_model(reference, "paper", hidden=16).eval()
     decoder = recurrent(reference)
     assert isinstance(decoder, DecoderPredictor)
     assert not isinstance(encoder, DecoderPredictor)
@@ -468,7 +468,7 @@ def test_predictors_of_both_stacks(reference):
 
 def test_predicted_routing_of_the_encoder_and_a_predicted_decoder(reference):
     """The encoder's table replaces its routers; the decoder's only prefetches."""
-    encoder = HashPredictor.for_model(reference, "context", hidden=16).eval()
+    encoder = HashPredictor.for_model(reference, "paper", hidden=16).eval()
     with_both = swap(reference, predictor=(encoder, recurrent(reference)), routing="predicted", expert_memory="40%")
     with with_both.sida:
         actual = generate(with_both)
@@ -515,7 +515,7 @@ def test_saved_and_loaded(model, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.start(torch.zeros(2, 3, 5), None), r"encoder_output has shape \(2, 3, 5\); expected \[B, S, 24\]"),
+        (lambda p: p.start(torch.zeros(2, 3, 5), None), r"encoder_output has shape \(2, 3, 5\), expected \[B, S, 24\]"),
         (lambda p: p.start(torch.zeros(2, 3, 24), torch.ones(2, 4)), r"attention_mask has shape \(2, 4\)"),
         (
             lambda p: p.step(p.start(torch.zeros(2, 3, 24), None), torch.ones(3, 1, dtype=torch.int64)),

@@ -10,7 +10,8 @@ from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
 from sida_ext import HashTable, SwitchTransformersForSequenceClassification, batches_by_tokens, stream_by_tokens
-from sida_ext.serving.schedule import rows_of, watch_order
+from sida_ext.serving.savings import watch_order
+from sida_ext.serving.token_batches import rows_of
 from tests.support.reference import build, small_config
 
 LENGTHS = [5, 40, 1, 17, 17, 3, 90, 2, 23, 9, 9, 30]
