@@ -33,7 +33,7 @@ class Counters:
     bytes_read: int = field(metadata=counts("Bytes read from the expert store", "read_bytes"))
     useful_prefetches: int = field(metadata=counts("Experts read ahead and then wanted"))
     wasted_prefetches: int = field(metadata=counts("Experts read ahead and evicted unused"))
-    cancelled_prefetches: int = counter("Predicted experts whose read never began: the computation was faster")
+    cancelled_prefetches: int = field(metadata=counts("Predicted experts whose read never began"))
     stall_seconds: float = field(metadata=counts("Seconds in which the computation waited with nothing to do"))
 
     @property
