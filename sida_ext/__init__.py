@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sida_ext.experts.options import Options
     from sida_ext.experts.runtime import Runtime
     from sida_ext.experts.stats import LayerStats, Stats
-    from sida_ext.experts.store import pack
     from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+    from sida_ext.models.packing import pack
     from sida_ext.models.swap import from_pretrained, swap_experts
     from sida_ext.precision import get_precision, precisions, set_precision
     from sida_ext.prediction.protocol import (
@@ -65,8 +65,8 @@ _HOME = {
     "experts.options": ("Options",),
     "experts.runtime": ("Runtime",),
     "experts.stats": ("LayerStats", "Stats"),
-    "experts.store": ("pack",),
     "models.classification": ("SwitchTransformersForSequenceClassification",),
+    "models.packing": ("pack",),
     "models.swap": ("from_pretrained", "swap_experts"),
     "precision": ("get_precision", "precisions", "set_precision"),
     "prediction.protocol": ("DecoderPredictor", "HashPredictor", "HashTable", "Predictor", "TokenTablePredictor"),

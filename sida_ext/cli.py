@@ -41,7 +41,7 @@ def pack(
 ) -> None:
     """Write the experts of a checkpoint as aligned, checksummed records."""
     from sida_ext.experts.budget import format_bytes
-    from sida_ext.experts.store import pack as pack_store
+    from sida_ext.models.packing import pack as pack_store
 
     hub = {"revision": revision} if revision is not None else {}
     with progress_bar("packing") as bar:

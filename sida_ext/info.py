@@ -23,7 +23,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
 
     from sida_ext._load import _C, check_build
     from sida_ext.experts.budget import available_memory, format_bytes
-    from sida_ext.experts.store import default_cache
+    from sida_ext.experts.folders import default_cache
 
     build = check_build()
     found: dict[str, Any] = {

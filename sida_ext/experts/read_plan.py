@@ -113,7 +113,7 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
             ``~/.cache/sida``).
         again: measure though a plan is remembered.
     """
-    from sida_ext.experts.store import default_cache
+    from sida_ext.experts.folders import default_cache
 
     try:
         cache = cache if cache is not None else default_cache() / "read_plans.json"
