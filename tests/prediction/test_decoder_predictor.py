@@ -705,6 +705,40 @@ def test_training_learns_saves_and_goes_on(model, tmp_path):
         train_decoder_predictor(model, tokenizer, pairs, half, TrainingOptions(held_out=0.0))
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cost_of_a_step_is_measured_whatever_the_cache_is_called(name):
+    """Releases of transformers differ in it; both are played here by a stack that calls it so."""
+    plain = build(SwitchTransformersForConditionalGeneration, small_config()).eval()
+    stack = stack_facts(plain, "decoder").stack
+    own = cache_argument(stack)
+    original = type(stack)
+
+    def forward(self, cache, **others):
+        assert cache is None or cache.get_seq_length() > 0
+        output = original.forward(self, **others, **{own: cache})
+        return {name: output[own]}
+
+    calls = {
+        "cache": lambda self, cache=None, **others: forward(self, cache, **others),
+        "past_key_values": lambda self, past_key_values=None, **others: forward(self, past_key_values, **others),
+    }
+    stack.__class__ = type("Stack", (original,), {"forward": calls[name]})
+    predictor = RecurrentPredictor.for_model(plain, hidden=8).eval().requires_grad_(False)
+    found = decoder_cost(predictor, plain, rows=(1,), source=3, steps=4)
+    assert found["1x1"]["model_ms"] > 0
+
+
+def test_a_measurement_that_fails_costs_no_predictor(model, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr(decoder_distill, "decoder_cost", fails)
+    options = TrainingOptions(epochs=1, batch_sentences=8, validation=0.1, held_out=0.2, max_length=8)
+    with pytest.raises(RuntimeError, match="no clock"):
+        train_decoder_predictor(model, tokenizer, some_pairs(60), tmp_path, options, progress=False)
+    assert isinstance(load_predictor(tmp_path, model), RecurrentPredictor)
+
+
 def test_lines_with_and_without_target(tmp_path):
     lines = tmp_path / "pairs.jsonl"
     lines.write_text('{"text": "one", "target": "two"}\n\n{"text": "three"}\n')
