@@ -87,7 +87,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"sida_ext.{_HOME_OF[name]}"), name)
     else:
         try:
-            # A room or a module of the package: ``sida_ext.experts.metrics`` needs no import of its own.
+            # A room of the package, as if it had been imported with it.
             value = importlib.import_module(f"sida_ext.{name}")
         except ModuleNotFoundError as error:
             if error.name != f"sida_ext.{name}":

@@ -379,9 +379,9 @@ def main() -> None:
 
 
 def write(out: Path, sections: dict[str, list[str]], curves: dict[str, Any], seconds: float) -> None:
-    """Replaces the measured sections in docs/predictor_figures.json and renders the Markdown and the picture."""
+    """Replaces the measured sections in bench/results/predictor_figures.json and renders the Markdown and the picture."""
     out.mkdir(exist_ok=True)
-    record = out / "predictor_figures.json"
+    record = ROOT / "bench" / "results" / "predictor_figures.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
     known |= sections
     record.write_text(json.dumps(known, indent=1) + "\n")
