@@ -379,7 +379,7 @@ def main() -> None:
 
 
 def write(out: Path, sections: dict[str, list[str]], curves: dict[str, Any], seconds: float) -> None:
-    """Replaces the measured sections in bench/results/predictor_figures.json and renders the Markdown and the picture."""
+    """Replace the measured sections in the record of predictor figures, and render the Markdown and the picture."""
     out.mkdir(exist_ok=True)
     record = ROOT / "bench" / "results" / "predictor_figures.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
