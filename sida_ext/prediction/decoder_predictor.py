@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 # What is read ahead for a step: of so many candidates of each token, those that some token of the step needs with at
-# least this probability (docs/decoder.md).
+# least this probability (docs/measured.md).
 CANDIDATES = 4
 MIN_NEED = 0.1
 
