@@ -9,6 +9,7 @@ to one expert at a time: a stack of matrices gets a list of one, a fused tensor 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -225,9 +226,8 @@ class ExpertLayout:
         name, recipes = next(iter(self.recipes.items()))
         module, recipe = self.modules[name], recipes["wi"]
         kinds = [type(operation).__name__ for operation in recipe.operations]
-        sources = [pattern.replace("\\", "").rpartition("experts.")[2] for pattern in recipe.sources]
-        if not kinds:
-            sources = [recipe.keys[0].rpartition("experts.")[2]]
+        patterns = [pattern.replace("\\", "") for pattern in recipe.sources]
+        sources = [re.split(r"experts\.|\.\d+\.", pattern)[-1] for pattern in patterns]
         parts = [("one matrix for each expert" if recipe.stacked else "all experts fused") + f" ({', '.join(sources)})"]
         if module.is_transposed or "Transpose" in kinds:
             parts.append("transposed")
@@ -235,7 +235,7 @@ class ExpertLayout:
             parts.append("gate and up in turns")
         if "ErnieFuseAndSplitTextVisionExperts" in kinds:
             parts.append("text and vision experts in one list")
-        if any("equantize" in kind for kind in kinds):
+        if any("equantize" in kind for kind in kinds) and len(recipe.keys) > 1:
             parts.append("MXFP4" if "Mxfp4Dequantize" in kinds else "block-scaled")
         return ", ".join(parts)
 

@@ -60,12 +60,13 @@ def _shape(module: nn.Module) -> tuple[int, int, int]:
     return int(experts), int(d_model), int(d_ff)
 
 
-def _top_k(model: nn.Module, name: str) -> int | None:
-    """Experts for each token of the module ``name``: its router, beside it or one level above, says so."""
+def _top_k(model: nn.Module, name: str, module: nn.Module) -> int | None:
+    """Experts for each token of an experts module: its router, a child of the same layer, says so, or its
+    configuration."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    for module in (parent, *parent.children()):
-        for attribute in ("top_k", "num_experts_per_tok", "moe_top_k", "topk"):
-            value = getattr(module, attribute, None)
+    for place in (parent, *parent.children(), module.config):
+        for attribute in ("top_k", "num_experts_per_tok", "top_k_experts"):
+            value = vars(place).get(attribute)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
@@ -109,7 +110,7 @@ def expert_facts(model: PreTrainedModel) -> ExpertFacts:
             )
         if shapes[name][0] != modules[name].num_experts:
             raise ValueError(f"{name} has {shapes[name][0]} experts, its num_experts is {modules[name].num_experts}")
-    top_k = [_top_k(model, name) for name in layers]
+    top_k = [_top_k(model, name, modules[name]) for name in layers]
     for name, k in zip(layers, top_k, strict=True):
         if k is not None and not 1 <= k <= shapes[name][0]:
             raise ValueError(f"{name}: the router picks {k} experts of {shapes[name][0]}; config.json is wrong")
