@@ -21,6 +21,7 @@ VOCABULARY = 128
 # What the configuration classes call the same things; each class takes those of its own fields.
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
+    "vocab_size_per_layer_input": VOCABULARY,
     "unpadded_vocab_size": 120,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -113,7 +114,7 @@ class Family:
 
     Attributes:
         model: name of its class in transformers.
-        changes: fields of the configuration that are not those of :data:`SMALL`; a dictionary changes a sub-configuration.
+        changes: fields of the configuration other than :data:`SMALL`; a dictionary changes a sub-configuration.
         note: what is odd about it, if anything.
     """
 
@@ -165,7 +166,7 @@ FAMILIES: dict[str, Family] = {
     "flint": Family("FlintForCausalLM", {"num_hidden_layers": 4}),
     "gemma4": Family(
         "Gemma4ForCausalLM",
-        {"enable_moe_block": True, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+        {"enable_moe_block": True, "hidden_size_per_layer_input": 8},
     ),
     "glm4_moe": Family("Glm4MoeForCausalLM"),
     "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", MLA),
@@ -173,13 +174,8 @@ FAMILIES: dict[str, Family] = {
     "glm5_next": Family(
         "Glm5NextForConditionalGeneration",
         {
-            "text_config": {
-                **MLA,
-                "qk_rope_head_dim": 0,
-                "head_dim": 0,
-                "layer_types": FULL_THEN_LINEAR,
-                "mlp_layer_types": ["dense", "sparse", "sparse"],
-            }
+            "text_config": {**MLA, "qk_rope_head_dim": 0, "head_dim": 0, "layer_types": FULL_THEN_LINEAR}
+            | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
         },
     ),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", MLA),

@@ -136,6 +136,11 @@ class Recipe:
         return any(type(operation).__name__ in STACKS for operation in self.operations)
 
     @property
+    def kinds(self) -> int:
+        """Modules that share the lists of tensors (text and vision experts), each with a part of them."""
+        return 1 if self.rule is None else len(self.rule.target_patterns)
+
+    @property
     def keys(self) -> list[str]:
         return [key for keys in self.sources.values() for key in keys]
 
@@ -202,6 +207,7 @@ class ExpertLayout:
 
     def __init__(self, model: PreTrainedModel, files: WeightFiles, quantizer: Any = None) -> None:
         self.model, self.files = model, files
+        self._one_expert = _OneExpert(model)
         self.modules = experts_modules(model)
         self.shared = shared_modules(self.modules)
         collected = self._collect(quantizer)
@@ -311,29 +317,36 @@ class ExpertLayout:
                     "load the model with transformers, save it with save_pretrained(folder, "
                     "save_original_format=False) and pack that folder"
                 )
-        parameter = self.model.get_parameter(recipe.target)
+        experts = int(module.num_experts)  # type: ignore[arg-type]
         if recipe.stacked:
-            self._check_count(recipe, int(module.num_experts))  # type: ignore[arg-type]
-        collected = {
-            pattern: [torch.empty(self.files.shape(key), dtype=self.files.dtype(key), device="meta") for key in keys]
-            for pattern, keys in recipe.sources.items()
-        }
+            self._check_stack(recipe, experts)
+        expected = (1, *self.model.get_parameter(recipe.target).shape[1:])
         try:
-            made = _run(recipe, collected, self.model, self.model.config)
+            made = _run(recipe, self._collected(recipe, 0, experts, meta=True), self._one_expert, self.model.config)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{recipe.target}: {self._described(recipe)} cannot be joined as transformers does: {error}"
             ) from error
-        if made.shape != parameter.shape:
+        if tuple(made.shape) != expected:
             raise ValueError(
-                f"{recipe.target}: {self._described(recipe)} make {tuple(made.shape)}, expected "
-                f"{tuple(parameter.shape)} by config.json; it is of another model than the weights"
+                f"{recipe.target}: {self._described(recipe)} give an expert of shape {tuple(made.shape[1:])}, expected "
+                f"{experts} experts of shape {expected[1:]}; config.json is of another model than the weights"
+            )
+        if not made.is_floating_point() or made.dtype.itemsize < 2:
+            raise ValueError(
+                f"{recipe.target}: {self._described(recipe)} are {made.dtype}, expected float32, bfloat16 or float16; "
+                "config.json names no quantisation that explains them"
             )
 
-    def _check_count(self, recipe: Recipe, experts: int) -> None:
-        lists = max(1, len(recipe.rule.target_patterns) if recipe.rule is not None else 1)
+    def _check_stack(self, recipe: Recipe, experts: int) -> None:
+        """There is a tensor for each expert, and all are of one shape."""
+        lists = recipe.kinds
         for pattern, keys in recipe.sources.items():
             if len(keys) == experts * lists:
+                for position, key in enumerate(keys):
+                    first = keys[position // experts * experts]
+                    if (found := self._form(key)) != (expected := self._form(first)):
+                        raise ValueError(f"{key} is {found}, expected {expected} as {first} is")
                 continue
             numbers = {int(part) for key in keys for part in _varying(keys, key)}
             missing = sorted(set(range(experts * lists)) - numbers)
@@ -354,22 +367,35 @@ class ExpertLayout:
         """Expert ``index`` of the module ``name``, as a store has it (widths as they are)."""
         module = self.modules[name]
         experts = int(module.num_experts)  # type: ignore[arg-type]
-        parts = {role: self._part(recipe, index, experts) for role, recipe in self.recipes[name].items()}
+        parts = {
+            role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
+            for role, recipe in self.recipes[name].items()
+        }
         return canonical(module, parts)
 
-    def _part(self, recipe: Recipe, index: int, experts: int) -> Tensor:
+    def _form(self, key: str) -> str:
+        return f"{self.files.dtype(key)} of shape {self.files.shape(key)}"
+
+    def _collected(self, recipe: Recipe, index: int, experts: int, meta: bool = False) -> dict[str, list[Tensor]]:
+        """What transformers' rule gets to see if there is but one expert; ``meta``: tensors without data."""
+
+        def read(key: str, sliced: bool) -> Tensor:
+            shape = self.files.shape(key)
+            if meta:
+                rows = (1, *shape[1:]) if sliced else shape
+                return torch.empty(rows, dtype=self.files.dtype(key), device="meta")
+            return self.files.rows(key, index, index + 1) if sliced else self.files.tensor(key)
+
         collected: dict[str, list[Tensor]] = {}
         for pattern, keys in recipe.sources.items():
             if recipe.stacked:
                 # A list that is parted into kinds has the first kind's experts first.
-                kinds = len(recipe.rule.target_patterns) if recipe.rule is not None else 1
-                part = math.ceil(len(keys) / kinds)
-                collected[pattern] = [self.files.tensor(keys[kind * part + index]) for kind in range(kinds)]
-            elif len(shape := self.files.shape(keys[0])) and shape[0] == experts:
-                collected[pattern] = [self.files.rows(keys[0], index, index + 1)]
-            else:  # one number for all experts
-                collected[pattern] = [self.files.tensor(keys[0])]
-        return _run(recipe, collected, _OneExpert(self.model), self.model.config)[0]
+                part = math.ceil(len(keys) / recipe.kinds)
+                collected[pattern] = [read(keys[kind * part + index], False) for kind in range(recipe.kinds)]
+            else:  # some are one number for all experts
+                shape = self.files.shape(keys[0])
+                collected[pattern] = [read(keys[0], len(shape) > 0 and shape[0] == experts)]
+        return collected
 
 
 def _varying(keys: list[str], key: str) -> list[str]:
