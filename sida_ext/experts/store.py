@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.errors import StoreError
 from sida_ext.experts.source import ExpertSource, ExpertWeights
 

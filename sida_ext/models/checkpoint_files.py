@@ -14,6 +14,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import hub as transformers_hub
 
+from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+
 __all__ = ["LOCATION_ARGUMENTS", "CheckpointFiles", "model_class_of", "resolve_checkpoint"]
 
 # Arguments of transformers' from_pretrained that say which files are meant; those of the second line pick among a
@@ -28,7 +30,8 @@ class CheckpointFiles:
 
     Attributes:
         path_or_id: as it was given.
-        config: its configuration.
+        config: its configuration; the part that ``model_class`` takes.
+        model_class: the class to load.
         weights: its weight files, in transformers' order.
         arguments: what a later ``from_pretrained(path_or_id, **arguments)`` of transformers needs to load the same
             files: the location arguments, a branch of the hub fixed to the commit that it is now.
@@ -36,6 +39,7 @@ class CheckpointFiles:
 
     path_or_id: str
     config: PretrainedConfig
+    model_class: type[PreTrainedModel]
     weights: tuple[Path, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -45,9 +49,7 @@ class CheckpointFiles:
         return Path(self.path_or_id).resolve().name if Path(self.path_or_id).is_dir() else self.path_or_id
 
 
-def _config(
-    path_or_id: str, config: Any, model_class: type[PreTrainedModel] | None, hub: Mapping[str, Any]
-) -> PretrainedConfig:
+def _config(path_or_id: str, config: Any, model_class: Any, hub: Mapping[str, Any]) -> PretrainedConfig:
     if isinstance(config, PretrainedConfig):
         return config
     place = path_or_id if config is None else os.fspath(config)
@@ -63,20 +65,44 @@ def _config(
         raise ValueError(f"{place}: its config.json is of no model that transformers knows: {error}") from error
 
 
-def model_class_of(config: PretrainedConfig, model_class: type[PreTrainedModel] | None = None) -> type[PreTrainedModel]:
-    """The transformers class to load: the given one, else the one that ``config.architectures`` names.
+def model_class_of(config: PretrainedConfig, model_class: Any = None) -> type[PreTrainedModel]:
+    """The transformers class to load: the given one, what a given Auto class stands for, else the one that
+    ``config.architectures`` names.
 
     Raises:
-        ValueError: none of the names is a class of transformers.
+        TypeError: something that is no class of models.
+        ValueError: none of the names is a class of transformers, or the Auto class knows none for the configuration.
     """
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is not None:
+        try:
+            known = mapping[type(config)]
+        except KeyError:
+            raise ValueError(
+                f"model_class is {model_class.__name__}, which knows no model for {type(config).__name__}; name the "
+                f"class itself (config.json: {', '.join(config.architectures or []) or 'no architectures'})"
+            ) from None
+        return known[0] if isinstance(known, (list, tuple)) else known
     if model_class is not None:
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise TypeError(f"model_class is {model_class!r}, expected a class of transformers models or an Auto class")
         return model_class
     names = list(config.architectures or [])
+    own = {SwitchTransformersForSequenceClassification.__name__: SwitchTransformersForSequenceClassification}
     for name in names:
-        found = getattr(transformers, name, None)
+        found = own.get(name) or getattr(transformers, name, None)
         if found is not None:
             return found
     raise ValueError(f"config.json names architectures {names}, none of which is known; pass model_class=")
+
+
+def _fitting(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PretrainedConfig:
+    """The configuration that the class takes: its own part of a composite one, where that is what it is a class of."""
+    own = model_class.config_class
+    if own is None or isinstance(config, own) or own not in (getattr(config, "sub_configs", None) or {}).values():
+        return config
+    part = config.get_text_config(decoder=True)
+    return part if isinstance(part, own) else config
 
 
 def _pinned_revision(path_or_id: str, hub: dict[str, Any]) -> None:
@@ -94,7 +120,7 @@ def resolve_checkpoint(
     path_or_id: str | os.PathLike[str],
     *,
     config: Any = None,
-    model_class: type[PreTrainedModel] | None = None,
+    model_class: Any = None,
     allow_pickle: bool = False,
     **location: Any,
 ) -> CheckpointFiles:
@@ -102,7 +128,7 @@ def resolve_checkpoint(
 
     Args:
         config: a configuration, or where one is; None: the checkpoint's own.
-        model_class: the class that will be loaded, if the user named one.
+        model_class: the class that will be loaded or an Auto class, if the user named one.
         allow_pickle: take ``.bin`` files where there are no others.
         location: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, ``proxies``,
             ``subfolder``, ``variant``, ``use_safetensors``.
@@ -126,6 +152,8 @@ def resolve_checkpoint(
             "(peft: merge_and_unload) and save that"
         )
     found = _config(place, config, model_class, hub)
+    base = model_class_of(found, model_class)
+    found = _fitting(found, base)
     use_safetensors = location.get("use_safetensors")
     if use_safetensors is None:
         use_safetensors = None if allow_pickle else True
@@ -164,4 +192,4 @@ def resolve_checkpoint(
     if location.get("variant") is not None:
         arguments["variant"] = location["variant"]
     arguments["use_safetensors"] = use_safetensors
-    return CheckpointFiles(place, found, weights, arguments)
+    return CheckpointFiles(place, found, base, weights, arguments)

@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from sida_ext.experts.store import StoreHeader, write_store
 from sida_ext.models.checkpoint_files import CheckpointFiles, resolve_checkpoint
 from sida_ext.models.seam_source import SeamCheckpoint
@@ -20,7 +18,7 @@ def source_of(
     checkpoint: CheckpointFiles | str | os.PathLike[str],
     *,
     config: Any = None,
-    model_class: type[PreTrainedModel] | None = None,
+    model_class: Any = None,
     allow_pickle: bool = False,
     **location: Any,
 ) -> SwitchCheckpoint | SeamCheckpoint:
@@ -42,7 +40,7 @@ def source_of(
         )
     if checkpoint.config.model_type == "switch_transformers":
         return SwitchCheckpoint(checkpoint)
-    return SeamCheckpoint(checkpoint, model_class)
+    return SeamCheckpoint(checkpoint)
 
 
 def pack(
@@ -51,7 +49,7 @@ def pack(
     dtype: str = "bfloat16",
     *,
     config: Any = None,
-    model_class: type[PreTrainedModel] | None = None,
+    model_class: Any = None,
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] | None = None,
     **location: Any,

@@ -12,7 +12,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 if TYPE_CHECKING:
     from sida_ext.models.layouts import ExpertLayout
 
-__all__ = ["dequantizer_of", "quantization_of", "raw_blocks"]
+__all__ = ["dequantised", "dequantizer_of", "quantization_of", "raw_blocks"]
 
 # Read one expert at a time by transformers' own dequantisation.
 READ = ("fp8", "mxfp8", "mxfp4")
@@ -51,6 +51,12 @@ def dequantizer_of(config: PretrainedConfig) -> Any:
     quantizer = AutoHfQuantizer.from_config(found, pre_quantized=True)
     quantizer.quantization_config.dequantize = True
     return quantizer
+
+
+def dequantised(config: PretrainedConfig) -> dict[str, Any]:
+    """What transformers' ``from_pretrained`` must be told to dequantise the weights beside the experts too."""
+    quantizer = dequantizer_of(config)
+    return {} if quantizer is None else {"quantization_config": quantizer.quantization_config}
 
 
 def raw_blocks(layout: ExpertLayout, name: str, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 __all__ = ["refuse_family"]
@@ -26,16 +27,16 @@ _REASONS = {
 }
 
 
-def refuse_family(model: PreTrainedModel, has_experts: bool) -> None:
+def refuse_family(model: nn.Module, has_experts: bool) -> None:
     """Raises ValueError for a family that cannot be served, and for a model without experts."""
     if has_experts:
         return
-    names = [model.config.model_type]
-    names += [module.config.model_type for module in model.modules() if isinstance(module, PreTrainedModel)]
+    names = [module.config.model_type for module in model.modules() if isinstance(module, PreTrainedModel)]
     for name in names:
         if name in _REASONS:
             raise ValueError(f"{type(model).__name__} (model_type {name}) cannot be served: {_REASONS[name]}")
+    kind = names[0] if names else "none"
     raise ValueError(
-        f"{type(model).__name__} (model_type {names[0]}) has no experts modules of transformers' experts interface and "
-        "is not a Switch Transformer; there are no experts to serve"
+        f"{type(model).__name__} (model_type {kind}) has no experts modules of transformers' experts interface and is "
+        "no Switch Transformer; there are no experts to serve"
     )

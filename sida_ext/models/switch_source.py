@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import secrets
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sida_ext.experts.checkpoint import WeightFiles
 from sida_ext.experts.identity import identity_of
@@ -125,21 +125,8 @@ class SwitchModules:
         self._experts = experts
         self.num_experts = len(experts[self.layers[0]])
         self.d_ff, self.d_model = map(int, self.expert(0, 0).wi.shape)
-        digest = hashlib.sha256()
-        for position, layer in enumerate(self.layers):
-            for index in range(self.num_experts):
-                weights = self.expert(position, index)
-                for tensor in (weights.wi, weights.wo):
-                    digest.update(f"{layer}.{index} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-                    digest.update(_sums(tensor))
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = secrets.token_hex(16)  # of a store that belongs to this model, and is compared with nothing
 
     def expert(self, layer: int, index: int) -> ExpertWeights:
         module: Any = self._experts[self.layers[layer]][f"expert_{index}"]
         return ExpertWeights(module.wi.weight.detach().cpu(), module.wo.weight.detach().cpu())
-
-
-def _sums(tensor: Tensor) -> bytes:
-    """float64 sums of the values and of their squares: identity of a model, not proof against forgery."""
-    exact = tensor.double()
-    return f"{exact.sum().item()!r} {exact.square().sum().item()!r}\n".encode()
