@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import glob
 import json
+import math
 import os
 import re
 import secrets
@@ -26,12 +27,20 @@ from torch import Tensor
 from sida_ext import _C
 from sida_ext.errors import StoreError
 from sida_ext.experts.checkpoint import Checkpoint
+from sida_ext.experts.quantise import Quantised, is_quantised, quantise
 
 __all__ = ["ExpertSource", "StoreHeader", "default_cache", "ensure_store", "open_store", "pack", "write_store"]
 
-# The newest format that is read. A store is written in the oldest that holds it: 2 has biases.
+# The newest format that is read. A store is written in the oldest that holds it: 2 has biases and 4-bit weights.
 FORMAT_VERSION = 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "mxfp4": torch.uint8,
+}
 # Bytes kept free on the disk beside a new store, so that packing never fills it up.
 DISK_RESERVE = 256 << 20
 
@@ -62,7 +71,11 @@ class ExpertSource(Protocol):
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """What a store says of itself. Sizes in bytes."""
+    """What a store says of itself. Sizes in bytes.
+
+    ``rounding`` is how far quantising moved the weights of each layer, ``|stored - weight| / |weight|`` (roots of
+    sums of squares), to four digits; empty where nothing was quantised.
+    """
 
     version: int
     dtype: str
@@ -77,6 +90,7 @@ class StoreHeader:
     fingerprint: str
     source: str
     biased: bool = False
+    rounding: tuple[float, ...] = ()
 
     @property
     def total_experts(self) -> int:
@@ -104,6 +118,8 @@ class StoreHeader:
         }
         if self.biased:
             fields["biased"] = True
+        if self.rounding:
+            fields["rounding"] = [f"{error:.3e}" for error in self.rounding]
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
@@ -163,6 +179,12 @@ class StoreHeader:
         for entry in sums:
             if not isinstance(entry, str) or not re.fullmatch(r"[0-9a-f]{32}", entry):
                 raise bad("checksums", entry, "32 hexadecimal digits")
+        rounding = fields.get("rounding", [])
+        if not isinstance(rounding, list) or len(rounding) not in (0, len(layers)):
+            raise bad("rounding", rounding, "a number for each layer")
+        for entry in rounding:
+            if not isinstance(entry, str) or not re.fullmatch(r"\d\.\d{3}e[-+]\d\d", entry):
+                raise bad("rounding", entry, "a number of four digits")
         header = cls(
             version=version,
             dtype=fields["dtype"],
@@ -177,6 +199,7 @@ class StoreHeader:
             fingerprint=fields["fingerprint"],
             source=fields["source"],
             biased=fields.get("biased", False),
+            rounding=tuple(map(float, rounding)),
         )
         size = header.format().record_bytes
         if header.record_bytes != size:
@@ -207,43 +230,63 @@ def open_store(path: str | os.PathLike[str]) -> tuple[_C.ExpertStore, StoreHeade
     return store, header
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one factor for each row: ``weight ~ q * scale[:, None]``, ``|q| <= 127``.
-
-    Args:
-        weight: [rows, columns] floating point, finite.
-
-    Returns:
-        q [rows, columns] int8 and scale [rows] float32 (1 for a row of zeros).
-    """
-    exact = weight.float()
-    largest = exact.abs().amax(dim=1)
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return torch.round(exact / scale[:, None]).clamp_(-127, 127).to(torch.int8), scale
-
-
 def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _fill_record(record: np.ndarray, fmt: _C.ExpertFormat, dtype: str, wi: Tensor, wo: Tensor, where: str) -> None:
+@dataclass
+class _Rounding:
+    """Squared errors and squares of the weights of a layer, to say how much quantising moved them."""
+
+    error: float = 0.0
+    size: float = 0.0
+
+    def add(self, weight: Tensor, quantised: Quantised) -> None:
+        exact = weight.float()
+        self.error += float((quantised.dequantise() - exact).square_().sum(dtype=torch.float64))
+        self.size += float(exact.square().sum(dtype=torch.float64))
+
+    @property
+    def relative(self) -> float:
+        return math.sqrt(self.error / self.size) if self.size > 0 else 0.0
+
+
+def _stored(weight: Tensor | Quantised, dtype: str, where: str, rounding: _Rounding) -> tuple[Tensor, Tensor | None]:
+    """What a record holds of a matrix: its elements, and its scales where it is quantised."""
+    if isinstance(weight, Quantised):
+        if weight.dtype == dtype:
+            return weight.values, weight.scale
+        weight = weight.dequantise()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"{where} holds NaN or infinity; the checkpoint is damaged")
+    if is_quantised(dtype):
+        quantised = quantise(weight, dtype)
+        rounding.add(weight, quantised)
+        return quantised.values, quantised.scale
+    stored = weight.to(DTYPES[dtype])
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(
+            f"{where} holds {weight.abs().max().item():g}, beyond the range of {dtype}; pack with --dtype bfloat16"
+        )
+    return stored, None
+
+
+def _fill_record(
+    record: np.ndarray,
+    fmt: _C.ExpertFormat,
+    dtype: str,
+    wi: Tensor | Quantised,
+    wo: Tensor | Quantised,
+    where: str,
+    rounding: _Rounding,
+) -> None:
     parts = ((wi, fmt.wi_offset, fmt.wi_scale_offset, "wi"), (wo, fmt.wo_offset, fmt.wo_scale_offset, "wo"))
     for weight, offset, scale_offset, name in parts:
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{where}: {name} holds NaN or infinity; the checkpoint is damaged")
-        if dtype == "int8":
-            stored, scale = quantize_rows(weight)
-            raw = _bytes_of(scale)
-            record[scale_offset : scale_offset + raw.size] = raw
-        else:
-            stored = weight.to(DTYPES[dtype])
-            if not bool(torch.isfinite(stored).all()):
-                raise ValueError(
-                    f"{where}: {name} holds {weight.abs().max().item():g}, beyond the range of {dtype}; "
-                    "pack with --dtype bfloat16"
-                )
-        raw = _bytes_of(stored)
-        record[offset : offset + raw.size] = raw
+        stored, scale = _stored(weight, dtype, f"{where}: {name}", rounding)
+        for tensor, at in ((stored, offset), (scale, scale_offset)):
+            if tensor is not None:
+                raw = _bytes_of(tensor)
+                record[at : at + raw.size] = raw
 
 
 def _fill_biases(record: np.ndarray, fmt: _C.ExpertFormat, wi_bias: Tensor, wo_bias: Tensor, where: str) -> None:
@@ -254,11 +297,15 @@ def _fill_biases(record: np.ndarray, fmt: _C.ExpertFormat, wi_bias: Tensor, wo_b
         record[offset : offset + raw.size] = raw
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+def _check_shapes(tensors: Mapping[str, Tensor | Quantised], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name, given in tensors.items():
+        if isinstance(given, Quantised):
+            shape, is_right = (*given.values.shape[:-1], given.columns), True
+        else:
+            shape, is_right = tuple(given.shape), given.is_floating_point()
+        if shape != shapes[name] or not is_right:
             raise ValueError(
-                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected a floating-point type of "
+                f"{where}: {name} is {given.dtype} of shape {shape}, expected a floating-point type of "
                 f"shape {shapes[name]}"
             )
 
@@ -301,7 +348,8 @@ def write_store(
     What a packer of the same store left when it was killed is removed first.
 
     Args:
-        dtype: float32, bfloat16, float16 or int8 (symmetric, one factor for each row).
+        dtype: float32, bfloat16, float16, or one of :mod:`sida_ext.experts.quantise`: int8, int4, mxfp4. A matrix that
+            the source gives as a ``Quantised`` of this type is kept bit for bit.
         progress: called with (experts written, experts in all).
 
     Raises:
@@ -316,14 +364,17 @@ def write_store(
     bias_shapes = {"wi_bias": (wi_rows,), "wo_bias": (source.d_model,)}
     total = len(source.layers) * source.num_experts
 
+    roundings = [_Rounding() for _ in source.layers]
+
     def header(checksums: Sequence[tuple[int, int, int, int]], data_offset: int) -> StoreHeader:
         return StoreHeader(
-            version=2 if source.biased else 1,
+            version=2 if source.biased or dtype in ("int4", "mxfp4") else 1,
             dtype=dtype,
             d_model=source.d_model,
             d_ff=source.d_ff,
             gated=source.gated,
             biased=source.biased,
+            rounding=tuple(layer.relative for layer in roundings) if is_quantised(dtype) else (),
             layers=tuple(source.layers),
             num_experts=source.num_experts,
             record_bytes=fmt.record_bytes,
@@ -333,7 +384,8 @@ def write_store(
             source=source.name,
         )
 
-    # Checksums have a fixed width, so the header's length is known before they are; 2**47 stands for any offset.
+    # Checksums and roundings have a fixed width, so the header's length is known before they are; 2**47 stands
+    # for any offset.
     longest = len(header([(0, 0, 0, 0)] * total, 2**47).to_json()) + _C.store_prologue_bytes
     data_offset = -(-longest // 4096) * 4096
     needed = data_offset + total * fmt.record_bytes
@@ -354,7 +406,7 @@ def write_store(
                 where = f"{source.name}: {layer_name} expert {index}"
                 wi, wo = source.expert(layer, index)
                 _check_shapes({"wi": wi, "wo": wo}, shapes, where)
-                _fill_record(record, fmt, dtype, wi, wo, where)
+                _fill_record(record, fmt, dtype, wi, wo, where, roundings[layer])
                 if source.biased:
                     wi_bias, wo_bias = source.biases(layer, index)
                     _check_shapes({"wi_bias": wi_bias, "wo_bias": wo_bias}, bias_shapes, where)
