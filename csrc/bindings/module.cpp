@@ -30,10 +30,10 @@ namespace sida {
 namespace {
 
 DType dtype_from(const std::string& name) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8}) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8, DType::int4, DType::mxfp4}) {
     if (name == dtype_name(dtype)) return dtype;
   }
-  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16, float16 or int8");
+  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16, float16, int8, int4 or mxfp4");
 }
 
 using WithoutLock = py::call_guard<py::gil_scoped_release>;
@@ -278,8 +278,11 @@ void bind_cuda(py::module_& m) {
       [](std::shared_ptr<CudaServing> serving, int32_t index, int32_t num_experts, const std::string& activation) {
         const Activation function = checked_activation(serving->engine(), activation);
         const ExpertFormat& format = serving->engine().format();
-        if (format.biased || function == Activation::swiglu_oai) {
-          fail(ErrorKind::invalid, "the experts have ", format.biased ? "biases" : "the activation swiglu_oai",
+        if (format.biased || function == Activation::swiglu_oai || is_grouped(format.dtype)) {
+          fail(ErrorKind::invalid, "the experts have ",
+               is_grouped(format.dtype) ? dtype_name(format.dtype)
+               : format.biased          ? "biases"
+                                        : "the activation swiglu_oai",
                ", for which there are no CUDA kernels; load the model with device='cpu'");
         }
         return register_layer({serving->shared_engine(), index, num_experts, function, serving});

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from sida_ext.experts.checkpoint import WeightFiles
-from sida_ext.experts.source import ExpertWeights
 
 __all__ = ["ExpertLayout", "Recipe", "canonical", "expert_parameters", "experts_modules", "shared_modules"]
 
@@ -86,27 +85,22 @@ def shared_modules(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return shared
 
 
-def canonical(module: nn.Module, parts: Mapping[str, Tensor]) -> ExpertWeights:
-    """One expert as a store has it, from one expert of each parameter of ``module``, as they lie there.
+def canonical(module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One expert's parts as a store has them, rows of ``[out, in]`` and gate rows before up rows.
 
     Args:
-        parts: role (see :func:`expert_parameters`) -> tensor without the experts' dimension.
+        parts: role (see :func:`expert_parameters`) -> part of the module's parameter, as it lies there, without the
+            experts' dimension.
     """
 
-    def rows(role: str) -> Tensor | None:
-        part = parts.get(role)
-        if part is None:
-            return None
+    def rows(role: str, part: Tensor) -> Tensor:
         if part.dim() == 2 and module.is_transposed:
             part = part.transpose(0, 1)
         if role.startswith("wi") and module.has_gate and not module.is_concatenated:
             part = torch.cat([part[0::2], part[1::2]])
         return part.contiguous()
 
-    wi, wo = rows("wi"), rows("wo")
-    if wi is None or wo is None:
-        raise ValueError(f"parts are {sorted(parts)}, expected wi and wo")
-    return ExpertWeights(wi, wo, rows("wi_bias"), rows("wo_bias"))
+    return {role: rows(role, part) for role, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -363,13 +357,18 @@ class ExpertLayout:
         shown = ", ".join(f"{key} {self.files.shape(key)}" for key in keys[:2])
         return shown + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
 
-    def expert(self, name: str, index: int) -> ExpertWeights:
-        """Expert ``index`` of the module ``name``, as a store has it (widths as they are)."""
-        module = self.modules[name]
+    def expert(self, name: str, index: int, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Parts of expert ``index`` of the module ``name`` as a store has them, of the module's own width.
+
+        Args:
+            roles: which (see :func:`expert_parameters`); None: all.
+        """
+        module, recipes = self.modules[name], self.recipes[name]
         experts = int(module.num_experts)  # type: ignore[arg-type]
         parts = {
             role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
-            for role, recipe in self.recipes[name].items()
+            for role, recipe in recipes.items()
+            if roles is None or role in roles
         }
         return canonical(module, parts)
 
