@@ -116,11 +116,13 @@ class Family:
         model: name of its class in transformers.
         changes: fields of the configuration other than :data:`SMALL`; a dictionary changes a sub-configuration.
         note: what is odd about it, if anything.
+        folder: of ``transformers/models``, where it is not the family's name.
     """
 
     model: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
+    folder: str = ""
 
 
 MLA = {"num_key_value_heads": 4, "head_dim": 8}
@@ -133,9 +135,15 @@ def mrope(sections: list[int]) -> dict[str, Any]:
 
 FULL_THEN_LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 
+QWEN4 = {
+    **{"layer_types": FULL_THEN_LINEAR, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1},
+    **{"indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 2},
+}
+
 FAMILIES: dict[str, Family] = {
     "afmoe": Family("AfmoeForCausalLM"),
     "aria": Family("AriaForConditionalGeneration", {"image_token_index": 9}),
+    "aria_text": Family("AriaTextForCausalLM", folder="aria"),
     "axk1": Family("AXK1ForCausalLM", MLA),
     "axk2": Family("AXK2ForCausalLM", MLA),
     "bailing_hybrid": Family("BailingHybridForCausalLM", {**MLA, "layer_types": FULL_THEN_LINEAR}),
@@ -167,6 +175,11 @@ FAMILIES: dict[str, Family] = {
     "gemma4": Family(
         "Gemma4ForCausalLM",
         {"enable_moe_block": True, "hidden_size_per_layer_input": 8},
+    ),
+    "gemma4_vl": Family(
+        "Gemma4ForConditionalGeneration",
+        {"text_config": {"enable_moe_block": True, "hidden_size_per_layer_input": 8}},
+        folder="gemma4",
     ),
     "glm4_moe": Family("Glm4MoeForCausalLM"),
     "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", MLA),
@@ -214,6 +227,7 @@ FAMILIES: dict[str, Family] = {
     "minimax": Family("MiniMaxForCausalLM"),
     "minimax_m2": Family("MiniMaxM2ForCausalLM"),
     "minimax_m3_vl": Family("MiniMaxM3SparseForConditionalGeneration"),
+    "minimax_m3_vl_text": Family("MiniMaxM3VLForCausalLM", folder="minimax_m3_vl"),
     "mistral4": Family("Mistral4ForCausalLM", {"num_key_value_heads": 4}),
     "mistral_large4": Family("MistralLarge4ForConditionalGeneration", {"text_config": MLA}),
     "mixtral": Family("MixtralForCausalLM"),
@@ -234,15 +248,15 @@ FAMILIES: dict[str, Family] = {
     "phimoe": Family("PhimoeForCausalLM"),
     "qwen2_moe": Family("Qwen2MoeForCausalLM"),
     "qwen3_5_moe": Family("Qwen3_5MoeForCausalLM", {"layer_types": FULL_THEN_LINEAR}),
+    "qwen3_5_moe_vl": Family(
+        "Qwen3_5MoeForConditionalGeneration", {"text_config": {"layer_types": FULL_THEN_LINEAR}}, folder="qwen3_5_moe"
+    ),
     "qwen3_moe": Family("Qwen3MoeForCausalLM"),
     "qwen3_next": Family("Qwen3NextForCausalLM", {"layer_types": FULL_THEN_LINEAR}),
     "qwen3_omni_moe": Family("Qwen3OmniMoeThinkerForConditionalGeneration"),
     "qwen3_vl_moe": Family("Qwen3VLMoeForConditionalGeneration"),
-    "qwen4_exp": Family(
-        "Qwen4ExpForCausalLM",
-        {"layer_types": FULL_THEN_LINEAR, "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1}
-        | {"indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 2},
-    ),
+    "qwen4_exp_vl": Family("Qwen4ExpForConditionalGeneration", {"text_config": QWEN4}, folder="qwen4_exp"),
+    "qwen4_exp": Family("Qwen4ExpForCausalLM", QWEN4),
     "solar_open": Family("SolarOpenForCausalLM"),
     "unlimited_ocr": Family("UnlimitedOcrForConditionalGeneration"),
     "zaya": Family("ZayaForCausalLM", {"num_experts_per_tok": 1}, "a skipped token comes as expert 0 of weight 0"),
@@ -277,7 +291,7 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> tuple[PretrainedCo
     """The tiny model of a family with random weights, float32, in evaluation mode.
 
     Args:
-        family: a folder of ``transformers/models``, a key of :data:`FAMILIES`.
+        family: a key of :data:`FAMILIES`: a folder of ``transformers/models``, or another class of one.
         changes: changes of the configuration beside the family's own.
     """
     chosen = FAMILIES[family]

@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.errors import StoreError
 from sida_ext.experts.folders import default_cache
 from sida_ext.experts.source import ExpertSource

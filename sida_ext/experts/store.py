@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,94 @@ DTYPES = {
     "int4": torch.uint8,
     "mxfp4": torch.uint8,
 }
+
+
+class _Fields:
+    """The fields of a header, each checked as it is taken."""
+
+    def __init__(self, text: str, path: str) -> None:
+        self.path = path
+        try:
+            self.found = json.loads(text)
+        except ValueError as error:
+            raise StoreError(f"{path}: the header is not JSON ({error}); pack the checkpoint again") from error
+        if not isinstance(self.found, dict):
+            raise self.bad("header", type(self.found).__name__, "a JSON object")
+
+    def bad(self, field: str, found: object, expected: str) -> StoreError:
+        return StoreError(
+            f"{self.path}: header field {field!r} is {found!r}, expected {expected}; pack the checkpoint again"
+        )
+
+    def version(self) -> int:
+        version = self.found.get("version")
+        if type(version) is not int or version < 1:
+            raise self.bad("version", version, "a positive integer")
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"{self.path}: written in store format {version}, this sida_ext reads up to {FORMAT_VERSION}; "
+                "update sida_ext or pack the checkpoint again"
+            )
+        return version
+
+    def one_of(self, field: str, known: Iterable[str]) -> str:
+        value = self.found.get(field)
+        if value not in known:
+            raise self.bad(field, value, f"one of {', '.join(known)}")
+        return value
+
+    def number(self, field: str) -> int:
+        value = self.found.get(field)
+        if type(value) is not int or not 0 < value < 2**48:
+            raise self.bad(field, value, "a positive integer")
+        return value
+
+    def flag(self, field: str, default: bool | None = None) -> bool:
+        value = self.found.get(field, default)
+        if not isinstance(value, bool):
+            raise self.bad(field, value, "true or false")
+        return value
+
+    def text(self, field: str, default: str | None = None) -> str:
+        value = self.found.get(field, default)
+        if not isinstance(value, str):
+            raise self.bad(field, value, "a string")
+        return value
+
+    def layers(self) -> tuple[str, ...]:
+        layers = self.found.get("layers")
+        if not isinstance(layers, list) or not layers or not all(isinstance(name, str) and name for name in layers):
+            raise self.bad("layers", layers, "a list of module paths")
+        if len(set(layers)) != len(layers):
+            raise self.bad("layers", layers, "distinct module paths")
+        return tuple(layers)
+
+    def checksums(self, expected: int) -> tuple[tuple[int, int, int, int], ...]:
+        if self.found.get("checksum") != "crc32c-quarters":
+            raise self.bad("checksum", self.found.get("checksum"), "'crc32c-quarters'")
+        sums = self.found.get("checksums")
+        if not isinstance(sums, list) or len(sums) != expected:
+            found = f"{len(sums)} entries" if isinstance(sums, list) else sums
+            raise self.bad("checksums", found, f"{expected} entries, one for each expert")
+        for entry in sums:
+            if not isinstance(entry, str) or not re.fullmatch(r"[0-9a-f]{32}", entry):
+                raise self.bad("checksums", entry, "32 hexadecimal digits")
+        return tuple((int(s[0:8], 16), int(s[8:16], 16), int(s[16:24], 16), int(s[24:32], 16)) for s in sums)
+
+    def rounding(self, layers: int) -> tuple[float, ...]:
+        rounding = self.found.get("rounding", [])
+        if not isinstance(rounding, list) or len(rounding) not in (0, layers):
+            raise self.bad("rounding", rounding, "a number for each layer")
+        for entry in rounding:
+            if not isinstance(entry, str) or not re.fullmatch(r"\d\.\d{3}e[-+]\d\d", entry):
+                raise self.bad("rounding", entry, "a number of four digits")
+        return tuple(map(float, rounding))
+
+    def top_k(self) -> tuple[int, ...]:
+        top_k = self.found.get("top_k", [])
+        if not isinstance(top_k, list) or not all(type(k) is int and k > 0 for k in top_k):
+            raise self.bad("top_k", top_k, "a list of positive integers")
+        return tuple(top_k)
 
 
 @dataclass(frozen=True)
@@ -104,91 +193,32 @@ class StoreHeader:
             StoreError: names the file, the field, the value found and the one expected.
         """
 
-        def bad(field: str, found: object, expected: str) -> StoreError:
-            return StoreError(
-                f"{path}: header field {field!r} is {found!r}, expected {expected}; pack the checkpoint again"
-            )
-
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise StoreError(f"{path}: the header is not JSON ({error}); pack the checkpoint again") from error
-        if not isinstance(fields, dict):
-            raise bad("header", type(fields).__name__, "a JSON object")
-        version = fields.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise bad("version", version, "a positive integer")
-        if version > FORMAT_VERSION:
-            raise StoreError(
-                f"{path}: written in store format {version}, this sida_ext reads up to {FORMAT_VERSION}; "
-                "update sida_ext or pack the checkpoint again"
-            )
-        if fields.get("dtype") not in DTYPES:
-            raise bad("dtype", fields.get("dtype"), f"one of {', '.join(DTYPES)}")
-        if fields.get("checksum") != "crc32c-quarters":
-            raise bad("checksum", fields.get("checksum"), "'crc32c-quarters'")
-        numbers = {}
-        for field in ("d_model", "d_ff", "num_experts", "record_bytes", "data_offset"):
-            value = fields.get(field)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**48:
-                raise bad(field, value, "a positive integer")
-            numbers[field] = value
-        if not isinstance(fields.get("gated"), bool):
-            raise bad("gated", fields.get("gated"), "true or false")
-        if not isinstance(fields.get("biased", False), bool):
-            raise bad("biased", fields.get("biased"), "true or false")
-        layers = fields.get("layers")
-        if not isinstance(layers, list) or not layers or not all(isinstance(name, str) and name for name in layers):
-            raise bad("layers", layers, "a list of module paths")
-        if len(set(layers)) != len(layers):
-            raise bad("layers", layers, "distinct module paths")
-        for field in ("fingerprint", "source"):
-            if not isinstance(fields.get(field), str):
-                raise bad(field, fields.get(field), "a string")
-        for field in ("family", "layout", "activation", "gate"):
-            if not isinstance(fields.get(field, ""), str):
-                raise bad(field, fields.get(field), "a string")
-        top_k = fields.get("top_k", [])
-        if not isinstance(top_k, list) or not all(type(k) is int and k > 0 for k in top_k):
-            raise bad("top_k", top_k, "a list of positive integers")
-        sums = fields.get("checksums")
-        expected = len(layers) * numbers["num_experts"]
-        if not isinstance(sums, list) or len(sums) != expected:
-            found = f"{len(sums)} entries" if isinstance(sums, list) else sums
-            raise bad("checksums", found, f"{expected} entries, one for each expert")
-        for entry in sums:
-            if not isinstance(entry, str) or not re.fullmatch(r"[0-9a-f]{32}", entry):
-                raise bad("checksums", entry, "32 hexadecimal digits")
-        rounding = fields.get("rounding", [])
-        if not isinstance(rounding, list) or len(rounding) not in (0, len(layers)):
-            raise bad("rounding", rounding, "a number for each layer")
-        for entry in rounding:
-            if not isinstance(entry, str) or not re.fullmatch(r"\d\.\d{3}e[-+]\d\d", entry):
-                raise bad("rounding", entry, "a number of four digits")
+        fields = _Fields(text, path)
+        version, layers, experts = fields.version(), fields.layers(), fields.number("num_experts")
         header = cls(
             version=version,
-            dtype=fields["dtype"],
-            d_model=numbers["d_model"],
-            d_ff=numbers["d_ff"],
-            gated=fields["gated"],
-            layers=tuple(layers),
-            num_experts=numbers["num_experts"],
-            record_bytes=numbers["record_bytes"],
-            data_offset=numbers["data_offset"],
-            checksums=tuple((int(s[0:8], 16), int(s[8:16], 16), int(s[16:24], 16), int(s[24:32], 16)) for s in sums),
-            fingerprint=fields["fingerprint"],
-            source=fields["source"],
-            biased=fields.get("biased", False),
-            rounding=tuple(map(float, rounding)),
-            family=fields.get("family", ""),
-            layout=fields.get("layout", ""),
-            top_k=tuple(top_k),
-            activation=fields.get("activation", ""),
-            gate=fields.get("gate", ""),
+            dtype=fields.one_of("dtype", DTYPES),
+            d_model=fields.number("d_model"),
+            d_ff=fields.number("d_ff"),
+            gated=fields.flag("gated"),
+            layers=layers,
+            num_experts=experts,
+            record_bytes=fields.number("record_bytes"),
+            data_offset=fields.number("data_offset"),
+            checksums=fields.checksums(len(layers) * experts),
+            fingerprint=fields.text("fingerprint"),
+            source=fields.text("source"),
+            biased=fields.flag("biased", False),
+            rounding=fields.rounding(len(layers)),
+            family=fields.text("family", ""),
+            layout=fields.text("layout", ""),
+            top_k=fields.top_k(),
+            activation=fields.text("activation", ""),
+            gate=fields.text("gate", ""),
         )
         size = header.format().record_bytes
         if header.record_bytes != size:
-            raise bad("record_bytes", header.record_bytes, f"{size}, what the shapes and the dtype give")
+            raise fields.bad("record_bytes", header.record_bytes, f"{size}, what the shapes and the dtype give")
         return header
 
     def format(self) -> _C.ExpertFormat:
