@@ -310,6 +310,11 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ExpertFormat>(m, "ExpertFormat")
       .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated, bool biased) {
+             for (const auto& [name, size] : {std::pair{"d_model", d_model}, {"d_ff", d_ff}}) {
+               if (ExpertFormat::is_dimension(size)) continue;
+               fail(ErrorKind::invalid, "ExpertFormat: ", name, " is ", size, ", expected 1 to ",
+                    ExpertFormat::largest_dimension);
+             }
              return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated, biased};
            }),
            py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false, py::arg("biased") = false)
@@ -324,6 +329,7 @@ PYBIND11_MODULE(_C, m) {
         return "ExpertFormat(" + py::str(to_dict(format)).cast<std::string>() + ")";
       });
 
+  m.attr("largest_dimension") = ExpertFormat::largest_dimension;
   m.attr("store_prologue_bytes") = store_prologue_bytes;
   m.def("store_prologue", &prologue, py::arg("header"));
   m.def("record_checksum", &checksum_of, py::arg("record"));

@@ -21,6 +21,9 @@ struct ExpertKey {
 struct ExpertFormat {
   static constexpr int64_t part_alignment = 64;
   static constexpr int64_t record_alignment = 4096;
+  // Of d_model and d_ff: the bytes of every part, and of a record, are then below 2^61 whatever the type.
+  static constexpr int64_t largest_dimension = int64_t{1} << 28;
+  static constexpr bool is_dimension(int64_t size) { return size >= 1 && size <= largest_dimension; }
 
   int64_t d_model, d_ff;
   DType dtype;

@@ -70,6 +70,12 @@ class _Fields:
             raise self.bad(field, value, "a positive integer")
         return value
 
+    def dimension(self, field: str) -> int:
+        value = self.number(field)
+        if value > _C.largest_dimension:
+            raise self.bad(field, value, f"at most {_C.largest_dimension}")
+        return value
+
     def flag(self, field: str, default: bool | None = None) -> bool:
         value = self.found.get(field, default)
         if not isinstance(value, bool):
@@ -198,8 +204,8 @@ class StoreHeader:
         header = cls(
             version=version,
             dtype=fields.one_of("dtype", DTYPES),
-            d_model=fields.number("d_model"),
-            d_ff=fields.number("d_ff"),
+            d_model=fields.dimension("d_model"),
+            d_ff=fields.dimension("d_ff"),
             gated=fields.flag("gated"),
             layers=layers,
             num_experts=experts,
