@@ -196,14 +196,12 @@ class Call {
                     matrix.row_stride * element_bytes(args_.w_dtype),
                     rows,
                     after,
-                    nullptr,
-                    0,
-                    buffers.unfolded,
                     panel,
                     sums,
                     layout_.sums_stride};
     if (is_grouped(args_.w_dtype)) {
       const int64_t bytes = group_scale_bytes(args_.w_dtype);
+      project.unfolded = buffers.unfolded;
       project.scale_row_bytes = matrix.group_scale_row_stride * bytes;
       project.group_scales = static_cast<const char*>(matrix.group_scale) +
                              slot * matrix.group_scale_slot_stride * bytes + first * project.scale_row_bytes;
