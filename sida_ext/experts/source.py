@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from sida_ext.experts.quantise import Quantised
+
 __all__ = ["ExpertSource", "ExpertWeights"]
 
 
@@ -16,13 +18,13 @@ class ExpertWeights:
     """One expert in the store's layout, whatever the checkpoint's was: rows of ``[out, in]``, gate rows before up rows.
 
     Attributes:
-        wi: [d_ff, d_model], gated: [2 * d_ff, d_model], floating point, on the CPU.
+        wi: [d_ff, d_model], gated: [2 * d_ff, d_model], floating point or quantised already, on the CPU.
         wo: [d_model, d_ff], of the same type.
         wi_bias, wo_bias: [rows of wi] and [d_model]; both or none.
     """
 
-    wi: Tensor
-    wo: Tensor
+    wi: Tensor | Quantised
+    wo: Tensor | Quantised
     wi_bias: Tensor | None = None
     wo_bias: Tensor | None = None
 
@@ -32,7 +34,7 @@ class ExpertSource(Protocol):
 
     @property
     def layers(self) -> Sequence[str]:
-        """Module path of each experts module (Switch: of its MoE layer), in the order in which they first run."""
+        """Module path of each experts module (Switch: of its MoE layer), in the order of the model's modules."""
 
     num_experts: int
     d_model: int
@@ -41,6 +43,9 @@ class ExpertSource(Protocol):
     biased: bool
     family: str  # ``model_type`` of the configuration that the experts belong to
     layout: str  # a phrase on how the checkpoint holds them
+    top_k: tuple[int, ...]  # experts for each token: one number, or one for each layer; empty: not known
+    activation: str  # transformers' name of the activation function; "": the module's own
+    gate: str  # the gate's formula: "act(gate) * up", "" without a gate, else the name of the module's own function
     fingerprint: str  # identity of the weights
     name: str
 

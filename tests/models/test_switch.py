@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import sida_ext
 from sida_ext import _C, SwitchTransformersForSequenceClassification
-from sida_ext.models.switch import moe_layers
+from sida_ext.models.families import moe_layers
 from tests.support.reference import build, small_config
 
 Encoder, EncoderDecoder = SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
@@ -485,7 +485,7 @@ def test_swap_experts_twice_and_on_a_dense_model():
     with pytest.raises(ValueError, match="swapped already"):
         sida_ext.swap_experts(model)
     model.sida.close()
-    with pytest.raises(ValueError, match="no Switch MoE layers"):
+    with pytest.raises(ValueError, match="has no experts modules"):
         sida_ext.swap_experts(build(Encoder, small_config(num_layers=1, num_sparse_encoder_layers=1)).shared)
 
 
