@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 setup: $(VENV)/.installed
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: setup test-cpp
 	$(BIN)/python -m pytest tests -q
@@ -51,11 +51,11 @@ bench: setup
 	$(BIN)/python -m bench --minutes 5
 
 paper: setup
-	$(BIN)/python bench/paper.py
+	$(BIN)/python -m bench.paper
 
 bench-gpu: setup
 	mkdir -p bench/results
-	$(BIN)/python -m pytest bench/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
+	$(BIN)/python -m pytest bench/gpu/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
 
 cuda-build: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) PYTHON=$(BIN)/python tools/cuda_build.sh

@@ -9,9 +9,9 @@ declare an entry point in the group `sida_ext.predictors` whose target is called
 
 import torch
 
-from sida_ext.hash_table import HashTable
-from sida_ext.moe_facts import stack_facts
-from sida_ext.traces import collect_traces
+from sida_ext.prediction.hash_table import HashTable
+from sida_ext.prediction.moe_facts import stack_facts
+from sida_ext.training.traces import collect_traces
 
 
 class PopularExperts:

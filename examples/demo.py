@@ -1,6 +1,6 @@
 """The main job on the bundled model: serve held-out sentences with a quarter of the experts in memory.
 
-    python examples/demo.py                    # a few minutes on 2 cores
+    python -m examples.demo                    # a few minutes on 2 cores
 
 Prints one table and writes a timeline picture; every figure is measured by this run.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import transformers
-from corpus import DEMO_MODEL, MAX_TOKENS, load_sentences
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import sida_ext
-from sida_ext.budget import format_bytes
-from sida_ext.predictor import load_predictor
-from sida_ext.timeline import Event, draw, write_chrome_trace
+from examples.corpus import DEMO_MODEL, MAX_TOKENS, load_sentences
+from sida_ext.experts.budget import format_bytes
+from sida_ext.experts.timeline import Event, draw, write_chrome_trace
+from sida_ext.prediction.protocol import load_predictor
 
 HERE = Path(__file__).resolve().parent
 PREDICTOR = HERE / "demo_predictor"

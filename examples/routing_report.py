@@ -1,8 +1,9 @@
 """How a Switch encoder routes given sentences: how evenly, how many experts a sentence touches, how predictably."""
 
 import torch
-from corpus import MAX_TOKENS, Sentence
-from grouped_experts import grouped_experts
+
+from examples.corpus import MAX_TOKENS, Sentence
+from examples.grouped_experts import grouped_experts
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Train the predictor of the demo denoiser's decoder and write it to examples/demo_denoiser/decoder_predictor.
 
-    python examples/train_demo_decoder_predictor.py     # some minutes on one core; Ctrl-C and run again to go on
+    python -m examples.train_demo_decoder_predictor     # some minutes on one core; Ctrl-C and run again to go on
 
 The decoder is traced while it restores the training sentences, each damaged in `--copies` ways, under teacher forcing.
 The report is about held-out sentences, which neither the model nor the predictor was trained on.
@@ -11,13 +11,13 @@ import random
 from pathlib import Path
 
 import torch
-from corpus import load_sentences
-from grouped_experts import grouped_experts
-from train_demo_denoiser import DEMO_DENOISER, MAX_TOKENS, SEED, damage
 from transformers import PreTrainedTokenizerFast, SwitchTransformersForConditionalGeneration
 
-from sida_ext.decoder_distill import train_decoder_predictor
-from sida_ext.objective import TrainingOptions
+from examples.corpus import load_sentences
+from examples.grouped_experts import grouped_experts
+from examples.train_demo_denoiser import DEMO_DENOISER, MAX_TOKENS, SEED, damage
+from sida_ext.training.decoder_distill import train_decoder_predictor
+from sida_ext.training.objective import TrainingOptions
 
 Pair = tuple[list[int], list[int]]
 

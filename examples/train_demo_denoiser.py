@@ -1,8 +1,8 @@
 """Train a small Switch encoder-decoder from scratch to restore damaged sentences; write it to examples/demo_denoiser.
 
-    python examples/train_demo_denoiser.py                 # some minutes on one core
-    python examples/train_demo_denoiser.py --resume        # go on after an interruption
-    python examples/train_demo_denoiser.py --export-only   # write the last checkpoint
+    python -m examples.train_demo_denoiser                 # some minutes on one core
+    python -m examples.train_demo_denoiser --resume        # go on after an interruption
+    python -m examples.train_demo_denoiser --export-only   # write the last checkpoint
 
 The encoder reads a sentence in which spans of one to three tokens are replaced by one <mask> each; the decoder writes
 the whole sentence. It also learns, with a small weight, to name the token that it has just read: that keeps the token's
@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import load_sentences, train_tokenizer
-from grouped_experts import grouped_experts
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_demo_model import balance_loss
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from examples.corpus import load_sentences, train_tokenizer
+from examples.grouped_experts import grouped_experts
+from examples.train_demo_model import balance_loss
 
 DEMO_DENOISER = Path(__file__).parent / "demo_denoiser"
 SEED = 20241

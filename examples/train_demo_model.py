@@ -1,8 +1,8 @@
 """Train the demo's Switch classifier from scratch on the bundled sentences and write it to examples/demo_model.
 
-    python examples/train_demo_model.py                 # five minutes on 2 idle cores
-    python examples/train_demo_model.py --resume        # go on after an interruption
-    python examples/train_demo_model.py --export-only   # write the best model so far
+    python -m examples.train_demo_model                 # five minutes on 2 idle cores
+    python -m examples.train_demo_model --resume        # go on after an interruption
+    python -m examples.train_demo_model --export-only   # write the best model so far
 
 It learns the ratings and, at the same time, denoises: masked and unmasked tokens are both predicted from the encoder's
 output, with tied embeddings. Predicting the unmasked tokens too keeps each token's identity in the residual stream,
@@ -15,21 +15,19 @@ import copy
 import json
 import math
 import random
-import sys
 import time
 from pathlib import Path
 
 import torch
-from corpus import DEMO_MODEL, MAX_TOKENS, SOURCES, Sentence, load_sentences, train_tokenizer
-from grouped_experts import grouped_experts
-from routing_report import routing_report, trace
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, SwitchTransformersConfig
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersAttention
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sida_ext.classification import SwitchTransformersForSequenceClassification, masked_mean
+from examples.corpus import DEMO_MODEL, MAX_TOKENS, SOURCES, Sentence, load_sentences, train_tokenizer
+from examples.grouped_experts import grouped_experts
+from examples.routing_report import routing_report, trace
+from sida_ext.models.classification import SwitchTransformersForSequenceClassification, masked_mean
 
 SEED = 20240
 TOKENS_PER_BATCH = 2048

@@ -1,7 +1,7 @@
 """Train the demo model's hash predictor on the training sentences and write it to examples/demo_predictor.
 
-    python examples/train_demo_predictor.py             # some minutes on 2 cores; Ctrl-C and run again to go on
-    python examples/train_demo_predictor.py --report    # train nothing; measure confident routing into the report again
+    python -m examples.train_demo_predictor             # some minutes on 2 cores; Ctrl-C and run again to go on
+    python -m examples.train_demo_predictor --report    # train nothing; measure confident routing into the report again
 
 The report is about the held-out sentences, which neither the model nor the predictor was trained on.
 """
@@ -11,15 +11,15 @@ import json
 from pathlib import Path
 
 import torch
-from corpus import DEMO_MODEL, MAX_TOKENS, load_sentences
-from grouped_experts import grouped_experts
 from transformers import PreTrainedTokenizerFast
 
-from sida_ext.classification import SwitchTransformersForSequenceClassification
-from sida_ext.distill import TrainingOptions, collect_traces, tokenized_batches, train_predictor
-from sida_ext.predictor import load_predictor
-from sida_ext.report import write_report
-from sida_ext.routing_curve import routing_curve
+from examples.corpus import DEMO_MODEL, MAX_TOKENS, load_sentences
+from examples.grouped_experts import grouped_experts
+from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+from sida_ext.prediction.protocol import load_predictor
+from sida_ext.training.distill import TrainingOptions, collect_traces, tokenized_batches, train_predictor
+from sida_ext.training.report import write_report
+from sida_ext.training.routing_curve import routing_curve
 
 SENTENCES = 48  # of the curve of confident routing
 DEMO_PREDICTOR = Path(__file__).parent / "demo_predictor"

@@ -7,19 +7,21 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sida_ext.files import written_whole
+from sida_ext.progress import console, progress_bar, show_log
+
 if TYPE_CHECKING:
-    from sida_ext.runtime import Runtime
-    from sida_ext.schedule import OrderSavings
+    from sida_ext.experts.runtime import Runtime
+    from sida_ext.serving.schedule import OrderSavings
 
 app = typer.Typer(
     name="sida",
@@ -28,32 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
-
-
-class _Bar:
-    """A progress bar that a (done, total) callback drives."""
-
-    def __init__(self, label: str) -> None:
-        self._progress = Progress(
-            TextColumn(label),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(label, total=None)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
 
 @app.command()
@@ -65,11 +41,11 @@ def pack(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
     """Write the experts of a checkpoint as aligned, checksummed records."""
-    from sida_ext.budget import format_bytes
-    from sida_ext.store import pack as pack_store
+    from sida_ext.experts.budget import format_bytes
+    from sida_ext.models.packing import pack as pack_store
 
     hub = {"revision": revision} if revision is not None else {}
-    with _Bar("packing") as bar:
+    with progress_bar("packing") as bar:
         header = pack_store(checkpoint, out, dtype, allow_pickle=allow_pickle, progress=bar, **hub)
     print(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
@@ -105,7 +81,9 @@ def _read_lines(files: list[Path]) -> list[tuple[str, str | None]]:
                     found = json.loads(line)
                     text, target = found["text"], found.get("target")
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{path}:{number}: expected a JSON object with a 'text', got {error!r}") from error
+                    raise ValueError(
+                        f"{path}:{number} is {line.strip()[:60]!r}, expected a JSON object with a 'text': {error!r}"
+                    ) from error
                 if not isinstance(text, str):
                     raise ValueError(f"{path}:{number}: 'text' is {type(text).__name__}, expected a string")
                 if target is not None and not isinstance(target, str):
@@ -146,14 +124,14 @@ def train(
 ) -> None:
     """Train a predictor on a model's own routing; go on after Ctrl-C with the same command."""
     from sida_ext import from_pretrained
-    from sida_ext.decoder_distill import train_decoder_predictor
-    from sida_ext.distill import TrainingOptions, train_predictor
-    from sida_ext.runtime import runtime_of
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.training.decoder_distill import train_decoder_predictor
+    from sida_ext.training.distill import TrainingOptions, train_predictor
 
     if decoder and variant is not None:
         raise ValueError(f"--variant is {variant!r}; a decoder's predictor has one form, leave it out")
     lines: Any = read_pairs(texts) if decoder else read_texts(texts)
-    loaded = from_pretrained(model, expert_memory=expert_memory, say=lambda text: console.print(text))
+    loaded = from_pretrained(model, expert_memory=expert_memory)
     options: dict[str, Any] = {"variant": variant} if variant is not None else {}
     try:
         (train_decoder_predictor if decoder else train_predictor)(
@@ -213,16 +191,16 @@ def plan(
 ) -> None:
     """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
     from sida_ext import from_pretrained
-    from sida_ext.plan import POLICIES, compare, record_routing
-    from sida_ext.predictor import find_predictor
-    from sida_ext.runtime import runtime_of
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.planning.hit_rates import POLICIES, compare, record_routing
+    from sida_ext.prediction.protocol import find_predictor
 
     lines = read_texts(texts)
-    loaded = from_pretrained(model, expert_memory="auto", store=store, say=lambda text: console.print(text))
+    loaded = from_pretrained(model, expert_memory="auto", store=store)
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
-        with _Bar("routing") as bar:
+        with progress_bar("routing") as bar:
 
             def counted() -> Iterator[dict[str, Any]]:
                 for number, batch in enumerate(given, 1):
@@ -233,7 +211,8 @@ def plan(
     finally:
         runtime_of(loaded).close()
     rows = compare(routing, [share / 100 for share in range(10, 100, 10)], lookahead)
-    table = Table(title=f"hit rates, {'perfect tables' if predictor is None else predictor}, lookahead {lookahead}")
+    named = "perfect tables" if predictor is None else escape(predictor)
+    table = Table(title=f"hit rates, {named}, lookahead {lookahead}")
     for column in ("budget", "experts", "OPT", *POLICIES):
         table.add_column(column, justify="right")
     for row in rows:
@@ -287,9 +266,9 @@ def run(
     import torch
 
     from sida_ext import from_pretrained, stream
-    from sida_ext.predictor import find_predictor
-    from sida_ext.runtime import runtime_of
-    from sida_ext.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.prediction.protocol import find_predictor
+    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
 
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
@@ -304,7 +283,6 @@ def run(
         store=store,
         routing=routing,
         confidence=confidence,
-        say=lambda text: console.print(text),
     )
     runtime = runtime_of(loaded)
     try:
@@ -337,7 +315,7 @@ def run(
         if trace is not None:
             runtime.start_trace()
         begin = time.perf_counter()
-        with watch_order(loaded) if order == "overlap" else nullcontext() as watch, _Bar("running") as bar:
+        with watch_order(loaded) if order == "overlap" else nullcontext() as watch, progress_bar("running") as bar:
             given = batches() if watch is None else watch.batches(batches())
             for number, output in enumerate(stream(loaded, given, chosen, ahead, order)):
                 batch = formed[number]
@@ -346,7 +324,7 @@ def run(
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
         if out is not None:
-            with _written_whole(out) as file:
+            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
                 for number, text in enumerate(lines):
                     file.write(json.dumps({"text": text, **rows[number]}) + "\n")
         tokens = sum(sum(batch.lengths) for batch in formed)
@@ -372,20 +350,8 @@ def _summary(output: Any) -> dict[str, Any]:
     return {"mean": states.mean().item(), "norm": states.norm().item()}
 
 
-@contextmanager
-def _written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name when it is complete, and leaves nothing behind otherwise."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _print_savings(savings: OrderSavings) -> None:
-    from sida_ext.budget import format_bytes
+    from sida_ext.experts.budget import format_bytes
 
     share = savings.saved_bytes / savings.given_bytes if savings.given_bytes else 0.0
     print(
@@ -395,21 +361,21 @@ def _print_savings(savings: OrderSavings) -> None:
 
 
 def _write_trace(runtime: Runtime, path: Path) -> None:
-    from sida_ext.timeline import draw, write_chrome_trace
+    from sida_ext.experts.timeline import draw, write_chrome_trace
 
     try:
         events = runtime.take_trace()
     except RuntimeError as error:
-        raise ValueError(f"--trace: {error}") from error
+        raise ValueError(f"--trace: {error!r}") from error
     write_chrome_trace(events, path)
     picture = path.with_suffix(".png")
     draw([("sida run", events)], picture)
-    console.print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing), {picture}")
+    console.print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing), {picture}", markup=False)
 
 
 def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
     """One table of what a run did."""
-    from sida_ext.budget import format_bytes
+    from sida_ext.experts.budget import format_bytes
 
     stats = runtime.stats()
     table = Table(title=f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
@@ -417,7 +383,7 @@ def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
         table.add_column(column, justify="right" if column != "layer" else "left", overflow="fold")
     for name, row in [*((layer.name, layer) for layer in stats.layers), ("all", stats)]:
         table.add_row(
-            name,
+            escape(name),
             str(row.unique),
             str(row.hits),
             str(row.late),
@@ -453,6 +419,7 @@ def main() -> None:
     """Errors that the user can mend are one line and exit status 1, not a traceback."""
     from sida_ext.errors import PredictorError, StoreError
 
+    show_log()
     try:
         app()
     except (StoreError, PredictorError, ValueError, OSError, TimeoutError, ImportError) as error:

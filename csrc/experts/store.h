@@ -3,7 +3,7 @@
 //   bytes 0..7     magic "SIDAEXP1"
 //   bytes 8..11    header length n, little-endian uint32
 //   bytes 12..15   CRC-32C of the header's n bytes
-//   bytes 16..     header: n bytes of UTF-8 JSON (parsed by sida_ext/store.py, which then calls set_layout)
+//   bytes 16..     header: n bytes of UTF-8 JSON (parsed by sida_ext/experts/store.py, which then calls set_layout)
 //   then           records, each at a multiple of 4096 bytes, in the order layer-major, expert-minor
 //
 // Each record carries four CRC-32Cs, one for each quarter of its (padded) bytes, so that one thread can compute them

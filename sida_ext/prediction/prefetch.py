@@ -1,0 +1,73 @@
+"""Which experts of a queued batch are worth reading ahead: the chance of a need against the cost of a wrong guess."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sida_ext.prediction.hash_table import HashTable, summed_by_expert
+
+# Candidates of each token that are weighed. More than these together hold a few thousandths of the probability.
+CANDIDATES = 8
+# A disk that is always reading loses as much by a wasted read as by a miss; docs/predictor_figures.md has both sides.
+WASTE_COST = 1.0
+
+
+@dataclass(frozen=True)
+class PrefetchPolicy:
+    """An expert is read ahead if p * (cost of a miss) > (1 - p) * (cost of a wasted read), p its probability of need.
+
+    Args:
+        waste_cost: cost of a wasted read as a share of the cost of a miss; 0 reads every candidate.
+        routing: the model's; with "predicted" the first choices are all that the batch can want.
+        confidence: of routing="confident": a first choice at least so probable is certain to be wanted.
+
+    Raises:
+        ValueError: waste_cost is negative or no number.
+    """
+
+    waste_cost: float = WASTE_COST
+    routing: str = "router"
+    confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.waste_cost, bool) or not isinstance(self.waste_cost, (int, float)):
+            raise ValueError(f"waste_cost is {self.waste_cost!r}, expected a number")
+        if not 0 <= self.waste_cost < float("inf"):
+            raise ValueError(
+                f"waste_cost is {self.waste_cost!r}, expected the cost of a wasted read as a share of that of a miss: "
+                "a number of at least 0"
+            )
+
+    @property
+    def least_need(self) -> float:
+        """The probability of need from which reading ahead is worth it."""
+        return self.waste_cost / (1 + self.waste_cost)
+
+    def experts(self, table: HashTable, layer: int) -> list[int]:
+        """Distinct experts of a layer to read ahead, most wanted first.
+
+        A table without calibrated probabilities gives no reason to choose: all first choices are read, and they alone.
+        """
+        if table.probability is None or self.routing == "predicted":
+            return table.top(1).experts_of(layer)
+        index, probability = table.expert_index[:, :, layer], table.probability[:, :, layer]
+        if self.routing == "confident":
+            sure = probability[..., :1] >= self.confidence
+            first = torch.zeros_like(probability)
+            first[..., 0] = 1.0
+            probability = torch.where(sure, first, probability)
+        experts, need = summed_by_expert(index, probability, none_wants=True)
+        wanted, _ = summed_by_expert(index, probability, none_wants=False)
+        if table.padding_need is not None:
+            padding = table.padding_need[layer].double()
+            need = 1 - (1 - need) * (1 - padding[experts])
+            unnamed = torch.ones_like(padding, dtype=torch.bool)
+            unnamed[experts] = False
+            only = unnamed.nonzero()[:, 0]
+            only = only[torch.sort(padding[only], descending=True, stable=True).indices]
+            experts, need = torch.cat([experts, only]), torch.cat([need, padding[only]])
+            wanted = torch.cat([wanted, only])
+        kept = need >= self.least_need if self.least_need > 0 else need > 0
+        return wanted[torch.isin(wanted, experts[kept])].tolist()

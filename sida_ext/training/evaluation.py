@@ -1,0 +1,125 @@
+"""Measures any Predictor against the true router, layer by layer."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sida_ext.prediction.calibration import Reliability
+from sida_ext.prediction.moe_facts import stack_facts
+from sida_ext.training.traces import Trace
+
+if TYPE_CHECKING:
+    from sida_ext.prediction.protocol import Predictor
+
+
+@dataclass
+class Evaluation:
+    """Hits of a predictor over traces, summed over batches.
+
+    Attributes:
+        tokens: tokens seen.
+        top1, top3: [layers] float64, tokens whose first choice was the first, or among the first three candidates.
+        reliability: of each layer's first candidate.
+        gate_error: [layers] float64, summed |predicted - true gate| where the first candidate was right.
+    """
+
+    tokens: int
+    top1: Tensor
+    top3: Tensor
+    gate_error: Tensor
+    reliability: list[Reliability] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, layers: int) -> Evaluation:
+        top1, top3, gate_error = torch.zeros(3, layers, dtype=torch.float64)
+        return cls(0, top1, top3, gate_error, [Reliability.empty() for _ in range(layers)])
+
+    def summary(self) -> dict[str, Any]:
+        """Shares for each layer and their means, ready for JSON."""
+        seen = max(self.tokens, 1)
+        return {
+            "tokens": self.tokens,
+            "top1": (self.top1 / seen).tolist(),
+            "top3": (self.top3 / seen).tolist(),
+            "ece": [layer.ece for layer in self.reliability],
+            "gate_error": (self.gate_error / self.top1.clamp(min=1)).tolist(),
+            "mean_top1": float(self.top1.mean() / seen),
+            "mean_top3": float(self.top3.mean() / seen),
+            "mean_ece": statistics.fmean(layer.ece for layer in self.reliability),
+            "reliability": [layer.curve() for layer in self.reliability],
+        }
+
+
+def evaluate(predictor: Predictor, traces: Iterable[Trace], batch_sentences: int = 64) -> Evaluation:
+    """Run ``predictor.predict`` over traced sentences and count where the router agrees.
+
+    Args:
+        predictor: any Predictor of the traced stack.
+        traces: what ``collect_traces`` gave, or a TraceStore's shards.
+        batch_sentences: sentences in a call.
+
+    Raises:
+        ValueError: the predictor's table does not fit the traces, or there is no sentence.
+    """
+    result: Evaluation | None = None
+    for trace in traces:
+        layers = trace.gate.shape[1]
+        if result is None:
+            result = Evaluation.empty(layers)
+        for rows in torch.arange(trace.rows).split(batch_sentences):
+            part = trace.select(rows)
+            input_ids, mask = part.padded()
+            try:
+                table = part.table_of(predictor, 3)
+            except ValueError:
+                if trace.candidates.shape[-1] >= 3:
+                    raise
+                # A model of one or two experts has no third candidate.
+                table = part.table_of(predictor, trace.candidates.shape[-1])
+            # Traces do not say how many experts there are.
+            experts = 2**15 if table.padding_need is None else table.padding_need.shape[1]
+            table.check_for(input_ids, layers, experts)
+            candidates, wanted = table.expert_index[mask].long(), part.top1
+            first = candidates[..., 0] == wanted
+            probability = (table.gate if table.probability is None else table.probability)[mask][..., 0]
+            result.tokens += wanted.shape[0]
+            result.top1 += first.sum(0)
+            result.top3 += (candidates == wanted[..., None]).any(-1).sum(0)
+            result.gate_error += ((table.gate[mask][..., 0] - part.gate).abs() * first).sum(0)
+            for layer, bins in enumerate(result.reliability):
+                bins.add(probability[:, layer], first[:, layer])
+    if result is None or result.tokens == 0:
+        raise ValueError("there is no traced sentence to evaluate on")
+    return result
+
+
+@torch.no_grad()
+def cost_share(
+    predictor: Predictor, model: nn.Module, shapes: Iterable[tuple[int, int]] = ((1, 32), (8, 32)), repeats: int = 5
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of one prediction and of one forward of the stack, medians, and their ratio, by batch shape."""
+    facts = stack_facts(model)
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for rows, columns in shapes:
+        input_ids = torch.randint(0, facts.embedding.shape[0], (rows, columns), generator=generator)
+
+        def median_ms(call: Any) -> float:
+            times = []
+            for _ in range(repeats + 1):
+                start = time.perf_counter()
+                call()
+                times.append(1e3 * (time.perf_counter() - start))
+            return statistics.median(times[1:])
+
+        ours = median_ms(lambda ids=input_ids: predictor.predict(ids))
+        whole = median_ms(lambda ids=input_ids: facts.stack(input_ids=ids.to(facts.embedding.device)))
+        found[f"{rows}x{columns}"] = {"predictor_ms": ours, "model_ms": whole, "share": ours / whole}
+    return found
