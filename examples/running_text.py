@@ -3,6 +3,7 @@
 import json
 import lzma
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,12 @@ class Document:
     text: str
 
 
+@cache
+def every_document() -> tuple[Document, ...]:
+    with lzma.open(TEXT, "rt", encoding="utf-8") as lines:
+        return tuple(Document(**json.loads(line)) for line in lines)
+
+
 def load_documents(split: str, domain: str | None = None) -> list[Document]:
     """The documents of one split, of one domain or of both, in the corpus's order.
 
@@ -32,9 +39,7 @@ def load_documents(split: str, domain: str | None = None) -> list[Document]:
         raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
     if domain is not None and domain not in DOMAINS:
         raise ValueError(f"domain is {domain!r}, expected one of {', '.join(DOMAINS)}, or None for both")
-    with lzma.open(TEXT, "rt", encoding="utf-8") as lines:
-        rows = [Document(**json.loads(line)) for line in lines]
-    return [row for row in rows if row.split == split and domain in (None, row.domain)]
+    return [row for row in every_document() if row.split == split and domain in (None, row.domain)]
 
 
 def passages(documents: list[Document], characters: int) -> list[Document]:
@@ -81,11 +86,16 @@ def train_byte_tokenizer(texts: list[str], vocab_size: int, max_tokens: int) -> 
     )
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
-    """The texts' tokens in a row, int64 [tokens]: the end-of-text token stands before, between and behind them."""
+def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str], limit: int | None = None) -> np.ndarray:
+    """The texts' tokens in a row, int64 [tokens]: the end-of-text token stands before, between and behind them.
+
+    Of more than `limit` tokens only the first so many.
+    """
     end = tokenizer.eos_token_id
     backend = tokenizer.backend_tokenizer
     parts = [np.array([end])]
     for text in texts:
+        if limit is not None and sum(map(len, parts)) >= limit:
+            break
         parts += [np.array(backend.encode(text).ids), np.array([end])]
-    return np.concatenate(parts).astype(np.int64)
+    return np.concatenate(parts).astype(np.int64)[:limit]

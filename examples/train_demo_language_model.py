@@ -1,9 +1,9 @@
 """Train a small decoder-only MoE language model from scratch on the bundled text: examples/demo_language_model.
 
-    python examples/train_demo_language_model.py                     # about an hour on one core
-    python examples/train_demo_language_model.py --resume            # go on after an interruption
-    python examples/train_demo_language_model.py --export-only       # write and measure the last checkpoint
-    python examples/train_demo_language_model.py --family qwen3_moe --layers 4 --experts 16 --top-k 2 \\
+    python -m examples.train_demo_language_model                     # about an hour on one core
+    python -m examples.train_demo_language_model --resume            # go on after an interruption
+    python -m examples.train_demo_language_model --export-only       # write and measure the last checkpoint
+    python -m examples.train_demo_language_model --family qwen3_moe --layers 4 --experts 16 --top-k 2 \\
         --minutes 10 --work out/lm_qwen --out out/lm_qwen/model     # another family and shape
 
 The learning rate falls to zero with the share of `--tokens` that were read, or of `--minutes` that went by if that is
@@ -21,12 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gated_experts
 import numpy as np
 import torch
 import torch.multiprocessing
-from kneser_ney import KneserNey
-from running_text import DOMAINS, load_documents, token_stream, train_byte_tokenizer
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers import (
@@ -38,15 +35,20 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from examples import gated_experts
+from examples.kneser_ney import KneserNey
+from examples.running_text import DOMAINS, load_documents, token_stream, train_byte_tokenizer
+
 DEMO_LANGUAGE_MODEL = Path(__file__).parent / "demo_language_model"
 FAMILIES = ("olmoe", "qwen3_moe")
 SEED = 20261
 BALANCE, Z_LOSS = 0.02, 0.001
 CLIP, WEIGHT_DECAY = 1.0, 0.05
 WARMUP = 0.02  # share of the training in which the learning rate rises
-SAVE_SECONDS, SHOW_STEPS = 120.0, 25
+SAVE_SECONDS, SHOW_STEPS = 300.0, 25
 SHORT = 0.75  # share of the training with windows of half the length
 N_GRAMS = (3, 5)
+VALIDATION_WINDOWS = 16
 SAMPLE = 4  # windows of a domain whose perplexity stands apart, to check a model by in a moment
 
 
@@ -187,8 +189,8 @@ class Training:
             np.save(self.work / "train.npy", token_stream(tokenizer, train))
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.work / "tokenizer")
         self.train = np.load(self.work / "train.npy")
-        self.validation = self.by_domain("validation")
-        self.held_out = self.by_domain("held_out")
+        self.validation = self.by_domain("validation", VALIDATION_WINDOWS * arguments.length)
+        self.held_out = self.by_domain("held_out", arguments.eval_tokens)
         torch.manual_seed(SEED)
         config = make_config(arguments, len(self.tokenizer))
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -206,9 +208,13 @@ class Training:
             fused=True,
         )
 
-    def by_domain(self, split: str) -> dict[str, np.ndarray]:
+    def by_domain(self, split: str, predicted: int) -> dict[str, np.ndarray]:
+        """A split's tokens by domain, the first `predicted` + 1 of them, or all for 0."""
         return {
-            domain: token_stream(self.tokenizer, [d.text for d in load_documents(split, domain)]) for domain in DOMAINS
+            domain: token_stream(
+                self.tokenizer, [d.text for d in load_documents(split, domain)], predicted + 1 if predicted else None
+            )
+            for domain in DOMAINS
         }
 
     def share(self) -> float:
@@ -301,8 +307,7 @@ class Training:
         record: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed)}
         record |= {name: round(value / steps, 4) for name, value in sums.items()}
         for domain, tokens in self.validation.items():
-            rows = windows(tokens[: 16 * self.arguments.length + 1], self.arguments.length)
-            total, count = negative_log_likelihood(self.model, rows)
+            total, count = negative_log_likelihood(self.model, windows(tokens, self.arguments.length))
             record[f"validation_{domain}"] = round(math.exp(total / count), 2)
         self.log.append(record)
         print(json.dumps(record), flush=True)
@@ -329,8 +334,7 @@ class Training:
 
 def measure(model: PreTrainedModel, training: Training) -> dict[str, Any]:
     """Held-out perplexity by domain beside the n-gram models', and how the model routes."""
-    length, limit = training.arguments.length, training.arguments.eval_tokens
-    held_out = {domain: tokens[: limit + 1 if limit else None] for domain, tokens in training.held_out.items()}
+    length, held_out = training.arguments.length, training.held_out
     report: dict[str, Any] = {}
     samples: dict[str, Any] = {}
     sums: dict[str, float] = {}

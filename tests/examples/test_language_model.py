@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,44 +13,32 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Qwen3MoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-MODEL = EXAMPLES / "demo_language_model"
+from examples import gated_experts, kneser_ney, running_text, train_demo_language_model
+
+MODEL = train_demo_language_model.DEMO_LANGUAGE_MODEL
 SHAPE = {"layers": 1, "experts": 4, "top-k": 2, "d-model": 16, "width": 8, "head-dim": 8, "vocab": 300}
 BRIEF = {"length": 16, "batch": 2, "documents": 3, "eval-tokens": 64, "table-tokens": 64, "steps": 2}
 TINY = [part for name, value in (SHAPE | BRIEF).items() for part in (f"--{name}", str(value))]
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of the examples, which are scripts and not a package."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return load
-
-
-def test_every_document_is_in_one_split_and_both_domains_are_in_each(example):
-    text = example("running_text")
+def test_every_document_is_in_one_split_and_both_domains_are_in_each():
     names: dict[str, set[tuple[str, str]]] = {}
-    for split in text.SPLITS:
-        documents = text.load_documents(split)
+    for split in running_text.SPLITS:
+        documents = running_text.load_documents(split)
         names[split] = {(document.domain, document.name) for document in documents}
         assert len(names[split]) == len(documents)
-        assert {document.domain for document in documents} == set(text.DOMAINS)
+        assert {document.domain for document in documents} == set(running_text.DOMAINS)
     for one, other in itertools.combinations(names.values(), 2):
         assert not one & other
     with pytest.raises(ValueError, match="split is 'test', expected one of train"):
-        text.load_documents("test")
+        running_text.load_documents("test")
     with pytest.raises(ValueError, match="domain is 'law', expected one of literature"):
-        text.load_documents("train", "law")
+        running_text.load_documents("train", "law")
 
 
-def test_passages_keep_the_text_in_order_and_say_whose_it_is(example):
-    text = example("running_text")
-    given = text.load_documents("held_out", "documentation")[:5]
-    cut = text.passages(given, 400)
+def test_passages_keep_the_text_in_order_and_say_whose_it_is():
+    given = running_text.load_documents("held_out", "documentation")[:5]
+    cut = running_text.passages(given, 400)
     assert len(cut) > len(given)
     for document in given:
         parts = [part.text for part in cut if part.name == document.name]
@@ -62,15 +47,15 @@ def test_passages_keep_the_text_in_order_and_say_whose_it_is(example):
         for part in parts:
             at = document.text.index(part, at) + len(part)
     with pytest.raises(ValueError, match="characters is 0, expected at least 1"):
-        text.passages(given, 0)
+        running_text.passages(given, 0)
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])
-def test_kneser_ney_gives_a_distribution_after_every_context(example, order):
+def test_kneser_ney_gives_a_distribution_after_every_context(order):
     rng = np.random.default_rng(order)
     vocab = 7
     tokens = (rng.zipf(1.5, 3000) % vocab).astype(np.int64)
-    model = example("kneser_ney").KneserNey(tokens, order, vocab)
+    model = kneser_ney.KneserNey(tokens, order, vocab)
     for context in [tokens[: order - 1], tokens[5 : 5 + order - 1], np.full(order - 1, vocab - 1)]:
         rows = [np.append(context, token) for token in range(vocab)]
         total = sum(math.exp(model.log_probabilities(row)[-1]) for row in rows)
@@ -78,7 +63,7 @@ def test_kneser_ney_gives_a_distribution_after_every_context(example, order):
 
 
 @pytest.mark.parametrize("vocab", [9, 60])
-def test_kneser_ney_bigram_by_hand(example, vocab):
+def test_kneser_ney_bigram_by_hand(vocab):
     """An interpolated bigram model written out with dictionaries, with estimated discounts and without."""
     rng = np.random.default_rng(3)
     tokens = (rng.zipf(1.4, 400) % vocab).astype(np.int64)
@@ -109,22 +94,20 @@ def test_kneser_ney_bigram_by_hand(example, vocab):
     count = behind.get(second, 0)
     wanted = (count - d2[min(count, 3) - 1] if count else 0.0) / total
     wanted += sum(d2[min(c, 3) - 1] for c in behind.values()) / total * unigram(second)
-    found = example("kneser_ney").KneserNey(tokens, 2, vocab).log_probabilities(np.array([first, second]))[1]
+    found = kneser_ney.KneserNey(tokens, 2, vocab).log_probabilities(np.array([first, second]))[1]
     assert math.exp(found) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_kneser_ney_names_what_it_cannot_count(example):
-    module = example("kneser_ney")
+def test_kneser_ney_names_what_it_cannot_count():
     with pytest.raises(ValueError, match="the text has 2 tokens, expected at least the order, 3"):
-        module.KneserNey(np.zeros(2, np.int64), 3, 4)
+        kneser_ney.KneserNey(np.zeros(2, np.int64), 3, 4)
     with pytest.raises(ValueError, match="order is 6, expected 2 to 5"):
-        module.KneserNey(np.zeros(10, np.int64), 6, 4096)
+        kneser_ney.KneserNey(np.zeros(10, np.int64), 6, 4096)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_experts_of_the_training_are_transformers_own(example, top_k):
+def test_experts_of_the_training_are_transformers_own(top_k):
     """Output and every gradient against transformers' eager loop, in float64; one expert gets no token."""
-    gated = example("gated_experts")
     torch.manual_seed(top_k)
     config = OlmoeConfig(hidden_size=12, intermediate_size=10, num_experts=6, num_experts_per_tok=top_k)
     config._experts_implementation = "eager"
@@ -136,7 +119,7 @@ def test_experts_of_the_training_are_transformers_own(example, top_k):
     index = torch.stack([torch.randperm(5)[:top_k] for _ in range(9)])
     inputs = [x, weight, *experts.parameters()]
     given = torch.randn(9, 12, dtype=torch.float64)
-    found = gated.gated_training_forward(experts, x, index, weight)
+    found = gated_experts.gated_training_forward(experts, x, index, weight)
     wanted = experts(x, index, weight)
     torch.testing.assert_close(found, wanted)
     for one, other in zip(
@@ -145,19 +128,20 @@ def test_experts_of_the_training_are_transformers_own(example, top_k):
         torch.testing.assert_close(one, other)
 
 
-def test_experts_of_the_training_refuse_another_activation(example):
+def test_experts_of_the_training_refuse_another_activation():
     config = OlmoeConfig(hidden_size=4, intermediate_size=4, num_experts=2, num_experts_per_tok=1, hidden_act="gelu")
     experts = OlmoeExperts(config)
     with pytest.raises(ValueError, match="expected SiLU"):
-        example("gated_experts").gated_training_forward(
+        gated_experts.gated_training_forward(
             experts, torch.ones(1, 4), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
         )
 
 
 @pytest.mark.parametrize(("family", "config"), [("olmoe", OlmoeConfig), ("qwen3_moe", Qwen3MoeConfig)])
-def test_the_script_trains_two_steps_and_writes_a_model_that_transformers_reads(example, family, config, tmp_path):
-    script = example("train_demo_language_model")
-    script.main([*TINY, "--family", family, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")])
+def test_the_script_trains_two_steps_and_writes_a_model_that_transformers_reads(family, config, tmp_path):
+    train_demo_language_model.main(
+        [*TINY, "--family", family, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert isinstance(model.config, config)
     assert model.dtype == torch.bfloat16
@@ -172,24 +156,24 @@ def test_the_script_trains_two_steps_and_writes_a_model_that_transformers_reads(
     assert model.generate(ids, max_new_tokens=2, do_sample=False, min_new_tokens=2).shape[1] == ids.shape[1] + 2
 
 
-def test_an_interrupted_training_goes_on_as_if_it_had_not_been(example, tmp_path):
-    script = example("train_demo_language_model")
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(tmp_path):
     given = [*TINY, "--steps", "4", "--work", str(tmp_path)]
-    one = script.Training(script.parse(given))
+    one = train_demo_language_model.Training(train_demo_language_model.parse(given))
     losses = [one.one_step()["loss"] for _ in range(2)]
     one.save()
     losses += [one.one_step()["loss"] for _ in range(2)]
-    other = script.Training(script.parse([*given, "--resume"]))
+    other = train_demo_language_model.Training(train_demo_language_model.parse([*given, "--resume"]))
     other.load()
     assert [other.one_step()["loss"] for _ in range(2)] == losses[2:]
     for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
-def test_resuming_needs_a_checkpoint(example, tmp_path):
-    script = example("train_demo_language_model")
+def test_resuming_needs_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run to go on from"):
-        script.Training(script.parse([*TINY, "--resume", "--work", str(tmp_path)]))
+        train_demo_language_model.Training(
+            train_demo_language_model.parse([*TINY, "--resume", "--work", str(tmp_path)])
+        )
 
 
 @pytest.mark.parametrize(
@@ -201,9 +185,9 @@ def test_resuming_needs_a_checkpoint(example, tmp_path):
         (["--layers", "0"], "--layers is 0, expected at least 1"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(example, capsys, given, said):
+def test_a_shape_that_cannot_be_is_refused(capsys, given, said):
     with pytest.raises(SystemExit):
-        example("train_demo_language_model").parse(given)
+        train_demo_language_model.parse(given)
     assert said in capsys.readouterr().err
 
 
@@ -220,12 +204,12 @@ def test_bundled_model_has_the_size_that_it_should(metrics):
 
 
 @pytest.mark.parametrize("domain", ["literature", "documentation"])
-def test_bundled_model_reads_held_out_text_as_its_metrics_say(example, metrics, domain):
+def test_bundled_model_reads_held_out_text_as_its_metrics_say(metrics, domain):
     """By transformers alone: the first windows of the held-out text, each read from its beginning."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, experts_implementation="eager").eval()
     said, window = metrics["held_out_sample"][domain], metrics["window"]
-    documents = example("running_text").load_documents("held_out", domain)
+    documents = running_text.load_documents("held_out", domain)
     ids = [tokenizer.eos_token_id]
     for document in documents:
         ids += [*tokenizer(document.text[:20_000])["input_ids"], tokenizer.eos_token_id]
