@@ -116,8 +116,8 @@ def page(rows: list[Row], folders: set[str]) -> str:
         "memory, float32, beside transformers' own with eager experts.",
         "",
         f"**{len(run & folders)} of the {len(folders)} folders of `transformers/models` that use the experts seam "
-        "run.** *Difference*: the largest of logits, over the largest logit. *Gate*: the kernel's formula, found by asking "
-        "module and kernel; where no kernel computes it, the module's own function runs between two matrix products.",
+        "run.** *Difference*: the largest of logits, over the largest logit. *Gate*: the kernel's formula, found by "
+        "asking module and kernel; where no kernel computes it, the module's own function runs between two matrix products.",
         "",
         "| family | class | runs | difference | gate | layers x experts | how its checkpoint holds experts |",
         "|---|---|---|---|---|---|---|",
@@ -132,8 +132,8 @@ def page(rows: list[Row], folders: set[str]) -> str:
     lines += [
         "",
         "Switch Transformers has a swap of its own. Refused by name, as their experts do not go through the seam: "
-        "NLLB-MoE (transformers' own model runs two of its experts only, whatever the router chooses), DBRX, JetMoe, Llama4, "
-        "LongCat-Flash, Step3.7.",
+        "NLLB-MoE (transformers' own model runs two of its experts only, whatever the router chooses), DBRX, JetMoe, "
+        "Llama4, LongCat-Flash, Step3.7.",
         "",
     ]
     return "\n".join(lines)
