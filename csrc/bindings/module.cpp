@@ -77,6 +77,7 @@ py::dict to_dict(const ExpertFormat& format) {
   fields["d_ff"] = format.d_ff;
   fields["dtype"] = dtype_name(format.dtype);
   fields["gated"] = format.gated;
+  fields["biased"] = format.biased;
   return fields;
 }
 
@@ -275,6 +276,11 @@ void bind_cuda(py::module_& m) {
       "register_cuda_layer",
       [](std::shared_ptr<CudaServing> serving, int32_t index, int32_t num_experts, const std::string& activation) {
         const Activation function = checked_activation(serving->engine(), activation);
+        const ExpertFormat& format = serving->engine().format();
+        if (format.biased || function == Activation::swiglu_oai) {
+          fail(ErrorKind::invalid, "the experts have ", format.biased ? "biases" : "the activation swiglu_oai",
+               ", for which there are no CUDA kernels; load the model with device='cpu'");
+        }
         return register_layer({serving->shared_engine(), index, num_experts, function, serving});
       },
       py::arg("serving"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
@@ -299,15 +305,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = SIDA_TORCH_VERSION;
 
   py::class_<ExpertFormat>(m, "ExpertFormat")
-      .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated) {
-             return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated};
+      .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated, bool biased) {
+             return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated, biased};
            }),
-           py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false)
+           py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false, py::arg("biased") = false)
       .def_property_readonly("record_bytes", &ExpertFormat::record_bytes)
       .def_property_readonly("wi_offset", &ExpertFormat::wi_offset)
       .def_property_readonly("wo_offset", &ExpertFormat::wo_offset)
       .def_property_readonly("wi_scale_offset", &ExpertFormat::wi_scale_offset)
       .def_property_readonly("wo_scale_offset", &ExpertFormat::wo_scale_offset)
+      .def_property_readonly("wi_bias_offset", &ExpertFormat::wi_bias_offset)
+      .def_property_readonly("wo_bias_offset", &ExpertFormat::wo_bias_offset)
       .def("__repr__", [](const ExpertFormat& format) {
         return "ExpertFormat(" + py::str(to_dict(format)).cast<std::string>() + ")";
       });
