@@ -24,6 +24,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     from sida_ext import _C
     from sida_ext._load import check_build
     from sida_ext.experts.budget import available_memory, format_bytes
+    from sida_ext.experts.read_plan import folder_plan
     from sida_ext.experts.store import default_cache
 
     build = check_build()
@@ -54,7 +55,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             f"disk read rate of {folder}, GB/s": round(disk.bytes_per_second / 1e9, 2),
             "disk read past the page cache": disk.direct,
         }
-        plan = _measured_plan(folder)
+        plan = folder_plan(folder, again=True)
         found["reads of an expert store there"] = {
             "lanes": plan.lanes,
             "largest read": format_bytes(plan.read_bytes),
@@ -80,24 +81,6 @@ def _lookaheads(plan: Any) -> dict[str, str]:
         ),
         "for example": picks[50].why,
     }
-
-
-def _measured_plan(folder: Path) -> Any:
-    """What Runtime would pick for a store in the folder, from a file of our own that is removed again."""
-    import tempfile
-
-    from sida_ext.experts.read_plan import SMALLEST_STORE_BYTES, default_plan, read_plan
-
-    piece = os.urandom(1 << 20)
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".read-plan-") as file:
-            for _ in range(SMALLEST_STORE_BYTES >> 20):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            return read_plan(Path(file.name), again=True)
-    except OSError as error:
-        return default_plan(f"no file to measure with: {error}")
 
 
 def _cuda_devices() -> dict[str, str]:

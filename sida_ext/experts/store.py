@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sida_ext import _C
 from sida_ext.errors import StoreError
+from sida_ext.experts.cache_folder import default_cache
 from sida_ext.experts.checkpoint import Checkpoint
 
 __all__ = ["ExpertSource", "StoreHeader", "default_cache", "ensure_store", "open_store", "pack", "write_store"]
@@ -398,11 +399,6 @@ def pack(
     """
     with Checkpoint.open(checkpoint, allow_pickle=allow_pickle, **hub) as source:
         return write_store(source, out, dtype, progress)
-
-
-def default_cache() -> Path:
-    """Folder of packed stores: ``$SIDA_CACHE``, else ``~/.cache/sida``."""
-    return Path(os.environ.get("SIDA_CACHE") or Path.home() / ".cache" / "sida")
 
 
 @contextmanager

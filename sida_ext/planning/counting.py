@@ -17,19 +17,19 @@ __all__ = ["ExpertShape", "ModelFacts", "count_experts"]
 
 # ``model_type`` of the families of transformers' experts seam, and Switch. Multimodal models by their outer name too.
 SERVED = frozenset(
-    """
-    afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_ocr2_text deepseek_v2
-    deepseek_v3 deepseek_v32 deepseek_v4 diffusion_gemma diffusion_gemma_text dots1 dots3_note dots3_note_text
-    ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe
-    glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa gpt_oss granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 hy_v4_vl hy_v4_vl_text inkling_mm_model inkling_text
-    inkling2 inkling2_text inkling2_loop inkling2_loop_text jamba kimi_k25 kimi_linear kolibri1 laguna lara_mini
-    lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4
-    mistral_large4_text mixtral muse_spark muse_spark_text nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe
-    qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl_moe
-    qwen3_vl_moe_text qwen4_exp sarvam_mla sarvam_moe solar_open switch_transformers unlimited_ocr unlimited_ocr_text
-    zaya
-    """.split()
+    (
+        "afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_ocr2_text deepseek_v2 "
+        "deepseek_v3 deepseek_v32 deepseek_v4 diffusion_gemma diffusion_gemma_text dots1 dots3_note dots3_note_text "
+        "ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe "
+        "glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa gpt_oss granitemoe granitemoe_swa "
+        "granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 hy_v4_vl hy_v4_vl_text inkling_mm_model inkling_text "
+        "inkling2 inkling2_text inkling2_loop inkling2_loop_text jamba kimi_k25 kimi_linear kolibri1 laguna lara_mini "
+        "lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4 "
+        "mistral_large4_text mixtral muse_spark muse_spark_text nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe "
+        "qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl_moe "
+        "qwen3_vl_moe_text qwen4_exp sarvam_mla sarvam_moe solar_open switch_transformers unlimited_ocr unlimited_ocr_text "
+        "zaya"
+    ).split()
 )
 REFUSED = {
     "nllb-moe": "transformers runs only two of its experts, so there is nothing right to compare with",
@@ -70,7 +70,9 @@ PARTS = {
 LAYER = re.compile(r"(?:^|\.)(?:layers|block|blocks|h)\.(\d+)\.")
 # Heads that guess several tokens ahead: transformers' classes ignore their keys.
 AHEAD = re.compile(r"(?:^|\.)(?:mtp|mtp_[a-z]+|nextn|eagle)(?:\.|$)")
-OTHER_SENSES = re.compile(r"(?:^|\.)(?:[a-z_]*visual|[a-z_]*vision[a-z_]*|[a-z_]*audio[a-z_]*|talker|code2wav|sam_model)\.")
+OTHER_SENSES = re.compile(
+    r"(?:^|\.)(?:[a-z_]*visual|[a-z_]*vision[a-z_]*|[a-z_]*audio[a-z_]*|talker|code2wav|sam_model)\."
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class ModelFacts:
         top_k: experts of each token in a layer; a mean where layers differ.
         other_numbers: parameters of everything else that a model loads, other_dtypes: by type of the file.
         embedding_numbers: of these, tables of which a token reads one row.
+        layer_numbers: of these, in the layers of the language model, read for each token; head_numbers: in its head.
         kv_numbers: numbers that one token adds to the caches of all attention layers, without a window.
         windowed: (numbers, window) of the layers whose cache ends with a window of tokens.
         depth: layers of the model, MoE or not.
@@ -112,6 +115,8 @@ class ModelFacts:
     other_numbers: int
     other_dtypes: dict[str, int]
     embedding_numbers: int
+    layer_numbers: int
+    head_numbers: int
     ignored_numbers: int
     kv_numbers: int
     windowed: tuple[tuple[int, int], ...]
@@ -222,7 +227,9 @@ class _Counted:
         down = parts.get("down")
         if first is None or down is None or len(first) != 2 or len(down) != 2:
             have = ", ".join(f"{part} {list(shape)}" for part, shape in parts.items())
-            raise ValueError(f"{self.name}: {where} has {have or 'no matrix'}; expected up and down, each of two dimensions")
+            raise ValueError(
+                f"{self.name}: {where} has {have or 'no matrix'}; expected up and down, each of two dimensions"
+            )
         gated = "gate_up" in parts or "gate" in parts
         ups = 2 if "gate_up" in parts else 1
         for width in widths:
@@ -287,9 +294,7 @@ def _rows(tensors: dict[str, TensorHeader], config: dict[str, Any], configs: lis
     return rows
 
 
-def _cache(
-    rows: dict[int, int], configs: list[dict[str, Any]], depth: int
-) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _cache(rows: dict[int, int], configs: list[dict[str, Any]], depth: int) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Numbers a token in layers without a window, and (numbers, window) of those with one."""
     kinds = _first(configs, ("layer_types",))
     window = _first(configs, ("sliding_window",))
@@ -411,6 +416,10 @@ def _facts(
         other_dtypes=dtypes,
         # A head that is the table itself is read whole for each token.
         embedding_numbers=0 if heads == tables and not _classifier(architectures) else table_numbers,
+        layer_numbers=sum(
+            tensor.numbers for key, tensor in other.items() if LAYER.search(key) and not OTHER_SENSES.search(key)
+        ),
+        head_numbers=sum(other[key].numbers for key in heads if key in other) if not _classifier(architectures) else 0,
         ignored_numbers=ignored,
         kv_numbers=plain,
         windowed=windowed,

@@ -71,7 +71,9 @@ def _config_of(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}); expected the configuration of a transformers model") from error
+        raise ValueError(
+            f"{where} is not JSON ({error}); expected the configuration of a transformers model"
+        ) from error
     if not isinstance(config, dict):
         raise ValueError(f"{where} holds a {type(config).__name__}, expected a JSON object")
     return config
@@ -141,7 +143,9 @@ def _local_file(path: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
-def _merge(files: Mapping[str, Mapping[str, TensorHeader]], weight_map: Mapping[str, str], where: str) -> dict[str, Any]:
+def _merge(
+    files: Mapping[str, Mapping[str, TensorHeader]], weight_map: Mapping[str, str], where: str
+) -> dict[str, Any]:
     """The tensors of all files, of those that the index names. None may be missing from the file that it names."""
     tensors = {}
     for name, file in weight_map.items():
@@ -163,7 +167,9 @@ def _local(folder: Path) -> CheckpointHeaders:
     if not index.is_file():
         others = sorted(path.name for pattern in ("*.bin", "*.gguf", "*.pt") for path in folder.glob(pattern))
         found = f"; it holds {', '.join(others[:3])}, which is another format" if others else ""
-        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}{found}; sida plan reads safetensors headers")
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}{found}; sida plan reads safetensors headers"
+        )
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -233,7 +239,9 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Chec
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{where} on the hub has no config.json: {_line(error)}") from error
     except NotASafetensorsRepoError as error:
-        raise FileNotFoundError(f"{where} on the hub has no safetensors files, and sida plan reads their headers") from error
+        raise FileNotFoundError(
+            f"{where} on the hub has no safetensors files, and sida plan reads their headers"
+        ) from error
     except SafetensorsParsingError as error:
         raise ValueError(f"{where} on the hub: a header is damaged: {_line(error)}") from error
     except Exception as error:  # what the transport raises differs from version to version; all of it is: not reached

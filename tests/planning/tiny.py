@@ -51,7 +51,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("PhimoeForCausalLM", {"num_local_experts": 4}),
     "jamba": (
         "JambaForCausalLM",
-        {"num_experts": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "mamba_d_state": 4},
+        {
+            "num_experts": 4,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "mamba_d_state": 4,
+        },
     ),
 }
 
@@ -69,5 +75,7 @@ def save_tiny(family: str, folder: Path, **changes: Any) -> Any:
 def experts_of(model: Any) -> dict[str, Any]:
     """The experts modules, by path: what transformers itself calls so."""
     return {
-        name: module for name, module in model.named_modules() if hasattr(module, "num_experts") and hasattr(module, "has_gate")
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(module, "num_experts") and hasattr(module, "has_gate")
     }
