@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/borrow.h"
 #include "bindings/layers.h"
 #include "bindings/measure_compute.h"
 #include "bindings/python_errors.h"
@@ -407,6 +408,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lanes"), py::arg("predicted"));
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
+  py::class_<Borrow>(m, "Borrow")
+      .def(py::init([](std::shared_ptr<TransferEngine> engine, int32_t layer, const std::vector<int32_t>& experts) {
+             return std::make_unique<Borrow>(std::move(engine), layer, experts, current_batch());
+           }),
+           py::arg("engine"), py::arg("layer"), py::arg("experts"))
+      .def("next", &Borrow::next)
+      .def("finish", &Borrow::finish);
   m.def(
       "register_layer",
       [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {
