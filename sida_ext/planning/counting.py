@@ -7,7 +7,7 @@ test compares both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +16,21 @@ from sida_ext.planning.headers import CheckpointHeaders, TensorHeader
 __all__ = ["ExpertShape", "ModelFacts", "count_experts"]
 
 # ``model_type`` of the families of transformers' experts seam, and Switch. Multimodal models by their outer name too.
-SERVED = frozenset(
-    (
-        "afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_ocr2_text deepseek_v2 "
-        "deepseek_v3 deepseek_v32 deepseek_v4 diffusion_gemma diffusion_gemma_text dots1 dots3_note dots3_note_text "
-        "ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint gemma4 gemma4_text glm4_moe "
-        "glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa gpt_oss granitemoe granitemoe_swa "
-        "granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 hy_v4_vl hy_v4_vl_text inkling_mm_model inkling_text "
-        "inkling2 inkling2_text inkling2_loop inkling2_loop_text jamba kimi_k25 kimi_linear kolibri1 laguna lara_mini "
-        "lfm2_moe mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4 "
-        "mistral_large4_text mixtral muse_spark muse_spark_text nemotron_h olmoe openai_privacy_filter phimoe qwen2_moe "
-        "qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl_moe "
-        "qwen3_vl_moe_text qwen4_exp sarvam_mla sarvam_moe solar_open switch_transformers unlimited_ocr unlimited_ocr_text "
-        "zaya"
-    ).split()
+SERVED_NAMES = (
+    "afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_ocr2_text "
+    "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 diffusion_gemma diffusion_gemma_text dots1 "
+    "dots3_note dots3_note_text ernie4_5_moe ernie4_5_vl_moe ernie4_5_vl_moe_text exaone_moe flex_olmo "
+    "flint gemma4 gemma4_text glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text "
+    "glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 "
+    "hy_v4 hy_v4_vl hy_v4_vl_text inkling_mm_model inkling_text inkling2 inkling2_text inkling2_loop "
+    "inkling2_loop_text jamba kimi_k25 kimi_linear kolibri1 laguna lara_mini lfm2_moe mellum "
+    "mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4 "
+    "mistral_large4_text mixtral muse_spark muse_spark_text nemotron_h olmoe openai_privacy_filter phimoe "
+    "qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_thinker "
+    "qwen3_vl_moe qwen3_vl_moe_text qwen4_exp sarvam_mla sarvam_moe solar_open switch_transformers "
+    "unlimited_ocr unlimited_ocr_text zaya"
 )
+SERVED = frozenset(SERVED_NAMES.split())
 REFUSED = {
     "nllb-moe": "transformers runs only two of its experts, so there is nothing right to compare with",
     "nllb_moe": "transformers runs only two of its experts, so there is nothing right to compare with",
@@ -274,7 +274,7 @@ def _natural(name: str) -> list[Any]:
     ]
 
 
-def _rows(tensors: dict[str, TensorHeader], config: dict[str, Any], configs: list[dict[str, Any]]) -> dict[int, int]:
+def _rows(tensors: Mapping[str, TensorHeader], configs: list[dict[str, Any]]) -> dict[int, int]:
     """Numbers that one token adds to the cache of each attention layer: rows of what makes keys and values."""
     rows: dict[int, int] = {}
     for key, tensor in tensors.items():
@@ -283,9 +283,8 @@ def _rows(tensors: dict[str, TensorHeader], config: dict[str, Any], configs: lis
             continue
         number = int(layer[1])
         leaf = key.removesuffix(".weight").rsplit(".", 1)[-1]
-        if leaf in ("k_proj", "v_proj") and "linear_attn" not in key:
-            rows[number] = rows.get(number, 0) + tensor.shape[0]
-        elif leaf in ("k", "v") and "Attention" in key:  # T5's kind: [out, in], self and cross attention
+        # The second is T5's kind, self and cross attention; all are [out, in].
+        if (leaf in ("k_proj", "v_proj") and "linear_attn" not in key) or (leaf in ("k", "v") and "Attention" in key):
             rows[number] = rows.get(number, 0) + tensor.shape[0]
         elif leaf == "kv_b_proj":  # latent attention: keys and values are cached as they come out, with the rotary part
             heads = int(_first(configs, ("num_attention_heads",)) or 0)
@@ -399,7 +398,7 @@ def _facts(
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numbers
     architectures = headers.config.get("architectures") or []
     encoder_only = family == "switch_transformers" and not any(key.startswith("decoder.") for key in headers.tensors)
-    rows = {} if encoder_only else _rows(headers.tensors if depth is None else other, headers.config, configs)
+    rows = {} if encoder_only else _rows(headers.tensors if depth is None else other, configs)
     plain, windowed = _cache(rows, configs, depth or 0)
     named_dtype = _first(configs, ("dtype", "torch_dtype"))
     table_numbers = sum(other[key].numbers for key in tables if key in other)

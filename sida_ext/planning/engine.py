@@ -1,7 +1,7 @@
 """The compiled engine without Python's torch: its libraries are loaded, the package is not imported.
 
-``_C`` is linked against libtorch_cpu.so and libc10.so, which only ``import torch`` makes known to the loader. Loading them
-by path takes 0.2 s of CPU time where the import takes 1.4 s (2 cores, torch 2.13, CPU build).
+``_C`` is linked against libtorch_cpu.so and libc10.so, which only ``import torch`` makes known to the loader. Loading
+them by path takes 0.2 s of CPU time where the import takes 1.4 s (2 cores, torch 2.13, CPU build).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rates of GPUs that this project was never run on. Every time that comes of them is modelled.
 
-Published peaks and assumed costs of a launch and of a copy; bench/gpu/modelled_time.py makes docs/cuda_modelled.md from the
-same figures.
+Published peaks and assumed costs of a launch and of a copy; bench/gpu/modelled_time.py makes docs/cuda_modelled.md from
+the same figures.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def parse_gpu(text: str) -> Gpu:
         memory = parse_bytes(text, "gpu")
     except ValueError:
         raise ValueError(
-            f"gpu is {text!r}, expected a size such as '8GiB', a card ({', '.join(card.name for card in GPUS)}) or both, "
-            "such as 'RTX 4090:16GiB'"
+            f"gpu is {text!r}, expected a size such as '8GiB', a card ({', '.join(card.name for card in GPUS)}) or "
+            "both, such as 'RTX 4090:16GiB'"
         ) from None
     by_bandwidth = sorted(GPUS, key=lambda card: card.bandwidth)
     return Gpu(memory, by_bandwidth[-1], by_bandwidth[0])
@@ -125,6 +125,7 @@ def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int) -> Rate
         said={
             "GPU": f"modelled, {cards}: published peaks, kernels at their roofline",
             "copies": f"modelled: pinned memory over PCIe, {pool:.0%} of the experts in it, the others read from disk",
-            "layers": f"modelled: {LAYER_LAUNCHES} launches of {LAUNCH_SECONDS * 1e6:g} us, or {LAYER_PYTHON * 1e3:g} ms of Python",
+            "layers": f"modelled: {LAYER_LAUNCHES} launches of {LAUNCH_SECONDS * 1e6:g} us, "
+            f"or {LAYER_PYTHON * 1e3:g} ms of Python",
         },
     )

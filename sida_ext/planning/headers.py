@@ -96,7 +96,7 @@ def checked(name: str, dtype: object, shape: object, offsets: object, where: str
     expected = (tensor.numbers * ELEMENT_BITS[tensor.dtype] + 7) // 8
     if begin < 0 or tensor.bytes != expected:
         raise ValueError(
-            f"{where}: {name} lies at {begin} to {end}, {end - begin} bytes; {dtype} of shape {list(shape)} has {expected}"
+            f"{where}: {name} has {end - begin} bytes ({begin} to {end}), but {dtype} of shape {list(shape)} {expected}"
         )
     return tensor
 
@@ -127,13 +127,14 @@ def _local_file(path: Path) -> dict[str, TensorHeader]:
         raise ValueError(f"{path}: the header is not JSON ({error}); copy or download the file again") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: the header holds a {type(entries).__name__}, expected a JSON object")
-    tensors, last = {}, 0
+    tensors: dict[str, TensorHeader] = {}
+    last = 0
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: the entry of {name} is {entry!r}, expected a JSON object")
-        offsets = entry.get("data_offsets")
+        offsets: Any = entry.get("data_offsets")
         tensors[name] = checked(name, entry.get("dtype"), entry.get("shape"), offsets, str(path))
         last = max(last, offsets[1])
     if size != 8 + length + last:

@@ -1,7 +1,7 @@
 """What this machine does at a model's shape, measured and remembered: its disk, its memory, its kernels.
 
-Every rate is a pair: of the fastest call of the measurement and of the median one. On an idle machine they are near each
-other; on a busy one they are not, and a prediction's range shows it.
+Every rate is a pair: of the fastest call of the measurement and of the median one. On an idle machine they are near
+each other; on a busy one they are not, and a prediction's range shows it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Pair = tuple[float, float]  # (fastest, median)
 PROBE_TOKENS = (1, 32)  # of each expert, and of a matrix
 PROBE_EXPERTS = 8
 PROBE_SECONDS = 0.06
+LEAST_NUMBERS = 4 << 20  # of the matrix that stands for the dense ones: a call costs little beside it
 DISK_FILE_BYTES = 256 << 20
-# Where nothing was measured of a layer's small ops (norms, softmax, the router, Python between them): a decoder layer of
-# transformers took 0.4 to 1.4 ms of it a call on the two-core machines of docs/planning.md.
+# Where nothing was measured of a layer's small ops (norms, softmax, the router, Python between them): a decoder layer
+# of transformers took 0.4 to 1.4 ms of it a call on the two-core machines of docs/planning.md.
 ASSUMED_LAYER: Pair = (0.3e-3, 1.5e-3)
 
 
@@ -151,7 +152,7 @@ def expert_rates(facts: ModelFacts, dtype: str, again: bool = False) -> tuple[di
 
 def number_rates(width: int, dtype: str, again: bool = False) -> tuple[dict[int, Pair], str]:
     """Seconds of one parameter of a dense matrix, of torch's own linear, and where they come from."""
-    rows = 2 * width
+    rows = max(2 * width, LEAST_NUMBERS // width)
 
     def measure(tokens: int) -> Pair:
         return _pair(engine().measure_linear(rows, width, dtype, tokens, PROBE_SECONDS), rows * width)

@@ -1,8 +1,9 @@
 """Routings that stand in where none was recorded: the least local one that is plausible, and the most local.
 
-*Least local*: every token draws its experts anew and evenly, as random weights route. *Most local*: some experts of a layer
-are in demand far more often than others (their shares follow Zipf's law with exponent 1, in an order of each layer's own),
-and each choice repeats one of the token before with probability 0.3. Both come from a fixed seed: the same every time.
+*Least local*: every token draws its experts anew and evenly, as random weights route. *Most local*: some experts of a
+layer are in demand far more often than others (their shares follow Zipf's law with exponent 1, in an order of each
+layer's own), and each choice repeats one of the token before with probability 0.3. Both come from a fixed seed: the same
+every time.
 """
 
 from __future__ import annotations

@@ -267,8 +267,8 @@ def plan(
         dense_dtype: of everything else, None: as the checkpoint has it.
         expert_memory: a budget to plan with; None: as much as fits.
         context: tokens in the cache; prompt_tokens: of a prompt, None: 512, or 32 for an encoder.
-        recorded: routing of a real run by ``"decode"`` and ``"prompt"``, lists of (MoE layer, distinct experts) by batch;
-            where there is none, two synthetic ones are the ends of the ranges (:mod:`sida_ext.planning.routing`).
+        recorded: routing of a real run by ``"decode"`` and ``"prompt"``: by batch, (MoE layer, distinct experts) in
+            order; where there is none, two synthetic ones are the ends of the ranges (:mod:`sida_ext.planning.routing`).
         measure_again: measure this machine though its rates are remembered.
         revision, token: of a hub id.
 
