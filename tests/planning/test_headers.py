@@ -90,9 +90,9 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         read_headers(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    write(tmp_path / "b")
+    (tmp_path / "b/config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        write(tmp_path / "b")
-        (tmp_path / "b/config.json").write_text("{")
         read_headers(tmp_path / "b")
     (tmp_path / "model.bin").write_bytes(b"")
     (tmp_path / "config.json").write_text("{}")
@@ -118,7 +118,12 @@ def from_hub(url: str, home: Path, *call: str) -> subprocess.CompletedProcess[st
         "import sys; from sida_ext.planning.headers import read_headers\n"
         "h = read_headers('org/model'); print(len(h.tensors), h.bytes, h.folder, h.config['model_type'])"
     )
-    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     return subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -131,7 +136,9 @@ def shards(tmp_path) -> Path:
     (folder / "model.safetensors").unlink()
     weight_map = {}
     for number in range(2):
-        header = json.dumps({f"t{number}": {"dtype": "F32", "shape": [4 << 20], "data_offsets": [0, 16 << 20]}}).encode()
+        header = json.dumps(
+            {f"t{number}": {"dtype": "F32", "shape": [4 << 20], "data_offsets": [0, 16 << 20]}}
+        ).encode()
         raw(folder / f"model-{number}.safetensors", header)
         os.truncate(folder / f"model-{number}.safetensors", 8 + len(header) + (16 << 20))
         weight_map[f"t{number}"] = f"model-{number}.safetensors"
@@ -146,7 +153,9 @@ def test_a_hub_sends_headers_alone(shards, tmp_path):
     assert run.stdout.split() == ["2", str(32 << 20), "None", "qwen3_moe"]
     assert run.stderr == ""
     assert 0 < hub.sent <= (32 << 20) / 100
-    whole = [name for method, name, part in hub.requests if method == "GET" and name.endswith(".safetensors") and not part]
+    whole = [
+        name for method, name, part in hub.requests if method == "GET" and name.endswith(".safetensors") and not part
+    ]
     assert whole == []
 
 

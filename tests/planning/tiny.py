@@ -25,6 +25,7 @@ SMALL = {
 }
 DEEPSEEK = {
     "n_routed_experts": 4,
+    "num_key_value_heads": 4,
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,

@@ -1,4 +1,4 @@
-"""A server that speaks as much of the hub's protocol as reading a checkpoint's headers takes, and counts what it sends."""
+"""A server that speaks as much of the hub's protocol as reading headers takes, and counts what it sends."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.sent += last - first + 1
             self.wfile.write(content[first : last + 1])
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._answer(True)
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer(False)
 
 
