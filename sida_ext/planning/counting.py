@@ -274,7 +274,7 @@ def _natural(name: str) -> list[Any]:
     ]
 
 
-def _rows(tensors: Mapping[str, TensorHeader], configs: list[dict[str, Any]]) -> dict[int, int]:
+def _rows(tensors: Mapping[str, TensorHeader]) -> dict[int, int]:
     """Numbers that one token adds to the cache of each attention layer: rows of what makes keys and values."""
     rows: dict[int, int] = {}
     for key, tensor in tensors.items():
@@ -286,10 +286,8 @@ def _rows(tensors: Mapping[str, TensorHeader], configs: list[dict[str, Any]]) ->
         # The second is T5's kind, self and cross attention; all are [out, in].
         if (leaf in ("k_proj", "v_proj") and "linear_attn" not in key) or (leaf in ("k", "v") and "Attention" in key):
             rows[number] = rows.get(number, 0) + tensor.shape[0]
-        elif leaf == "kv_b_proj":  # latent attention: keys and values are cached as they come out, with the rotary part
-            heads = int(_first(configs, ("num_attention_heads",)) or 0)
-            rotary = int(_first(configs, ("qk_rope_head_dim",)) or 0)
-            rows[number] = rows.get(number, 0) + tensor.shape[0] + heads * rotary
+        elif leaf == "kv_a_proj_with_mqa":  # latent attention: what is cached is the latent and the rotary part
+            rows[number] = rows.get(number, 0) + tensor.shape[0]
     return rows
 
 
@@ -398,7 +396,7 @@ def _facts(
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.numbers
     architectures = headers.config.get("architectures") or []
     encoder_only = family == "switch_transformers" and not any(key.startswith("decoder.") for key in headers.tensors)
-    rows = {} if encoder_only else _rows(headers.tensors if depth is None else other, configs)
+    rows = {} if encoder_only else _rows(other)
     plain, windowed = _cache(rows, configs, depth or 0)
     named_dtype = _first(configs, ("dtype", "torch_dtype"))
     table_numbers = sum(other[key].numbers for key in tables if key in other)

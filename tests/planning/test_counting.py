@@ -210,7 +210,7 @@ def test_a_missing_expert_is_named():
 
 def test_a_model_without_experts():
     plain = headers({"model_type": "llama", "hidden_size": 8}, model__layers__0__mlp__up_proj__weight=("BF16", (8, 8)))
-    with pytest.raises(ValueError, match="llama names no experts .* no Mixture of Experts"):
+    with pytest.raises(ValueError, match=r"llama names no experts .* no Mixture of Experts"):
         count_experts(plain)
     with pytest.raises(ValueError, match="says 4 experts, but no tensor of the headers is an expert's"):
         count_experts(headers(fp8().config, model__layers__0__mlp__up_proj__weight=("BF16", (8, 8))))

@@ -113,7 +113,7 @@ def test_an_unreachable_hub_is_named_at_once(tmp_path):
 
 
 def from_hub(url: str, home: Path, *call: str) -> subprocess.CompletedProcess[str]:
-    """Reads headers of ``org/model`` in a process of its own: huggingface_hub reads its endpoint when it is imported."""
+    """Reads headers of ``org/model`` in a process of its own: huggingface_hub reads the endpoint at import."""
     program = (
         "import sys; from sida_ext.planning.headers import read_headers\n"
         "h = read_headers('org/model'); print(len(h.tensors), h.bytes, h.folder, h.config['model_type'])"
