@@ -204,6 +204,20 @@ def _gate_first(rows: Tensor, module: Any) -> Tensor:
     return torch.cat([rows[0::2], rows[1::2]])
 
 
+def _verify(layer: ServedExperts) -> None:
+    """Raises RuntimeError unless kernel and module agree on random rows of the layer's first expert."""
+    rows = torch.randn(3, layer.shape.d_model, generator=torch.Generator().manual_seed(0))
+    index, gate = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    with torch.no_grad():
+        found, wanted = ops.moe_layer(rows, index, gate, layer.handle), layer._through_module(rows, index, gate)
+    error, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
+    if not error <= 1e-4 * largest + 1e-12:
+        raise RuntimeError(
+            f"{layer.name}: the kernel {layer.formula} gives {error:g} another result than the module's own function, "
+            f"of {largest:g}; this family is not served rightly by this release of sida_ext"
+        )
+
+
 class SeamFamily:
     """How a model whose experts go through the seam is served."""
 
@@ -286,4 +300,16 @@ class SeamFamily:
 
     @staticmethod
     def enter(model: PreTrainedModel, runtime: Runtime, layers: list[ServedLayer]) -> None:
-        """Nothing stands before the stacks' forwards."""
+        """Nothing stands before the stacks' forwards. The kernel's result is held against the module's own function,
+        on a few random rows of one layer of each kind.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        if runtime.device.type != "cpu":  # whose slots Python cannot read
+            return
+        kinds = {(type(layer), cast(ServedExperts, layer).formula): cast(ServedExperts, layer) for layer in layers}
+        for layer in kinds.values():
+            if layer.formula is not None:
+                _verify(layer)
+        runtime.reset_stats()

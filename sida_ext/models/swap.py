@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from sida_ext.models.layers import ServedLayer
 from sida_ext.prediction.protocol import split_predictors
 
 __all__ = ["from_pretrained", "swap_experts"]
+
+logger = logging.getLogger("sida_ext")
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 REFUSED_ARGUMENTS = {
@@ -190,7 +193,9 @@ def from_pretrained(
     base = _model_class(config, model_class)
     with Checkpoint(folder, options.allow_pickle) as source:
         if options.store is None:
-            path = ensure_store(source, options.expert_dtype, options.store_cache, progress=progress)
+            path = ensure_store(
+                source, options.expert_dtype, options.store_cache, say=logger.warning, progress=progress
+            )
         else:
             path = Path(options.store)
             _, header = open_store(path)
