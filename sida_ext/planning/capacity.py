@@ -50,8 +50,8 @@ def record_bytes(shape: ExpertShape, dtype: str) -> int:
 
 
 def experts_bytes(facts: ModelFacts, dtype: str) -> int:
-    """Of all experts as records."""
-    return sum(count * record_bytes(shape, dtype) for shape, count in facts.shapes.items())
+    """Of all experts as records, each as large as the widest."""
+    return facts.total_experts * record_bytes(facts.shape, dtype)
 
 
 def other_bytes(facts: ModelFacts, dense_dtype: str | None = None) -> int:
@@ -114,7 +114,7 @@ def room(
         budget: expert memory that is asked for; None: what is left.
         process: taken by the import; on a GPU by its context.
     """
-    record = max(record_bytes(shape, dtype) for shape in facts.shapes)
+    record = record_bytes(facts.shape, dtype)
     total = experts_bytes(facts, dtype)
     needed = other_bytes(facts, dense_dtype) + kv + process
     # Of the memory that is not the model's own: a machine full of weights has no larger activations for that.

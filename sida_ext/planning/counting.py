@@ -100,7 +100,7 @@ class ModelFacts:
         layer_numbers: of these, in the layers of the language model, read for each token; head_numbers: in its head.
         kv_numbers: numbers that one token adds to the caches of all attention layers, without a window.
         windowed: (numbers, window) of the layers whose cache ends with a window of tokens.
-        depth: layers of the model, MoE or not.
+        depth: layers of the model, MoE or not, of an encoder and a decoder together.
         encoder_only: no decoder, so no step by step and no cache.
     """
 
@@ -126,8 +126,26 @@ class ModelFacts:
 
     @property
     def shape(self) -> ExpertShape:
-        """The commonest."""
-        return max(self.shapes, key=lambda shape: self.shapes[shape])
+        """Of a store's records: the widest; narrower experts are filled up with zeros."""
+        return max(self.shapes, key=lambda shape: shape.d_ff)
+
+    @property
+    def total_experts(self) -> int:
+        return sum(self.shapes.values())
+
+    @property
+    def decode_layers(self) -> tuple[int, ...]:
+        """Of ``layers``, those that each step of decoding runs: all, or a decoder's own beside an encoder."""
+        return self._stack("decoder")
+
+    @property
+    def prompt_layers(self) -> tuple[int, ...]:
+        """Of ``layers``, those that read a prompt: all, or the encoder's."""
+        return self._stack("encoder")
+
+    def _stack(self, name: str) -> tuple[int, ...]:
+        own = tuple(number for number, layer in enumerate(self.layers) if layer.startswith(f"{name}."))
+        return own or tuple(range(len(self.layers)))
 
     @property
     def expert_numbers(self) -> int:
@@ -283,15 +301,15 @@ def _rows(tensors: Mapping[str, TensorHeader]) -> dict[int, int]:
             continue
         number = int(layer[1])
         leaf = key.removesuffix(".weight").rsplit(".", 1)[-1]
-        # The second is T5's kind, self and cross attention; all are [out, in].
-        if (leaf in ("k_proj", "v_proj") and "linear_attn" not in key) or (leaf in ("k", "v") and "Attention" in key):
-            rows[number] = rows.get(number, 0) + tensor.shape[0]
-        elif leaf == "kv_a_proj_with_mqa":  # latent attention: what is cached is the latent and the rotary part
+        keys = leaf in ("k_proj", "v_proj") and "linear_attn" not in key
+        keys |= leaf in ("k", "v") and "Attention" in key  # T5's kind, self and cross attention
+        # Latent attention: what is cached is the latent and the rotary part.
+        if keys or leaf == "kv_a_proj_with_mqa":
             rows[number] = rows.get(number, 0) + tensor.shape[0]
     return rows
 
 
-def _cache(rows: dict[int, int], configs: list[dict[str, Any]], depth: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+def _cache(rows: dict[int, int], configs: list[dict[str, Any]]) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Numbers a token in layers without a window, and (numbers, window) of those with one."""
     kinds = _first(configs, ("layer_types",))
     window = _first(configs, ("sliding_window",))
@@ -320,9 +338,10 @@ def count_experts(headers: CheckpointHeaders) -> ModelFacts:
     configs = list(_configs(config))
     named = _first(configs, EXPERT_COUNTS)
     depth = _first(configs, ("num_hidden_layers",))
-    decoder = family == "switch_transformers"
-    if decoder:
-        depth = max(int(config.get("num_layers") or 0), int(config.get("num_decoder_layers") or 0)) or None
+    stacks = 1
+    if family == "switch_transformers":
+        stacks = len({key.split(".")[0] for key in headers.tensors if key.startswith(("encoder.", "decoder."))})
+        depth = max(int(config.get(key) or 0) for key in ("num_layers", "num_decoder_layers")) or None
     counted = _Counted(headers, depth if isinstance(depth, int) else None)
     if not counted.single and not counted.fused:
         if named is None:
@@ -366,7 +385,7 @@ def count_experts(headers: CheckpointHeaders) -> ModelFacts:
             f"{name}: config.json's number of experts a token is {top_k!r} ({', '.join(CHOICES)}), expected 1 to "
             f"{counts[layers[0]]}"
         )
-    return _facts(headers, counted, configs, family, layers, counts[layers[0]], shapes, float(top_k), depth)
+    return _facts(headers, counted, configs, family, layers, counts[layers[0]], shapes, float(top_k), depth, stacks)
 
 
 def _facts(
@@ -379,6 +398,7 @@ def _facts(
     shapes: dict[ExpertShape, int],
     top_k: float,
     depth: Any,
+    stacks: int,
 ) -> ModelFacts:
     other = dict(counted.other)
     scales = [key for key in other if key.endswith(("weight_scale_inv", "weight_scale"))]
@@ -397,7 +417,7 @@ def _facts(
     architectures = headers.config.get("architectures") or []
     encoder_only = family == "switch_transformers" and not any(key.startswith("decoder.") for key in headers.tensors)
     rows = {} if encoder_only else _rows(other)
-    plain, windowed = _cache(rows, configs, depth or 0)
+    plain, windowed = _cache(rows, configs)
     named_dtype = _first(configs, ("dtype", "torch_dtype"))
     table_numbers = sum(other[key].numbers for key in tables if key in other)
     return ModelFacts(
@@ -420,7 +440,7 @@ def _facts(
         ignored_numbers=ignored,
         kv_numbers=plain,
         windowed=windowed,
-        depth=depth if isinstance(depth, int) else len(layers),
+        depth=stacks * depth if isinstance(depth, int) else len(layers),
         encoder_only=encoder_only,
         dtype=str(named_dtype).removeprefix("torch.") if named_dtype is not None else "float32",
     )

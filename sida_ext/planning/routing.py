@@ -2,18 +2,30 @@
 
 *Least local*: every token draws its experts anew and evenly, as random weights route. *Most local*: some experts of a
 layer are in demand far more often than others (their shares follow Zipf's law with exponent 1, in an order of each
-layer's own), and each choice repeats one of the token before with probability 0.3. Both come from a fixed seed: the same
-every time.
+layer's own), and each choice repeats one of the token before with probability 0.3. Both come from a fixed seed: the
+same every time.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-__all__ = ["LEAST_LOCAL", "MOST_LOCAL", "Batches", "prompts", "steps"]
+__all__ = ["LEAST_LOCAL", "MOST_LOCAL", "Batches", "Recorded", "prompts", "steps"]
 
 Batches = list[list[tuple[int, list[int]]]]  # of each batch: (MoE layer, distinct experts), as run_clock takes them
 LEAST_LOCAL, MOST_LOCAL = "least local", "most local"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The routing of a run: its batches in order, of which the first ``warm_up`` only fill the expert memory."""
+
+    batches: Batches
+    warm_up: int
+
+
 ZIPF_EXPONENT, REPEATED = 1.0, 0.3
 
 

@@ -9,7 +9,7 @@ from sida_ext.planning.capacity import record_bytes
 from sida_ext.planning.counting import ModelFacts
 from sida_ext.planning.engine import engine
 from sida_ext.planning.rates import Rates
-from sida_ext.planning.routing import LEAST_LOCAL, MOST_LOCAL, Batches, prompts, steps
+from sida_ext.planning.routing import LEAST_LOCAL, MOST_LOCAL, Batches, Recorded, prompts, steps
 
 __all__ = ["FAST", "SLOW", "Speed", "decode_speed", "prompt_speed"]
 
@@ -32,74 +32,67 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class _End:
+class _Run:
     seconds: float
     loads: int
     wanted: int
 
 
-def _clock(
-    facts: ModelFacts, batches: Batches, warm_up: int, slots: int, times: tuple[float, float, float], lanes: int
-) -> _End:
-    """Of the batches after the first ``warm_up``: the run of all less the run of these, both the same every time."""
+def _clock(facts: ModelFacts, found: Recorded, slots: int, times: tuple[float, float, float], lanes: int) -> _Run:
+    """Of the batches that count: the run of all less the run of those before them, both the same every time."""
     read, before, compute = times
-    results = []
-    for part in (batches, batches[:warm_up]):
-        if not part:
-            results.append({"seconds": 0.0, "loads": 0, "wanted": 0})
+    totals = {"seconds": 0.0, "loads": 0.0, "wanted": 0.0}
+    for batches, sign in ((found.batches, 1), (found.batches[: found.warm_up], -1)):
+        if not batches:
             continue
         # Without tables: what a model does whose experts nobody predicts.
-        results.append(
-            engine().run_clock(
-                len(facts.layers), facts.experts, part, "next_use", slots, 0, read, before, compute, lanes, []
-            )
+        result = engine().run_clock(
+            len(facts.layers), facts.experts, batches, "next_use", slots, 0, read, before, compute, lanes, []
         )
-    whole, first = results
-    return _End(
-        whole["seconds"] - first["seconds"],
-        int(whole["loads"] - first["loads"]),
-        int(whole["wanted"] - first["wanted"]),
-    )
+        for name in totals:
+            totals[name] += sign * result[name]
+    return _Run(totals["seconds"], int(totals["loads"]), int(totals["wanted"]))
 
 
 def _slots(facts: ModelFacts, dtype: str, budget: int) -> int:
-    record = max(record_bytes(shape, dtype) for shape in facts.shapes)
-    return max(1, min(budget // record, len(facts.layers) * facts.experts))
+    return max(1, min(budget // record_bytes(facts.shape, dtype), len(facts.layers) * facts.experts))
 
 
 def _speed(
-    facts: ModelFacts, dtype: str, budget: int, rates: Rates, ends: Sequence[tuple[Batches, int]], tokens: int
+    facts: ModelFacts, dtype: str, budget: int, rates: Rates, ends: Sequence[Recorded], tokens: int, head: bool
 ) -> Speed:
-    """From the batches of the fast end and of the slow one, each with how many of them only fill the memory.
+    """From the routing of the fast end and of the slow one.
 
     Args:
-        tokens: of a batch.
+        tokens: of a batch that counts; head: each batch ends with the distribution of one token.
     """
-    slots = _slots(facts, dtype, budget)
-    record = record_bytes(facts.shape, dtype)
+    slots, record = _slots(facts, dtype, budget), record_bytes(facts.shape, dtype)
     found = []
-    for end, (batches, warm_up) in zip((FAST, SLOW), ends, strict=True):
-        counted = batches[warm_up:]
-        distinct = sum(len(experts) for batch in counted for _, experts in batch) / max(
-            1, sum(len(batch) for batch in counted)
-        )
+    for end, routing in zip((FAST, SLOW), ends, strict=True):
+        counted = routing.batches[routing.warm_up :]
+        layers = sum(len(batch) for batch in counted)  # MoE layers run
+        distinct = sum(len(experts) for batch in counted for _, experts in batch) / max(1, layers)
         each = max(1.0, facts.top_k * tokens / max(distinct, 1.0))
-        per_layer = facts.depth / len(facts.layers)  # dense layers' time goes to the MoE layer that follows
-        head = facts.head_numbers * rates.number_seconds(1, end) / len(facts.layers)
-        before = per_layer * rates.layer_seconds(facts.layer_numbers / facts.depth, tokens, end) + head
-        read = record * rates.lanes / rates.disk[end]
-        times = (read, before, rates.expert_seconds(each, end))
-        result = _clock(facts, batches, warm_up, slots, times, rates.lanes)
+        # A dense layer's time goes to the MoE layer that follows, the head's to all of them.
+        before = facts.depth / len(facts.layers) * rates.layer_seconds(facts.layer_numbers / facts.depth, tokens, end)
+        if head:
+            before += facts.head_numbers * rates.number_seconds(1, end) * len(counted) / max(1, layers)
+        # A lane's own time for one expert: lanes share the disk.
+        times = (record * rates.lanes / rates.disk[end], before, rates.expert_seconds(each, end))
+        result = _clock(facts, routing, slots, times, rates.lanes)
         seconds = result.seconds * (LEFT_OUT if end == SLOW else 1.0)
         count = len(counted) * tokens
         found.append((count / seconds, result.loads * record / count, 1 - result.loads / max(1, result.wanted)))
-    (fast, few, hits), (slow, many, misses) = found
-    return Speed(
-        (min(slow, fast), max(slow, fast)), (min(few, many), max(few, many)), (min(hits, misses), max(hits, misses))
-    )
+    speeds, read, hits = ((min(pair), max(pair)) for pair in zip(*found, strict=True))
+    return Speed(speeds, read, hits)
 
 
-def decode_speed(facts: ModelFacts, dtype: str, budget: int, rates: Rates, recorded: Batches | None = None) -> Speed:
+def _among(batches: Batches, layers: Sequence[int]) -> Batches:
+    """Batches whose layers are counted from 0, in the model's own numbers."""
+    return [[(layers[layer], experts) for layer, experts in batch] for batch in batches]
+
+
+def decode_speed(facts: ModelFacts, dtype: str, budget: int, rates: Rates, recorded: Recorded | None = None) -> Speed:
     """One token after the other, one sequence.
 
     Args:
@@ -108,28 +101,26 @@ def decode_speed(facts: ModelFacts, dtype: str, budget: int, rates: Rates, recor
             least local for the low one.
     """
     if recorded is not None:
-        warm_up = len(recorded) // 2
-        return _speed(facts, dtype, budget, rates, [(recorded, warm_up)] * 2, 1)
-    layers = len(facts.layers)
-    slots = _slots(facts, dtype, budget)
-    fill = round(2 * slots / (layers * facts.top_k))
+        return _speed(facts, dtype, budget, rates, [recorded] * 2, 1, head=True)
+    layers = facts.decode_layers
+    fill = round(2 * _slots(facts, dtype, budget) / (len(layers) * facts.top_k))
     warm_up = max(FEWEST_STEPS, min(MOST_STEPS, fill))
-    count = warm_up + COUNTED_STEPS
-    ends = [(steps(kind, layers, facts.experts, facts.top_k, count), warm_up) for kind in (MOST_LOCAL, LEAST_LOCAL)]
-    return _speed(facts, dtype, budget, rates, ends, 1)
+    ends = []
+    for kind in (MOST_LOCAL, LEAST_LOCAL):
+        found = steps(kind, len(layers), facts.experts, facts.top_k, warm_up + COUNTED_STEPS)
+        ends.append(Recorded(_among(found, layers), warm_up))
+    return _speed(facts, dtype, budget, rates, ends, 1, head=True)
 
 
 def prompt_speed(
-    facts: ModelFacts, dtype: str, budget: int, rates: Rates, tokens: int, recorded: Batches | None = None
+    facts: ModelFacts, dtype: str, budget: int, rates: Rates, tokens: int, recorded: Recorded | None = None
 ) -> Speed:
     """Prompts of ``tokens`` tokens, one after the other; as :func:`decode_speed`."""
     if recorded is not None:
-        return _speed(facts, dtype, budget, rates, [(recorded, len(recorded) // 2)] * 2, tokens)
-    ends = [
-        (
-            prompts(kind, len(facts.layers), facts.experts, facts.top_k, tokens, PROMPTS_BEFORE + PROMPTS_COUNTED),
-            PROMPTS_BEFORE,
-        )
-        for kind in (MOST_LOCAL, LEAST_LOCAL)
-    ]
-    return _speed(facts, dtype, budget, rates, ends, tokens)
+        return _speed(facts, dtype, budget, rates, [recorded] * 2, tokens, head=not facts.encoder_only)
+    layers = facts.prompt_layers
+    ends = []
+    for kind in (MOST_LOCAL, LEAST_LOCAL):
+        found = prompts(kind, len(layers), facts.experts, facts.top_k, tokens, PROMPTS_BEFORE + PROMPTS_COUNTED)
+        ends.append(Recorded(_among(found, layers), PROMPTS_BEFORE))
+    return _speed(facts, dtype, budget, rates, ends, tokens, head=not facts.encoder_only)

@@ -27,7 +27,7 @@ from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.gpu import Gpu, gpu_rates, parse_gpu
 from sida_ext.planning.headers import read_headers
 from sida_ext.planning.rates import SLOWER_DISK, Rates, measured_rates
-from sida_ext.planning.routing import Batches
+from sida_ext.planning.routing import Recorded
 from sida_ext.planning.speed import Speed, decode_speed, prompt_speed
 
 __all__ = ["DtypeRow", "Plan", "parse_rate", "plan"]
@@ -212,7 +212,7 @@ def _notes(facts: ModelFacts, dtype: str, found: Capacity, rows: Sequence[DtypeR
         best = max(better, key=lambda row: row.resident_share)
         notes.append(f"{best.dtype} would keep {best.resident_share:.0%} of the experts in memory")
     if len(facts.shapes) > 1:
-        notes.append("the model has experts of more than one shape; speed is that of the commonest")
+        notes.append("the model has experts of more than one width; a store holds them all in the greatest")
     if store_here:
         folder = default_cache()
         while not folder.exists():
@@ -230,7 +230,7 @@ def _speeds(
     budget: int,
     rates: Rates,
     prompt_tokens: int,
-    recorded: dict[str, Batches],
+    recorded: dict[str, Recorded],
 ) -> tuple[Speed | None, Speed]:
     decode = None
     if not facts.encoder_only:
@@ -250,7 +250,7 @@ def plan(
     expert_memory: str | int | None = None,
     context: int = 4096,
     prompt_tokens: int | None = None,
-    recorded: dict[str, Batches] | None = None,
+    recorded: dict[str, Recorded] | None = None,
     measure_again: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -267,8 +267,8 @@ def plan(
         dense_dtype: of everything else, None: as the checkpoint has it.
         expert_memory: a budget to plan with; None: as much as fits.
         context: tokens in the cache; prompt_tokens: of a prompt, None: 512, or 32 for an encoder.
-        recorded: routing of a real run by ``"decode"`` and ``"prompt"``: by batch, (MoE layer, distinct experts) in
-            order; where there is none, two synthetic ones are the ends of the ranges (:mod:`sida_ext.planning.routing`).
+        recorded: routing of a real run for ``"decode"``, ``"prompt"`` or both; where there is none, two synthetic ones
+            are the ends of the range (:mod:`sida_ext.planning.routing`).
         measure_again: measure this machine though its rates are remembered.
         revision, token: of a hub id.
 
