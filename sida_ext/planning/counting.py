@@ -338,10 +338,14 @@ def count_experts(headers: CheckpointHeaders) -> ModelFacts:
     configs = list(_configs(config))
     named = _first(configs, EXPERT_COUNTS)
     depth = _first(configs, ("num_hidden_layers",))
-    stacks = 1
+    total = depth
     if family == "switch_transformers":
-        stacks = len({key.split(".")[0] for key in headers.tensors if key.startswith(("encoder.", "decoder."))})
-        depth = max(int(config.get(key) or 0) for key in ("num_layers", "num_decoder_layers")) or None
+        depths = [
+            config.get(key) or 0
+            for stack, key in (("encoder.", "num_layers"), ("decoder.", "num_decoder_layers"))
+            if any(name.startswith(stack) for name in headers.tensors)
+        ]
+        depth, total = max(depths, default=None), sum(depths)
     counted = _Counted(headers, depth if isinstance(depth, int) else None)
     if not counted.single and not counted.fused:
         if named is None:
@@ -385,7 +389,7 @@ def count_experts(headers: CheckpointHeaders) -> ModelFacts:
             f"{name}: config.json's number of experts a token is {top_k!r} ({', '.join(CHOICES)}), expected 1 to "
             f"{counts[layers[0]]}"
         )
-    return _facts(headers, counted, configs, family, layers, counts[layers[0]], shapes, float(top_k), depth, stacks)
+    return _facts(headers, counted, configs, family, layers, counts[layers[0]], shapes, float(top_k), total)
 
 
 def _facts(
@@ -398,7 +402,6 @@ def _facts(
     shapes: dict[ExpertShape, int],
     top_k: float,
     depth: Any,
-    stacks: int,
 ) -> ModelFacts:
     other = dict(counted.other)
     scales = [key for key in other if key.endswith(("weight_scale_inv", "weight_scale"))]
@@ -440,7 +443,7 @@ def _facts(
         ignored_numbers=ignored,
         kv_numbers=plain,
         windowed=windowed,
-        depth=stacks * depth if isinstance(depth, int) else len(layers),
+        depth=depth if isinstance(depth, int) else len(layers),
         encoder_only=encoder_only,
         dtype=str(named_dtype).removeprefix("torch.") if named_dtype is not None else "float32",
     )
