@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.budget import available_memory, format_bytes
-from sida_ext.experts.cache_folder import default_cache
+from sida_ext.experts.folders import default_cache
+from sida_ext.files import written_whole
 
 __all__ = ["DEFAULT_LANES", "DEFAULT_READ_BYTES", "ReadPlan", "choose", "folder_plan", "read_plan"]
 
@@ -99,9 +100,8 @@ def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
         known = {}
     known[machine] = asdict(plan)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    part = cache.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(known, indent=1) + "\n")
-    part.replace(cache)
+    with written_whole(cache) as partial:
+        partial.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> ReadPlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sida_ext.experts.budget import parse_bytes
-from sida_ext.experts.cache_folder import default_cache
+from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import EXPERT_DTYPES, experts_bytes, record_bytes
 from sida_ext.planning.counting import ModelFacts
 from sida_ext.planning.rates import PROBE_TOKENS, Pair, Rates, disk_plan

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sida_ext.experts.cache_folder import default_cache
+from sida_ext.experts.folders import default_cache
 from sida_ext.planning.counting import ModelFacts
 from sida_ext.planning.engine import engine, threads
 

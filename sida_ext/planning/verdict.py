@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sida_ext.experts.budget import available_memory, format_bytes, parse_bytes
-from sida_ext.experts.cache_folder import default_cache
+from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import (
     EXPERT_DTYPES,
     Capacity,

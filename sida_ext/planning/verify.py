@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sida_ext.experts.budget import parse_memory
-from sida_ext.experts.cache_folder import default_cache
+from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import experts_bytes
 from sida_ext.planning.counting import count_experts
 from sida_ext.planning.headers import read_headers
