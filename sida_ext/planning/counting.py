@@ -445,8 +445,17 @@ def _facts(
         windowed=windowed,
         depth=depth if isinstance(depth, int) else len(layers),
         encoder_only=encoder_only,
-        dtype=str(named_dtype).removeprefix("torch.") if named_dtype is not None else "float32",
+        dtype=_dtype(named_dtype, dtypes),
     )
+
+
+def _dtype(named: Any, dtypes: dict[str, int]) -> str:
+    """What transformers loads everything else in: what the configuration says, or what most of the file is."""
+    if named is not None:
+        return str(named).removeprefix("torch.")
+    known = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    found = {known[dtype]: count for dtype, count in dtypes.items() if dtype in known}
+    return max(found, key=lambda dtype: found[dtype], default="float32")
 
 
 def _classifier(architectures: list[str]) -> bool:

@@ -14,7 +14,7 @@ from sida_ext.planning.capacity import EXPERT_DTYPES, experts_bytes, record_byte
 from sida_ext.planning.counting import ModelFacts
 from sida_ext.planning.rates import PROBE_TOKENS, Pair, Rates, disk_plan
 
-__all__ = ["CALL_SECONDS", "GPUS", "LAUNCH_SECONDS", "LINKS", "Card", "Gpu", "gpu_rates", "parse_gpu"]
+__all__ = ["CALL_SECONDS", "GPUS", "LAUNCH_SECONDS", "LINKS", "Card", "Gpu", "gpu_rates", "parse_gpu", "with_memory"]
 
 # Assumed, not measured: what stands between two dependent kernels, and a call of the runtime on the copying thread.
 LAUNCH_SECONDS = 3e-6
@@ -85,6 +85,12 @@ def parse_gpu(text: str) -> Gpu:
         ) from None
     by_bandwidth = sorted(GPUS, key=lambda card: card.bandwidth)
     return Gpu(memory, by_bandwidth[-1], by_bandwidth[0])
+
+
+def with_memory(text: str, memory: int) -> str:
+    """The same card with ``memory`` bytes."""
+    card = parse_gpu(text)
+    return f"{card.fast.name}:{memory}" if card.fast is card.slow else str(memory)
 
 
 def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int) -> Rates:

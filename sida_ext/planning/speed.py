@@ -87,9 +87,10 @@ def _speed(
     return Speed(speeds, read, hits)
 
 
-def _among(batches: Batches, layers: Sequence[int]) -> Batches:
-    """Batches whose layers are counted from 0, in the model's own numbers."""
-    return [[(layers[layer], experts) for layer, experts in batch] for batch in batches]
+def _steady(facts: ModelFacts, batches: Batches, warm_up: int, layers: Sequence[int]) -> Recorded:
+    """Batches whose layers are counted from 0, after one that fills the expert memory with whatever it holds."""
+    fill = [(layer, list(range(facts.experts))) for layer in layers]
+    return Recorded([fill, *([(layers[n], experts) for n, experts in batch] for batch in batches)], warm_up + 1)
 
 
 def decode_speed(facts: ModelFacts, dtype: str, budget: int, rates: Rates, recorded: Recorded | None = None) -> Speed:
@@ -108,7 +109,7 @@ def decode_speed(facts: ModelFacts, dtype: str, budget: int, rates: Rates, recor
     ends = []
     for kind in (MOST_LOCAL, LEAST_LOCAL):
         found = steps(kind, len(layers), facts.experts, facts.top_k, warm_up + COUNTED_STEPS)
-        ends.append(Recorded(_among(found, layers), warm_up))
+        ends.append(_steady(facts, found, warm_up, layers))
     return _speed(facts, dtype, budget, rates, ends, 1, head=True)
 
 
@@ -122,5 +123,5 @@ def prompt_speed(
     ends = []
     for kind in (MOST_LOCAL, LEAST_LOCAL):
         found = prompts(kind, len(layers), facts.experts, facts.top_k, tokens, PROMPTS_BEFORE + PROMPTS_COUNTED)
-        ends.append(Recorded(_among(found, layers), PROMPTS_BEFORE))
+        ends.append(_steady(facts, found, PROMPTS_BEFORE, layers))
     return _speed(facts, dtype, budget, rates, ends, tokens, head=not facts.encoder_only)

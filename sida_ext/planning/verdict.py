@@ -251,7 +251,7 @@ def plan(
     context: int = 4096,
     prompt_tokens: int | None = None,
     recorded: dict[str, Recorded] | None = None,
-    measure_again: bool = False,
+    measure: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Plan:
@@ -269,7 +269,8 @@ def plan(
         context: tokens in the cache; prompt_tokens: of a prompt, None: 512, or 32 for an encoder.
         recorded: routing of a real run for ``"decode"``, ``"prompt"`` or both; where there is none, two synthetic ones
             are the ends of the range (:mod:`sida_ext.planning.routing`).
-        measure_again: measure this machine though its rates are remembered.
+        measure: measure this machine though its rates are remembered, and a layer of the model without its experts;
+            this takes torch, transformers and some seconds. Without it, what was never measured is assumed, and said.
         revision, token: of a hub id.
 
     Raises:
@@ -294,7 +295,11 @@ def plan(
         options["process"] = process
     found = room(facts, dtype, place, budget=asked, **options)
     prompt = prompt_tokens or (32 if facts.encoder_only else 512)
-    rates, unknown = _rates(facts, dtype, card, host, measure_again)
+    if measure and card is None:
+        from sida_ext.planning.layer_time import measure_layer
+
+        measure_layer(headers.config, facts)
+    rates, unknown = _rates(facts, dtype, card, host, measure)
     if rates is not None:
         rates = _adjusted(rates, disk_rate, memory_rate)
     rows = []
