@@ -220,7 +220,10 @@ def show(found: Plan) -> None:
         ("memory taken, of", f"{format_bytes(found.memory_needed)}, {format_bytes(found.memory)}"),
         (f"decode{mark}", _range(found.decode_tokens_per_s, "tokens/s")),
         (f"prompt of {found.prompt_tokens}{mark}", _range(found.prompt_tokens_per_s, "tokens/s")),
-        (f"read from disk for a token{mark}", _bytes(found.disk_bytes_per_token)),
+        (
+            f"{'copied to the GPU' if found.modelled else 'read from disk'} for a token{mark}",
+            _bytes(found.disk_bytes_per_token),
+        ),
         (f"experts found in memory{mark}", _range(found.hit_rate, "of those wanted", ".0%")),
         ("packing, once", _range(found.pack_seconds, "s", ".0f")),
         ("checkpoint, to download", f"{format_bytes(found.checkpoint_bytes)}, {format_bytes(found.download_bytes)}"),
@@ -247,7 +250,7 @@ def show(found: Plan) -> None:
 def _verify(model: str, dtype: str, expert_memory: str | None, prompt: int | None, as_json: bool) -> None:
     from sida_ext.planning.verify import verify
 
-    rows = verify(Path(model), dtype=dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt)
+    rows = verify(model, dtype=dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt)
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return

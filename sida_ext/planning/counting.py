@@ -246,7 +246,7 @@ class _Counted:
         if first is None or down is None or len(first) != 2 or len(down) != 2:
             have = ", ".join(f"{part} {list(shape)}" for part, shape in parts.items())
             raise ValueError(
-                f"{self.name}: {where} has {have or 'no matrix'}; expected up and down, each of two dimensions"
+                f"{self.name}: {where} has {have or 'no matrix'}, expected up and down, each of two dimensions"
             )
         gated = "gate_up" in parts or "gate" in parts
         ups = 2 if "gate_up" in parts else 1
@@ -277,7 +277,7 @@ class _Counted:
             sizes = {tensor.shape[0] if len(tensor.shape) == 3 else None for tensor in parts.values()}
             if len(sizes) != 1 or None in sizes:
                 have = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
-                raise ValueError(f"{self.name}: {module} has {have}; expected [experts, rows, columns] of one size")
+                raise ValueError(f"{self.name}: {module} has {have}, expected [experts, rows, columns] of one size")
             count = sizes.pop()
             shape = self._shape(module, {part: tensor.shape[1:] for part, tensor in parts.items()}, widths, module)
             shapes[shape] = shapes.get(shape, 0) + int(count or 0)

@@ -93,7 +93,7 @@ def with_memory(text: str, memory: int) -> str:
     return f"{card.fast.name}:{memory}" if card.fast is card.slow else str(memory)
 
 
-def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int) -> Rates:
+def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int, disk_rate: float | None = None) -> Rates:
     """Modelled: kernels at their roofline, copies from a pinned pool of half the host's memory, the rest from disk."""
     shape = facts.shape
     weights = shape.d_model * shape.d_ff * (3 if shape.gated else 2)
@@ -105,13 +105,13 @@ def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int) -> Rate
     def pair(numbers: float, bytes_: float, tokens: int) -> Pair:
         return roofline(numbers, bytes_, tokens, gpu.fast), roofline(numbers, bytes_, tokens, gpu.slow)
 
-    reads = disk_plan(default_cache())
+    disk_rate = disk_plan(default_cache()).disk_rate if disk_rate is None else disk_rate
     pool = min(1.0, host_memory / 2 / experts_bytes(facts, dtype))
     record = record_bytes(shape, dtype)
     disk = []
     for card in (gpu.fast, gpu.slow):
         copy = record / LINKS[card.links[-1]] + CALLS_OF_A_COPY * CALL_SECONDS
-        disk.append(record / (copy + (1 - pool) * record / reads.disk_rate if pool < 1 else copy))
+        disk.append(record / (copy + (1 - pool) * record / disk_rate if pool < 1 else copy))
     layer_numbers = facts.layer_numbers / facts.depth
     layer = {
         tokens: (
@@ -123,6 +123,7 @@ def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int) -> Rate
     cards = gpu.fast.name if gpu.fast is gpu.slow else f"between {gpu.slow.name} and {gpu.fast.name}"
     return Rates(
         disk=(disk[0], disk[1]),
+        store=disk_rate,
         lanes=1,
         memory=0.0,
         expert={tokens: pair(weights, weights * item, tokens) for tokens in PROBE_TOKENS},

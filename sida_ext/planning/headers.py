@@ -72,7 +72,7 @@ def _config_of(text: str | bytes, where: str) -> dict[str, Any]:
         config = json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"{where} is not JSON ({error}); expected the configuration of a transformers model"
+            f"{where} is not JSON ({error}), expected the configuration of a transformers model"
         ) from error
     if not isinstance(config, dict):
         raise ValueError(f"{where} holds a {type(config).__name__}, expected a JSON object")
@@ -159,7 +159,7 @@ def _merge(
 def _local(folder: Path) -> CheckpointHeaders:
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; expected a checkpoint folder or a hub id")
+        raise FileNotFoundError(f"{folder} has no config.json, expected a checkpoint folder or a hub id")
     config = _config_of(config_file.read_bytes(), str(config_file))
     # As transformers: one file of all weights goes before an index.
     if (folder / SINGLE).is_file():
@@ -290,7 +290,7 @@ def read_headers(
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file, expected a checkpoint folder or a hub id")
     if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{folder} does not exist; expected a checkpoint folder or a hub id")
+        raise FileNotFoundError(f"{folder} does not exist, expected a checkpoint folder or a hub id")
     try:
         return _from_hub(name, revision, token)
     except ConnectionError:

@@ -39,7 +39,8 @@ class Rates:
     """Seconds and bytes a second.
 
     Attributes:
-        disk: bytes a second of all lanes; lanes: reads under way at once.
+        disk: bytes a second of all lanes, on a GPU machine of the copies to it; lanes: of these under way at once.
+        store: bytes a second that the disk gives one that reads or writes a store.
         memory: bytes a second that the cores stream.
         expert: of one expert by tokens, for each of PROBE_TOKENS.
         number: of one parameter of a dense matrix, by tokens.
@@ -48,6 +49,7 @@ class Rates:
     """
 
     disk: Pair
+    store: float
     lanes: int
     memory: float
     expert: dict[int, Pair]
@@ -198,6 +200,7 @@ def measured_rates(facts: ModelFacts, dtype: str, folder: Path, again: bool = Fa
     layer, said_layer = layer_rates(facts)
     return Rates(
         disk=(reads.disk_rate, reads.disk_rate * SLOWER_DISK),
+        store=reads.disk_rate,
         lanes=reads.lanes,
         memory=reads.memory_rate,
         expert=expert,

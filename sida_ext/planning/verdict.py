@@ -139,7 +139,7 @@ def _adjusted(rates: Rates, disk: float | None, bandwidth: float | None) -> Rate
     """The rates of this machine with another disk or another memory: what streams weights goes with the memory."""
     said = dict(rates.said)
     if disk is not None:
-        rates = replace(rates, disk=(disk, disk * SLOWER_DISK))
+        rates = replace(rates, disk=(disk, disk * SLOWER_DISK), store=disk)
         said["reads"] = f"given: {disk / 1e9:g} GB/s"
     if bandwidth is not None:
         if not rates.memory:
@@ -299,13 +299,13 @@ def plan(
         from sida_ext.planning.layer_time import measure_layer
 
         measure_layer(headers.config, facts)
-    rates, unknown = _rates(facts, dtype, card, host, measure)
-    if rates is not None:
+    rates, unknown = _rates(facts, dtype, card, host, disk_rate, measure)
+    if rates is not None and card is None:
         rates = _adjusted(rates, disk_rate, memory_rate)
     rows = []
     for name in EXPERT_DTYPES:
         one = room(facts, name, place, **options)
-        seconds = _pack_seconds(facts, name, disk_rate or (rates.disk[0] if rates else 0.0))
+        seconds = _pack_seconds(facts, name, disk_rate or (rates.store if rates else 0.0))
         share = one.resident_share if one.fits else 0.0
         rows.append(
             DtypeRow(
@@ -365,10 +365,12 @@ def plan(
     )
 
 
-def _rates(facts: ModelFacts, dtype: str, card: Gpu | None, host: int, again: bool) -> tuple[Rates | None, str | None]:
+def _rates(
+    facts: ModelFacts, dtype: str, card: Gpu | None, host: int, disk_rate: float | None, again: bool
+) -> tuple[Rates | None, str | None]:
     """The machine's rates, or why there are none."""
     if card is not None:
-        return gpu_rates(facts, dtype, card, host), None
+        return gpu_rates(facts, dtype, card, host, disk_rate), None
     try:
         return measured_rates(facts, dtype, Path(default_cache()), again), None
     except ValueError as error:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from sida_ext.experts.budget import parse_memory
 from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import experts_bytes
-from sida_ext.planning.counting import count_experts
+from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.headers import read_headers
 from sida_ext.planning.layer_time import measure_layer
-from sida_ext.planning.rates import layer_rates, measured_rates
+from sida_ext.planning.rates import Rates, measured_rates
 from sida_ext.planning.routing import Batches, Recorded
-from sida_ext.planning.speed import Speed, decode_speed, prompt_speed
+from sida_ext.planning.speed import decode_speed, prompt_speed
 
 __all__ = ["Verified", "verify"]
 
@@ -89,32 +89,99 @@ class _Routing:
                 layer.observer = None
 
 
-def _row(what: str, seconds: list[float], tokens: int, stats: Any, predicted: Speed, unrecorded: Speed) -> Verified:
-    count = len(seconds) * tokens
+@dataclass(frozen=True)
+class _Timed:
+    """A run: seconds of each batch that counts, tokens of one, the engine's counters over them, and its routing."""
+
+    what: str
+    seconds: list[float]
+    tokens: int
+    stats: Any
+    routing: Recorded
+
+
+class _Runner:
+    """Random prompts and greedy steps, timed one by one while their routing is recorded."""
+
+    def __init__(self, model: Any, facts: ModelFacts, seed: int) -> None:
+        import torch
+
+        from sida_ext.experts.runtime import runtime_of
+
+        self.routing = _Routing(model)
+        self._model, self._facts = model, facts
+        self._runtime = runtime_of(model)
+        self._random = torch.Generator().manual_seed(seed)
+        self._more: dict[str, Any] = {} if facts.encoder_only else {"use_cache": True, "logits_to_keep": 1}
+
+    def _call(self, **inputs: Any) -> tuple[float, Any]:
+        with self.routing.batch(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers renames the argument of the cache
+            begin = time.perf_counter()
+            output = self._model(**inputs, **self._more)
+            return time.perf_counter() - begin, output
+
+    def _ids(self, tokens: int) -> Any:
+        import torch
+
+        return torch.randint(3, self._facts.vocabulary, (1, tokens), generator=self._random)
+
+    def _finished(self, what: str, seconds: list[float], tokens: int) -> _Timed:
+        batches = list(self.routing.batches)
+        return _Timed(what, seconds, tokens, self._runtime.stats(), Recorded(batches, len(batches) - len(seconds)))
+
+    def prompts(self, tokens: int) -> _Timed:
+        for _ in range(PROMPTS_BEFORE):
+            self._call(input_ids=self._ids(tokens))
+        self._runtime.reset_stats()
+        seconds = [self._call(input_ids=self._ids(tokens))[0] for _ in range(PROMPTS)]
+        return self._finished("prompt", seconds, tokens)
+
+    def steps(self) -> _Timed:
+        _, output = self._call(input_ids=self._ids(SHORT))
+        seconds = []
+        for number in range(STEPS_BEFORE + STEPS):
+            if number == STEPS_BEFORE:
+                self._runtime.reset_stats()
+            token = output.logits[:, -1:].argmax(-1)
+            taken, output = self._call(input_ids=token, past_key_values=output.past_key_values)
+            seconds.append(taken)
+        return self._finished("decode", seconds[STEPS_BEFORE:], 1)
+
+
+def _compared(timed: _Timed, facts: ModelFacts, dtype: str, budget: int, rates: Rates) -> Verified:
+    if timed.what == "decode":
+        predicted, unrecorded = (decode_speed(facts, dtype, budget, rates, given) for given in (timed.routing, None))
+    else:
+        tokens = timed.tokens
+        predicted, unrecorded = (
+            prompt_speed(facts, dtype, budget, rates, tokens, given) for given in (timed.routing, None)
+        )
+    count = len(timed.seconds) * timed.tokens
     return Verified(
-        what,
-        count / sum(seconds),
-        predicted.tokens_per_s,
-        unrecorded.tokens_per_s,
-        stats.hit_rate,
-        statistics.fmean(predicted.hit_rate),
-        stats.bytes_read / count,
-        statistics.fmean(predicted.disk_bytes_per_token),
+        what=timed.what,
+        measured=count / sum(timed.seconds),
+        predicted=predicted.tokens_per_s,
+        unrecorded=unrecorded.tokens_per_s,
+        hit_rate=timed.stats.hit_rate,
+        predicted_hit_rate=statistics.fmean(predicted.hit_rate),
+        disk_bytes_per_token=timed.stats.bytes_read / count,
+        predicted_disk_bytes=statistics.fmean(predicted.disk_bytes_per_token),
     )
 
 
 def verify(
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     dtype: str = "bfloat16",
     expert_memory: str | int = "25%",
     prompt_tokens: int | None = None,
     seed: int = 0,
 ) -> list[Verified]:
-    """Load a checkpoint, run random prompts and greedy steps, and predict the same from rates measured around the run.
+    """Load a checkpoint, run random prompts and greedy steps, and predict the same from rates measured after the run.
 
     Args:
-        folder: of the checkpoint; its store is packed if it is not in the cache.
+        folder: of the checkpoint, or a hub id; its store is packed if it is not in the cache.
         expert_memory: budget: bytes, ``"2GiB"``, ``"25%"`` of the experts.
         prompt_tokens: None: 128, or 32 for an encoder.
 
@@ -125,69 +192,22 @@ def verify(
     import torch
 
     import sida_ext
-    from sida_ext.experts.runtime import runtime_of
 
     headers = read_headers(folder)
     facts = count_experts(headers)
-    tokens = prompt_tokens or (32 if facts.encoder_only else 128)
     budget = parse_memory(expert_memory, experts_bytes(facts, dtype))
-    if layer_rates(facts)[0] is None:
-        measure_layer(headers.config, facts)
+    measure_layer(headers.config, facts)
     model: Any = sida_ext.from_pretrained(
         folder, expert_memory=budget, expert_dtype=dtype, dtype=getattr(torch, facts.dtype)
     )
-    routing = _Routing(model)
-    runtime: Any = runtime_of(model)
-    random = torch.Generator().manual_seed(seed)
-    rows: list[tuple[str, list[float], int, Any, Recorded]] = []
-
-    def run(**inputs: Any) -> tuple[float, Any]:
-        with routing.batch(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers renames the argument of the cache
-            begin = time.perf_counter()
-            output = model(**inputs)
-            return time.perf_counter() - begin, output
-
     try:
         with torch.inference_mode():
-            more: dict[str, Any] = {} if facts.encoder_only else {"use_cache": True, "logits_to_keep": 1}
-            times = []
-            for number in range(PROMPTS_BEFORE + PROMPTS):
-                if number == PROMPTS_BEFORE:
-                    runtime.reset_stats()
-                ids = torch.randint(3, facts.vocabulary, (1, tokens), generator=random)
-                times.append(run(input_ids=ids, **more)[0])
-            rows.append(
-                (
-                    "prompt",
-                    times[PROMPTS_BEFORE:],
-                    tokens,
-                    runtime.stats(),
-                    Recorded(list(routing.batches), PROMPTS_BEFORE),
-                )
-            )
+            runner = _Runner(model, facts, seed)
+            timed = [runner.prompts(prompt_tokens or (32 if facts.encoder_only else 128))]
             if not facts.encoder_only:
-                _, output = run(input_ids=torch.randint(3, facts.vocabulary, (1, SHORT), generator=random), **more)
-                times = []
-                for number in range(STEPS_BEFORE + STEPS):
-                    if number == STEPS_BEFORE:
-                        runtime.reset_stats()
-                    token = output.logits[:, -1:].argmax(-1)
-                    taken, output = run(input_ids=token, past_key_values=output.past_key_values, **more)
-                    times.append(taken)
-                timed = len(routing.batches) - STEPS
-                rows.append(("decode", times[STEPS_BEFORE:], 1, runtime.stats(), Recorded(routing.batches, timed)))
+                timed.append(runner.steps())
     finally:
-        runtime.close()
-        runtime = model = None  # its memory is measured next
+        model.sida.close()
+    model = runner = None  # type: ignore[assignment]  # their memory is measured next
     rates = measured_rates(facts, dtype, default_cache(), again=True)
-    found = []
-    for what, seconds, count, stats, recorded in rows:
-        if what == "decode":
-            predicted, unrecorded = (decode_speed(facts, dtype, budget, rates, given) for given in (recorded, None))
-        else:
-            predicted, unrecorded = (
-                prompt_speed(facts, dtype, budget, rates, tokens, given) for given in (recorded, None)
-            )
-        found.append(_row(what, seconds, count, stats, predicted, unrecorded))
-    return found
+    return [_compared(one, facts, dtype, budget, rates) for one in timed]
