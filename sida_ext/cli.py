@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -23,7 +22,7 @@ from sida_ext.texts import read_pairs, read_texts, tokenizer_of
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
-    from sida_ext.serving.schedule import OrderSavings
+    from sida_ext.serving.savings import OrderSavings
 
 app = typer.Typer(
     name="sida",
@@ -169,9 +168,11 @@ def run(
     import torch
 
     from sida_ext import from_pretrained, stream
+    from sida_ext.batching import windows
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.prediction.protocol import find_predictor
-    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
+    from sida_ext.serving.savings import watch_order
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
 
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
@@ -199,15 +200,11 @@ def run(
             for line in lines:
                 yield tokenizer(line, truncation=True, max_length=max_length)["input_ids"]
 
-        def of_size(size: int) -> Iterator[TokenBatch]:
-            rows = enumerate(torch.tensor(ids) for ids in encoded())
-            while part := list(itertools.islice(rows, size)):
-                yield TokenBatch(part, pad)
-
         formed: list[TokenBatch] = []
 
         def batches() -> Iterator[TokenBatch]:
-            source = of_size(batch_size or 1)
+            sentences = enumerate(torch.tensor(ids) for ids in encoded())
+            source: Iterator[TokenBatch] = (TokenBatch(part, pad) for part in windows(sentences, batch_size or 1))
             if max_tokens is not None:
                 source = batches_by_tokens(encoded(), max_tokens, pad_token_id=pad)
             for batch in source:

@@ -27,16 +27,15 @@ using at::Tensor;
 // More than most caches hold; a cache of several hundred MiB makes the measured rate too high.
 constexpr int64_t walked_bytes = 192ll << 20;
 constexpr int fewest_calls = 3;
-// Every format reads this byte as a small positive number: 0.0115 in float32 and bfloat16, 1.06 in float16, 60 in int8.
+// Every format reads this byte as a small positive number: 0.0115 in float32 and bfloat16, 1.06 in float16, 60 in int8;
+// of two 4-bit weights int4 reads 3 and -4.
 constexpr int filler = 0x3c;
 
-at::ScalarType torch_dtype(const std::string& name, bool weights) {
+at::ScalarType torch_dtype(const std::string& name) {
   if (name == "float32") return at::kFloat;
   if (name == "bfloat16") return at::kBFloat16;
   if (name == "float16") return at::kHalf;
-  if (weights && name == "int8") return at::kChar;
-  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16",
-       weights ? ", float16 or int8" : " or float16");
+  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16 or float16");
 }
 
 void check_count(const char* name, int64_t value) {
@@ -81,15 +80,22 @@ std::vector<double> measure_moe_ffn(int64_t d_model, int64_t d_ff, const std::st
     fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
   }
   const at::NoGradGuard no_grad;
-  const at::ScalarType type = torch_dtype(dtype, /*weights=*/true);
   const int64_t wi_rows = gated ? 2 * d_ff : d_ff;
-  const int64_t expert_bytes = (wi_rows + d_ff) * d_model * static_cast<int64_t>(c10::elementSize(type));
+  const bool grouped = dtype == "int4" || dtype == "mxfp4";
+  const at::ScalarType type = grouped ? at::kByte : dtype == "int8" ? at::kChar : torch_dtype(dtype);
+  const int64_t packed = grouped ? 2 : 1;  // weights in an element
+  const int64_t item = static_cast<int64_t>(c10::elementSize(type));
+  const int64_t expert_bytes = std::max<int64_t>(1, (wi_rows + d_ff) * d_model * item / packed);
   const int64_t slots = std::max(experts, (walked_bytes + expert_bytes - 1) / expert_bytes / experts * experts);
   const Tensor x = filled({experts * tokens, d_model}, type == at::kFloat ? at::kFloat : at::kBFloat16);
-  const Tensor wi = filled({slots, wi_rows, d_model}, type);
-  const Tensor wo = filled({slots, d_model, d_ff}, type);
+  const Tensor wi = filled({slots, wi_rows, d_model / packed}, type);
+  const Tensor wo = filled({slots, d_model, d_ff / packed}, type);
   c10::IValue wi_scale, wo_scale;
-  if (type == at::kChar) {
+  if (grouped) {
+    const at::ScalarType scales = dtype == "int4" ? at::kHalf : at::kByte;
+    wi_scale = filled({slots, wi_rows, (d_model + 31) / 32}, scales);
+    wo_scale = filled({slots, d_model, (d_ff + 31) / 32}, scales);
+  } else if (type == at::kChar) {
     wi_scale = at::full({slots, wi_rows}, 1e-3, at::kFloat);
     wo_scale = at::full({slots, d_model}, 1e-3, at::kFloat);
   }
@@ -133,7 +139,7 @@ std::vector<double> measure_linear(int64_t rows, int64_t columns, const std::str
   check_count("columns", columns);
   check_count("tokens", tokens);
   const at::NoGradGuard no_grad;
-  const at::ScalarType type = torch_dtype(dtype, /*weights=*/false);
+  const at::ScalarType type = torch_dtype(dtype);
   const int64_t matrix_bytes = rows * columns * static_cast<int64_t>(c10::elementSize(type));
   const int64_t matrices = std::max<int64_t>(1, walked_bytes / matrix_bytes);
   const Tensor x = filled({tokens, columns}, type);

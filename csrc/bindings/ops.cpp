@@ -24,6 +24,7 @@
 #include "bindings/op_checks.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
+#include "serving/cpu_serving.h"
 
 namespace sida {
 namespace {
@@ -71,17 +72,16 @@ Tensor moe_ffn_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& ga
                     "', expected 'error' or 'skip'");
   check_dims(slot_of_expert, 1, op, "slot_of_expert", "[experts]");
   const Tokens tokens = checked_tokens(x, expert_index, gate, slot_of_expert.size(0), op);
-  check_weights(x, wi, wo, slot_of_expert, gated, op);
+  const DType w_dtype = check_weights(x, wi, wo, slot_of_expert, wi_scale, wo_scale, gated, op);
   const Tensor slots = checked_index(slot_of_expert, wi.size(0), op, "slot_of_expert", "slots of wi");
 
   MoeFfnArgs args{};
   Tensor out, partials;
   set_tokens(args, x, tokens, out, partials);
   args.num_experts = slots.size(0);
-  set_weights(args, x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, op);
+  set_weights(args, w_dtype, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, gated, op);
   args.slot_of_expert = slots.const_data_ptr<int32_t>();
   args.activation = function;
-  args.gated = gated;
   if (missing == "error") {
     for (int64_t i = 0; i < args.tokens * args.top_k; ++i) {
       const int32_t expert = args.expert_index[i];
@@ -119,25 +119,11 @@ std::tuple<Tensor, Tensor> route_top1_cpu(const Tensor& router_logits, int64_t c
   return {expert_index, best.to(at::kFloat)};
 }
 
-// Ends a demand whatever happens to the computation.
-class ScopedDemand {
- public:
-  ScopedDemand(TransferEngine& engine, int32_t layer, const std::vector<int32_t>& experts)
-      : engine_(engine), id_(engine.demand(layer, experts, current_batch())) {}
-  ~ScopedDemand() { engine_.finish(id_); }
-  ScopedDemand(const ScopedDemand&) = delete;
-  ScopedDemand& operator=(const ScopedDemand&) = delete;
-
-  Wave next() {
-    RECORD_USER_SCOPE("sida::demand");
-    return engine_.next_wave(id_, signal_raised);
-  }
-  void release(const Wave& wave) { engine_.release(id_, wave); }
-
- private:
-  TransferEngine& engine_;
-  DemandId id_;
-};
+// Runs `body` as a named range of torch's profiler.
+void profiled(const char* name, const std::function<void()>& body) {
+  RECORD_USER_SCOPE(name);
+  body();
+}
 
 Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t handle) {
   constexpr const char* op = "moe_layer";
@@ -145,62 +131,21 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
     const auto layer = find_layer(handle);
     TORCH_CHECK_VALUE(layer->cuda == nullptr, op,
                       ": x is on cpu, but this layer's experts are computed on a CUDA device");
-    TransferEngine& engine = *layer->engine;
-    const ExpertFormat& format = engine.format();
     const Tokens tokens = checked_tokens(x, expert_index, gate, layer->num_experts, op);
-    check_size(x, 1, format.d_model, op, "x", "d_model of the expert store");
+    check_size(x, 1, layer->engine->format().d_model, op, "x", "d_model of the expert store");
 
-    MoeFfnArgs args{};
+    cpu::LayerForward forward{};
     Tensor out, partials;
-    set_tokens(args, x, tokens, out, partials);
-    const auto* base = static_cast<const std::byte*>(engine.slot_base());
-    const int64_t element = element_bytes(format.dtype);
-    const auto scale_at = [&](int64_t offset) {
-      return format.dtype == DType::i8 ? reinterpret_cast<const float*>(base + offset) : nullptr;
-    };
-    args.d_ff = format.d_ff;
-    args.num_experts = layer->num_experts;
-    args.num_slots = engine.capacity();
-    args.w_dtype = format.dtype;
-    args.wi = {base + format.wi_offset(), format.record_bytes() / element, format.d_model,
-               scale_at(format.wi_scale_offset()), format.record_bytes() / 4};
-    args.wo = {base + format.wo_offset(), format.record_bytes() / element, format.d_ff,
-               scale_at(format.wo_scale_offset()), format.record_bytes() / 4};
-    if (format.biased) {
-      args.wi.bias = reinterpret_cast<const float*>(base + format.wi_bias_offset());
-      args.wo.bias = reinterpret_cast<const float*>(base + format.wo_bias_offset());
-      args.wi.bias_slot_stride = args.wo.bias_slot_stride = format.record_bytes() / 4;
-    }
-    args.activation = layer->activation;
-    args.gated = format.gated;
-
-    std::vector<int32_t> slot_of_expert(layer->num_experts, -1);
-    std::vector<int32_t> wanted;
-    std::vector<bool> seen(layer->num_experts, false);
-    for (int64_t i = 0; i < args.tokens * args.top_k; ++i) {
-      const int32_t expert = args.expert_index[i];
-      if (expert >= 0 && !seen[expert]) {
-        seen[expert] = true;
-        wanted.push_back(expert);
-      }
-    }
-    args.slot_of_expert = slot_of_expert.data();
-
+    set_tokens(forward.args, x, tokens, out, partials);
+    forward.args.num_experts = layer->num_experts;
+    forward.args.activation = layer->activation;
+    forward.layer = layer->index;
+    forward.batch = current_batch();
+    forward.threads = torch_threads();
+    forward.interrupted = signal_raised;
+    forward.profiled = profiled;
     const WithoutGil waits_and_kernels;
-    ScopedDemand demand(engine, layer->index, wanted);
-    for (Wave wave = demand.next(); !wave.experts.empty(); wave = demand.next()) {
-      for (size_t i = 0; i < wave.experts.size(); ++i) slot_of_expert[wave.experts[i]] = wave.slots[i];
-      const int64_t begin = Trace::now_ns();
-      {
-        RECORD_USER_SCOPE("sida::moe_ffn");
-        cpu::moe_ffn(args, torch_threads());
-      }
-      engine.trace().record({TraceEvent::Kind::compute, 0, layer->index, static_cast<int32_t>(wave.experts.size()),
-                             current_batch(), begin, Trace::now_ns()});
-      for (const int32_t expert : wave.experts) slot_of_expert[expert] = -1;
-      demand.release(wave);
-    }
-    if (args.top_k > 1 && args.tokens > 0) cpu::moe_ffn_combine(args, torch_threads());
+    cpu::forward(*layer->engine, forward);
     return out;
   });
 }

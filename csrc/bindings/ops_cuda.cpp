@@ -16,6 +16,7 @@
 #include "bindings/op_checks.h"
 #include "kernels/cuda/moe_ffn_cuda.h"
 #include "serving/cuda_serving.h"
+#include "serving/moe_layer.h"
 
 namespace sida {
 namespace {
@@ -155,7 +156,10 @@ Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& g
     check_device(expert_index, x, op, "expert_index");
     check_device(gate, x, op, "gate");
     const DType dtype = check_tokens(x, expert_index, gate, op);
-    check_weights(x, wi, wo, slot_of_expert, gated, op);
+    TORCH_CHECK_NOT_IMPLEMENTED(wi.scalar_type() != at::kByte, op,
+                                ": the CUDA kernels know no 4-bit weights; expected ",
+                                "float32, bfloat16, float16 or int8 there, or move the arguments to the CPU");
+    const DType w_dtype = check_weights(x, wi, wo, slot_of_expert, wi_scale, wo_scale, gated, op);
     const OnDevice here(x);
     const Tokens tokens{narrowed_index(expert_index, op, "expert_index"), gate.contiguous(), dtype};
     const Tensor slots = slot_of_expert.contiguous();
@@ -163,10 +167,9 @@ Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& g
     Tensor out, partials;
     set_tokens(args, x, tokens, out, partials);
     args.num_experts = slots.size(0);
-    set_weights(args, x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, op);
+    set_weights(args, w_dtype, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, gated, op);
     args.slot_of_expert = slots.const_data_ptr<int32_t>();
     args.activation = function;
-    args.gated = gated;
     if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return out;
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);
@@ -241,7 +244,7 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     set_tokens(args, x, tokens, out, partials);
     args.num_experts = layer->num_experts;
     args.activation = layer->activation;
-    serving.complete(args);
+    set_slots(args, serving.engine());
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);
     const Tensor slot_table = at::empty({layer->num_experts}, x.options().dtype(at::kInt));
@@ -254,18 +257,12 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     } else {
       chosen = serving.fetch_indices(args.expert_index, rows, here.stream);
     }
-    std::vector<int32_t> wanted;
-    std::vector<bool> seen(static_cast<size_t>(layer->num_experts), false);
     for (size_t i = 0; i < chosen.size(); ++i) {
-      const int32_t expert = chosen[i];
-      TORCH_CHECK_INDEX(expert >= -1 && expert < layer->num_experts, op, ": expert_index holds ", expert,
+      TORCH_CHECK_INDEX(chosen[i] >= -1 && chosen[i] < layer->num_experts, op, ": expert_index holds ", chosen[i],
                         " at flat position ", i, ", expected a value from -1 to ", layer->num_experts - 1,
                         " (experts of the layer)");
-      if (expert >= 0 && !seen[static_cast<size_t>(expert)]) {
-        seen[static_cast<size_t>(expert)] = true;
-        wanted.push_back(expert);
-      }
     }
+    const std::vector<int32_t> wanted = distinct_experts(chosen, layer->num_experts);
     cuda::LayerForward forward{};
     forward.layer = layer->index;
     forward.batch = current_batch();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -107,8 +108,8 @@ def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
 def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> ReadPlan:
     """The plan for a file: remembered from an earlier measurement on this file system and CPU, or measured now.
 
-    Measuring reads the file at random places for about a second, and memory for a fraction of one. It never fails:
-    where it cannot measure, the plan is the default one, and says why.
+    Measuring reads the file at random places for about a second, and memory for a fraction of one. Where it cannot
+    measure, the plan is the default one, and says why.
 
     Args:
         path: an expert store, or another file on the same file system.
@@ -116,8 +117,8 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
             ``~/.cache/sida``).
         again: measure though a plan is remembered.
     """
-    cache = cache if cache is not None else default_cache() / "read_plans.json"
     try:
+        cache = cache if cache is not None else default_cache() / "read_plans.json"
         bytes_there = path.stat().st_size
         if bytes_there < SMALLEST_STORE_BYTES:
             return default_plan(
@@ -131,7 +132,7 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
         rates, direct = _C.measure_read_rates(str(path), MEASURE_SECONDS)
         plan = choose(rates) if direct else default_plan("the file system has no direct reads to measure")
         plan = replace(plan, memory_rate=_memory_rate())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home for the cache, no figure of the free memory
         return default_plan(f"measuring failed: {error}")
     try:
         _remember(cache, machine, plan)
@@ -147,6 +148,10 @@ def folder_plan(folder: Path, again: bool = False) -> ReadPlan:
         known = None if again else _remembered(default_cache() / "read_plans.json", _machine(folder))
         if known is not None:
             return known
+        free = shutil.disk_usage(folder).free
+        if free < 4 * SMALLEST_STORE_BYTES:
+            least = format_bytes(4 * SMALLEST_STORE_BYTES)
+            return default_plan(f"not measured: {format_bytes(free)} are free in {folder}, least {least}")
         piece = os.urandom(1 << 20)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".read-plan-") as file:
             for _ in range(SMALLEST_STORE_BYTES >> 20):

@@ -165,14 +165,14 @@ def _hit_rates(routing: Any, texts: _Texts) -> list[dict[str, Any]]:
 
 
 def _show_hit_rates(rows: list[dict[str, Any]], texts: _Texts) -> None:
-    from sida_ext.planning.hit_rates import POLICIES
+    from sida_ext.experts.options import EVICTIONS
 
     named = "perfect tables" if texts.predictor is None else escape(texts.predictor)
     table = Table(title=f"hit rates, {named}, lookahead {texts.lookahead}")
-    for column in ("budget", "experts", "OPT", *POLICIES):
+    for column in ("budget", "experts", "OPT", *EVICTIONS):
         table.add_column(column, justify="right")
     for row in rows:
-        rates = [f"{row['hit_rate'][name]:.1%}" for name in ("opt", *POLICIES)]
+        rates = [f"{row['hit_rate'][name]:.1%}" for name in ("opt", *EVICTIONS)]
         table.add_row(f"{row['share']:.0%}", str(row["slots"]), *rates)
     _console().print(table)
 

@@ -4,19 +4,13 @@
 #include <algorithm>
 #include <limits>
 
+#include "base/rounding.h"
 #include "kernels/cuda/kernels.h"
 
 namespace sida::cuda {
 namespace {
 
 constexpr int64_t shared_without_asking = 48 * 1024;
-
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-int64_t round_up(int64_t value, int64_t by) {
-  return divide_up(value, by) * by;
-}
 
 LayerKernels kernels_of(const MoeFfnArgs& args, const Choice& choice) {
   if (choice.path == Path::f32) return f32_kernels(choice.block_t);
@@ -64,6 +58,10 @@ void check_sizes(const MoeFfnArgs& args) {
     fail(ErrorKind::invalid, "cuda::moe_ffn: tokens ", args.tokens, ", top_k ", args.top_k, ", d_model ", args.d_model,
          ", d_ff ", args.d_ff, ", experts ", args.num_experts, ", slots ", args.num_slots,
          ": expected positive sizes with at most ", largest, " (token, choice) rows; split the batch");
+  }
+  if (is_grouped(args.w_dtype)) {
+    fail(ErrorKind::invalid, "cuda::moe_ffn: there are no CUDA kernels for ", dtype_name(args.w_dtype),
+         " weights; expected float32, bfloat16, float16 or int8, or compute them on the CPU");
   }
   if (args.wi.bias != nullptr || args.wo.bias != nullptr || args.activation == Activation::swiglu_oai) {
     fail(ErrorKind::invalid, "cuda::moe_ffn: there are no CUDA kernels for biases and swiglu_oai; expected experts ",
