@@ -12,11 +12,12 @@ from sida_ext._load import check_build
 check_build()
 
 from sida_ext.errors import PredictorError, StoreError  # noqa: E402
+from sida_ext.experts.options import Options  # noqa: E402
 from sida_ext.experts.runtime import Runtime  # noqa: E402
 from sida_ext.experts.stats import LayerStats, Stats  # noqa: E402
 from sida_ext.experts.store import pack  # noqa: E402
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification  # noqa: E402
-from sida_ext.models.switch import from_pretrained, swap_experts  # noqa: E402
+from sida_ext.models.swap import from_pretrained, swap_experts  # noqa: E402
 from sida_ext.precision import get_precision, precisions, set_precision  # noqa: E402
 from sida_ext.prediction.protocol import DecoderPredictor, HashPredictor, HashTable, Predictor, TokenTablePredictor  # noqa: E402
 from sida_ext.serving.pipeline import stream  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "HashPredictor",
     "HashTable",
     "LayerStats",
+    "Options",
     "Predictor",
     "PredictorError",
     "Runtime",

@@ -153,7 +153,7 @@ def train(
     if decoder and variant is not None:
         raise ValueError(f"--variant is {variant!r}; a decoder's predictor has one form, leave it out")
     lines: Any = read_pairs(texts) if decoder else read_texts(texts)
-    loaded = from_pretrained(model, expert_memory=expert_memory, say=lambda text: console.print(text))
+    loaded = from_pretrained(model, expert_memory=expert_memory)
     options: dict[str, Any] = {"variant": variant} if variant is not None else {}
     try:
         (train_decoder_predictor if decoder else train_predictor)(
@@ -218,7 +218,7 @@ def plan(
     from sida_ext.prediction.protocol import find_predictor
 
     lines = read_texts(texts)
-    loaded = from_pretrained(model, expert_memory="auto", store=store, say=lambda text: console.print(text))
+    loaded = from_pretrained(model, expert_memory="auto", store=store)
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
@@ -304,7 +304,6 @@ def run(
         store=store,
         routing=routing,
         confidence=confidence,
-        say=lambda text: console.print(text),
     )
     runtime = runtime_of(loaded)
     try:

@@ -24,9 +24,12 @@ def moe_ffn(
     wo_scale: Tensor | None = None,
     activation: str = "relu",
     *,
+    wi_bias: Tensor | None = None,
+    wo_bias: Tensor | None = None,
     missing: str = "error",
 ) -> Tensor:
-    """Expert feed-forward of one MoE layer: ``out[t] = sum_k gate[t, k] * wo[s] @ act(wi[s] @ x[t])``,
+    """Expert feed-forward of one MoE layer:
+    ``out[t] = sum_k gate[t, k] * (wo[s] @ act(wi[s] @ x[t] + wi_bias[s]) + wo_bias[s])``,
     ``s = slot_of_expert[expert_index[t, k]]``, summed in the order of k in fp32 and rounded once.
 
     Args:
@@ -34,11 +37,15 @@ def moe_ffn(
         expert_index: [T, K] of an integer type; -1: no expert, contributes 0.
         gate: [T, K] float32.
         wi: [S, d_ff, d_model] float32, bfloat16, float16 or int8, rows contiguous, slots may be strided; for a
-            ``gated-*`` activation [S, 2 * d_ff, d_model], gate rows first.
+            gated activation [S, 2 * d_ff, d_model], gate rows first.
         wo: [S, d_model, d_ff], dtype of ``wi``.
         slot_of_expert: [E] int32, -1: not resident.
         wi_scale, wo_scale: float32, one factor for each row of ``wi`` and ``wo`` ([S, rows]); int8 only.
-        activation: relu, gelu, gelu_new, silu or another element-wise activation of transformers; ``gated-`` before it.
+        activation: relu, gelu, gelu_new, silu or another element-wise activation of transformers; with ``gated-``
+            before it, ``act(gate) * up``. ``"swiglu_oai"`` is GPT-OSS's, gated without a prefix: with ``g = min(gate,
+            7)``, ``(clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g)`` (``GptOssExperts`` of transformers, whose gate and
+            up rows alternate: separate them).
+        wi_bias, wo_bias: float32, one for each row of ``wi`` and ``wo`` ([S, rows]), with weights of any dtype.
         missing: ``"error"`` raises ValueError for an expert that is not resident and wanted; ``"skip"``: it
             contributes 0, so that a layer can run in waves.
 
@@ -48,15 +55,39 @@ def moe_ffn(
 
     Raises:
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
+        NotImplementedError: biases or ``"swiglu_oai"`` on a CUDA device.
     """
     return torch.ops.sida.moe_ffn(
-        x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, missing=missing
+        x,
+        expert_index,
+        gate,
+        wi,
+        wo,
+        slot_of_expert,
+        wi_scale,
+        wo_scale,
+        activation,
+        wi_bias=wi_bias,
+        wo_bias=wo_bias,
+        missing=missing,
     )
 
 
 @torch.library.register_fake("sida::moe_ffn")
 def _moe_ffn_fake(
-    x, expert_index, gate, wi, wo, slot_of_expert, wi_scale=None, wo_scale=None, activation="relu", *, missing="error"
+    x,
+    expert_index,
+    gate,
+    wi,
+    wo,
+    slot_of_expert,
+    wi_scale=None,
+    wo_scale=None,
+    activation="relu",
+    *,
+    wi_bias=None,
+    wo_bias=None,
+    missing="error",
 ):
     torch._check(x.dim() == 2 and expert_index.dim() == 2, lambda: "moe_ffn: x and expert_index must have 2 dimensions")
     torch._check(x.shape[0] == expert_index.shape[0], lambda: "moe_ffn: x and expert_index differ in tokens")

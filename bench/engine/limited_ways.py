@@ -148,7 +148,7 @@ class Known:
 
     @classmethod
     def of(cls, model: Any, inputs: list[dict[str, Any]]) -> Known:
-        from sida_ext.models.switch import moe_layers
+        from sida_ext.models.families import moe_layers
 
         tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         routed: list[Any] = []

@@ -25,7 +25,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersEncoderMode
 
 import sida_ext
 from sida_ext import _C
-from sida_ext.models.switch import moe_layers
+from sida_ext.models.families import moe_layers
 
 LENGTH, D_MODEL, D_FF = 32, 768, 3072
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}

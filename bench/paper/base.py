@@ -84,7 +84,6 @@ class BaseShapes:
             expert_memory=expert_memory,
             dtype=torch.float32,
             store_cache=self.folder / "store",
-            say=lambda _: None,
             **arguments,
         )
 

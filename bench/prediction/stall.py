@@ -19,7 +19,7 @@ import transformers
 import sida_ext
 from bench.prediction.quality import write
 from examples.corpus import MAX_TOKENS, load_sentences
-from sida_ext.models.switch import moe_layers
+from sida_ext.models.families import moe_layers
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.protocol import load_predictor

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/borrow.h"
 #include "bindings/layers.h"
 #include "bindings/python_errors.h"
 #include "experts/measure.h"
@@ -77,6 +78,7 @@ py::dict to_dict(const ExpertFormat& format) {
   fields["d_ff"] = format.d_ff;
   fields["dtype"] = dtype_name(format.dtype);
   fields["gated"] = format.gated;
+  fields["biased"] = format.biased;
   return fields;
 }
 
@@ -275,6 +277,11 @@ void bind_cuda(py::module_& m) {
       "register_cuda_layer",
       [](std::shared_ptr<CudaServing> serving, int32_t index, int32_t num_experts, const std::string& activation) {
         const Activation function = checked_activation(serving->engine(), activation);
+        const ExpertFormat& format = serving->engine().format();
+        if (format.biased || function == Activation::swiglu_oai) {
+          fail(ErrorKind::invalid, "the experts have ", format.biased ? "biases" : "the activation swiglu_oai",
+               ", for which there are no CUDA kernels; load the model with device='cpu'");
+        }
         return register_layer({serving->shared_engine(), index, num_experts, function, serving});
       },
       py::arg("serving"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
@@ -299,15 +306,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = SIDA_TORCH_VERSION;
 
   py::class_<ExpertFormat>(m, "ExpertFormat")
-      .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated) {
-             return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated};
+      .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated, bool biased) {
+             return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated, biased};
            }),
-           py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false)
+           py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false, py::arg("biased") = false)
       .def_property_readonly("record_bytes", &ExpertFormat::record_bytes)
       .def_property_readonly("wi_offset", &ExpertFormat::wi_offset)
       .def_property_readonly("wo_offset", &ExpertFormat::wo_offset)
       .def_property_readonly("wi_scale_offset", &ExpertFormat::wi_scale_offset)
       .def_property_readonly("wo_scale_offset", &ExpertFormat::wo_scale_offset)
+      .def_property_readonly("wi_bias_offset", &ExpertFormat::wi_bias_offset)
+      .def_property_readonly("wo_bias_offset", &ExpertFormat::wo_bias_offset)
       .def("__repr__", [](const ExpertFormat& format) {
         return "ExpertFormat(" + py::str(to_dict(format)).cast<std::string>() + ")";
       });
@@ -394,6 +403,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lanes"), py::arg("predicted"));
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
+  py::class_<Borrow>(m, "Borrow")
+      .def(py::init([](std::shared_ptr<TransferEngine> engine, int32_t layer, const std::vector<int32_t>& experts) {
+             return std::make_unique<Borrow>(std::move(engine), layer, experts, current_batch());
+           }),
+           py::arg("engine"), py::arg("layer"), py::arg("experts"))
+      .def("next", &Borrow::next)
+      .def("finish", &Borrow::finish);
   m.def(
       "register_layer",
       [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {

@@ -117,6 +117,22 @@ inline const float* checked_scale(const std::optional<Tensor>& scale, const Tens
   return scale->const_data_ptr<float>();
 }
 
+// One bias for each row, or none.
+inline void set_bias(ExpertMatrix& matrix, const std::optional<Tensor>& bias, const Tensor& weight, const char* op,
+                     const char* name, const Tensor& x) {
+  if (!bias.has_value()) return;
+  TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": ", name, "_bias has dtype ", bias->scalar_type(),
+                   ", expected float32");
+  TORCH_CHECK_VALUE(bias->device() == x.device(), op, ": ", name, "_bias is on ", bias->device(), ", expected ",
+                    x.device(), ", the device of x");
+  TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == weight.size(0) && bias->size(1) == weight.size(1), op, ": ",
+                    name, "_bias has shape ", bias->sizes(), ", expected [", weight.size(0), ", ", weight.size(1), "]");
+  TORCH_CHECK_VALUE(bias->size(1) <= 1 || bias->stride(1) == 1, op, ": rows of ", name,
+                    "_bias are not contiguous (stride ", bias->stride(1), "), expected stride 1");
+  matrix.bias = bias->const_data_ptr<float>();
+  matrix.bias_slot_stride = bias->stride(0);
+}
+
 inline std::pair<Activation, bool> checked_activation(std::string_view name, const char* op) {
   Activation activation;
   bool gated;
@@ -184,7 +200,8 @@ inline void check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, c
 }
 
 inline void set_weights(MoeFfnArgs& args, const Tensor& x, const Tensor& wi, const Tensor& wo,
-                        const std::optional<Tensor>& wi_scale, const std::optional<Tensor>& wo_scale, const char* op) {
+                        const std::optional<Tensor>& wi_scale, const std::optional<Tensor>& wo_scale,
+                        const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias, const char* op) {
   args.d_ff = wo.size(2);
   args.num_slots = wi.size(0);
   args.w_dtype = dtype_of(wi, op, "wi", /*weights=*/true);
@@ -192,6 +209,8 @@ inline void set_weights(MoeFfnArgs& args, const Tensor& x, const Tensor& wi, con
   args.wo = {wo.const_data_ptr(), wo.stride(0), wo.stride(1), nullptr, 0};
   args.wi.scale = checked_scale(wi_scale, wi, args.w_dtype, op, "wi", x, &args.wi.scale_slot_stride);
   args.wo.scale = checked_scale(wo_scale, wo, args.w_dtype, op, "wo", x, &args.wo.scale_slot_stride);
+  set_bias(args.wi, wi_bias, wi, op, "wi", x);
+  set_bias(args.wo, wo_bias, wo, op, "wo", x);
 }
 
 }  // namespace sida

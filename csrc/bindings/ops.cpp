@@ -62,7 +62,9 @@ Tokens checked_tokens(const Tensor& x, const Tensor& expert_index, const Tensor&
 
 Tensor moe_ffn_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& gate, const Tensor& wi, const Tensor& wo,
                    const Tensor& slot_of_expert, const std::optional<Tensor>& wi_scale,
-                   const std::optional<Tensor>& wo_scale, c10::string_view activation, c10::string_view missing) {
+                   const std::optional<Tensor>& wo_scale, c10::string_view activation,
+                   const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias,
+                   c10::string_view missing) {
   constexpr const char* op = "moe_ffn";
   const auto [function, gated] = checked_activation(activation, op);
   TORCH_CHECK_VALUE(missing == "error" || missing == "skip", op, ": missing is '", missing,
@@ -76,7 +78,7 @@ Tensor moe_ffn_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& ga
   Tensor out, partials;
   set_tokens(args, x, tokens, out, partials);
   args.num_experts = slots.size(0);
-  set_weights(args, x, wi, wo, wi_scale, wo_scale, op);
+  set_weights(args, x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, op);
   args.slot_of_expert = slots.const_data_ptr<int32_t>();
   args.activation = function;
   args.gated = gated;
@@ -164,6 +166,11 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
                scale_at(format.wi_scale_offset()), format.record_bytes() / 4};
     args.wo = {base + format.wo_offset(), format.record_bytes() / element, format.d_ff,
                scale_at(format.wo_scale_offset()), format.record_bytes() / 4};
+    if (format.biased) {
+      args.wi.bias = reinterpret_cast<const float*>(base + format.wi_bias_offset());
+      args.wo.bias = reinterpret_cast<const float*>(base + format.wo_bias_offset());
+      args.wi.bias_slot_stride = args.wo.bias_slot_stride = format.record_bytes() / 4;
+    }
     args.activation = layer->activation;
     args.gated = format.gated;
 
@@ -242,14 +249,18 @@ struct MoeFfn {
 
 Tensor moe_ffn_autograd(const Tensor& x, const Tensor& expert_index, const Tensor& gate, const Tensor& wi,
                         const Tensor& wo, const Tensor& slot_of_expert, const std::optional<Tensor>& wi_scale,
-                        const std::optional<Tensor>& wo_scale, c10::string_view activation, c10::string_view missing) {
+                        const std::optional<Tensor>& wo_scale, c10::string_view activation,
+                        const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias,
+                        c10::string_view missing) {
   static const auto op = typed_op<decltype(moe_ffn_cpu)>("sida::moe_ffn");
   if (!is_recorded({x, gate, wi, wo})) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, missing);
+    return op.call(x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, wi_bias, wo_bias,
+                   missing);
   }
   const std::function<torch::autograd::variable_list()> compute = [&]() -> torch::autograd::variable_list {
-    return {op.call(x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, missing)};
+    return {op.call(x, expert_index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation, wi_bias, wo_bias,
+                    missing)};
   };
   return NoBackward<MoeFfn>::apply(at::TensorList({x, gate, wi, wo}), compute)[0];
 }
@@ -295,7 +306,8 @@ std::tuple<Tensor, Tensor> route_top1_autograd(const Tensor& router_logits, int6
 TORCH_LIBRARY(sida, m) {
   m.def(
       "moe_ffn(Tensor x, Tensor expert_index, Tensor gate, Tensor wi, Tensor wo, Tensor slot_of_expert, "
-      "Tensor? wi_scale=None, Tensor? wo_scale=None, str activation=\"relu\", *, str missing=\"error\") -> Tensor");
+      "Tensor? wi_scale=None, Tensor? wo_scale=None, str activation=\"relu\", *, Tensor? wi_bias=None, "
+      "Tensor? wo_bias=None, str missing=\"error\") -> Tensor");
   m.def("route_top1(Tensor router_logits, int capacity, *, ScalarType? probs_dtype=None) -> (Tensor, Tensor)");
   m.def("moe_layer(Tensor x, Tensor expert_index, Tensor gate, int handle) -> Tensor");
 }

@@ -141,10 +141,14 @@ Tensor workspace_for(const MoeFfnArgs& args, const Architecture& architecture, c
 
 Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& gate, const Tensor& wi, const Tensor& wo,
                     const Tensor& slot_of_expert, const std::optional<Tensor>& wi_scale,
-                    const std::optional<Tensor>& wo_scale, c10::string_view activation, c10::string_view missing) {
+                    const std::optional<Tensor>& wo_scale, c10::string_view activation,
+                    const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias,
+                    c10::string_view missing) {
   constexpr const char* op = "moe_ffn";
   return with_python_errors([&] {
     const auto [function, gated] = checked_activation(activation, op);
+    TORCH_CHECK_NOT_IMPLEMENTED(function != Activation::swiglu_oai && !wi_bias.has_value() && !wo_bias.has_value(), op,
+                                ": the CUDA kernels know neither biases nor swiglu_oai; move the arguments to the CPU");
     TORCH_CHECK_VALUE(missing == "error" || missing == "skip", op, ": missing is '", missing,
                       "', expected 'error' or 'skip'");
     check_dims(slot_of_expert, 1, op, "slot_of_expert", "[experts]");
@@ -159,7 +163,7 @@ Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& g
     Tensor out, partials;
     set_tokens(args, x, tokens, out, partials);
     args.num_experts = slots.size(0);
-    set_weights(args, x, wi, wo, wi_scale, wo_scale, op);
+    set_weights(args, x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, op);
     args.slot_of_expert = slots.const_data_ptr<int32_t>();
     args.activation = function;
     args.gated = gated;

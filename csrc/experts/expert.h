@@ -15,8 +15,9 @@ struct ExpertKey {
   auto operator<=>(const ExpertKey&) const = default;
 };
 
-// A record is wi, wo and, for int8, the fp32 scales of wi's and wo's rows, each part aligned to `part_alignment`,
-// the whole padded to `record_alignment` so that O_DIRECT can read it straight into a slot.
+// A record is wi, wo, for int8 the fp32 scales of wi's and wo's rows, and where experts have them the fp32 biases of
+// both, each part aligned to `part_alignment`, the whole padded to `record_alignment` so that O_DIRECT can read it
+// straight into a slot.
 struct ExpertFormat {
   static constexpr int64_t part_alignment = 64;
   static constexpr int64_t record_alignment = 4096;
@@ -24,6 +25,7 @@ struct ExpertFormat {
   int64_t d_model, d_ff;
   DType dtype;
   bool gated;
+  bool biased = false;
 
   int64_t wi_rows() const { return gated ? 2 * d_ff : d_ff; }
   int64_t wi_bytes() const { return wi_rows() * d_model * element_bytes(dtype); }
@@ -32,7 +34,11 @@ struct ExpertFormat {
   int64_t wo_offset() const { return align(wi_bytes(), part_alignment); }
   int64_t wi_scale_offset() const { return align(wo_offset() + wo_bytes(), part_alignment); }
   int64_t wo_scale_offset() const { return align(wi_scale_offset() + scale_bytes(wi_rows()), part_alignment); }
-  int64_t used_bytes() const { return wo_scale_offset() + scale_bytes(d_model); }
+  int64_t wi_bias_offset() const { return align(wo_scale_offset() + scale_bytes(d_model), part_alignment); }
+  int64_t wo_bias_offset() const { return align(wi_bias_offset() + bias_bytes(wi_rows()), part_alignment); }
+  int64_t used_bytes() const {
+    return biased ? wo_bias_offset() + bias_bytes(d_model) : wo_scale_offset() + scale_bytes(d_model);
+  }
   int64_t record_bytes() const { return align(used_bytes(), record_alignment); }
 
   bool operator==(const ExpertFormat&) const = default;
@@ -41,6 +47,7 @@ struct ExpertFormat {
 
  private:
   int64_t scale_bytes(int64_t rows) const { return dtype == DType::i8 ? rows * 4 : 0; }
+  int64_t bias_bytes(int64_t rows) const { return biased ? rows * 4 : 0; }
 };
 
 }  // namespace sida

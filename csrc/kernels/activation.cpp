@@ -12,7 +12,7 @@ struct Name {
 };
 
 // transformers has several names for one function: implementations that differ there in speed or rounding only.
-constexpr std::array<Name, 24> names{{
+constexpr std::array<Name, 25> names{{
     {"relu", Activation::relu},
     {"gelu", Activation::gelu},
     {"gelu_python", Activation::gelu},
@@ -37,6 +37,7 @@ constexpr std::array<Name, 24> names{{
     {"sqrtsoftplus", Activation::sqrtsoftplus},
     {"linear", Activation::linear},
     {"identity", Activation::linear},
+    {"swiglu_oai", Activation::swiglu_oai},
 }};
 
 }  // namespace
@@ -47,8 +48,10 @@ bool parse_activation(std::string_view name, Activation* activation, bool* gated
   if (has_prefix) name.remove_prefix(prefix.size());
   for (const Name& known : names) {
     if (known.name != name) continue;
+    const bool only_gated = known.activation == Activation::swiglu_oai;
+    if (only_gated && has_prefix) return false;
     *activation = known.activation;
-    *gated = has_prefix;
+    *gated = has_prefix || only_gated;
     return true;
   }
   return false;
@@ -57,7 +60,7 @@ bool parse_activation(std::string_view name, Activation* activation, bool* gated
 std::string activation_names() {
   std::string text;
   for (const Name& known : names) text.append(known.name).append(", ");
-  return text + "each also as gated-...";
+  return text + "each but swiglu_oai, which is gated as it is, also as gated-...";
 }
 
 }  // namespace sida

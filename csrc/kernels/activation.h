@@ -8,7 +8,8 @@
 
 namespace sida {
 
-// Understands every element-wise activation of transformers without parameters and "gated-" before any of them.
+// Understands every element-wise activation of transformers without parameters and "gated-" before any of them, and
+// "swiglu_oai", which is gated by its name alone.
 // False for a name it does not know, with nothing written.
 bool parse_activation(std::string_view name, Activation* activation, bool* gated);
 

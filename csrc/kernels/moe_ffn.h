@@ -1,6 +1,7 @@
 // The fused expert feed-forward of one MoE layer: one signature for every backend.
 //
-//   y[t, k]  = gate[t, k] * wo[s] @ activation(wi[s] @ x[t]),  s = slot_of_expert[expert_index[t, k]]
+//   y[t, k]  = gate[t, k] * (wo[s] @ activation(wi[s] @ x[t] + wi_bias[s]) + wo_bias[s]),
+//   s = slot_of_expert[expert_index[t, k]]; biases are optional
 //   out[t]   = sum over k of y[t, k], in the order of k
 //
 // A layer may run in waves: each call computes the rows whose expert has a slot in that call's `slot_of_expert`.
@@ -16,7 +17,8 @@
 
 namespace sida {
 
-// gelu_new is the tanh form. Names and aliases are in activation.h.
+// gelu_new is the tanh form. Names and aliases are in activation.h. swiglu_oai, GPT-OSS's, exists gated only: with g
+// the gate and u the other half, (clamp(u, -7, 7) + 1) * min(g, 7) * sigmoid(1.702 min(g, 7)).
 enum class Activation : int32_t {
   relu,
   gelu,
@@ -34,7 +36,8 @@ enum class Activation : int32_t {
   laplace,
   linear,
   softplus,
-  sqrtsoftplus
+  sqrtsoftplus,
+  swiglu_oai
 };
 
 // Runs body(context, i) for every i in [0, count) on the caller's thread pool and returns when all are done.
@@ -47,10 +50,12 @@ struct ParallelFor {
 // A batch of expert matrices, one for each slot. Rows are contiguous; slots and rows may be strided.
 struct ExpertMatrix {
   const void* data;
-  int64_t slot_stride;        // elements between the first elements of two slots
-  int64_t row_stride;         // elements between two rows
-  const float* scale;         // int8 only: [slots, rows], one factor for each row; else null
-  int64_t scale_slot_stride;  // elements between the scales of two slots
+  int64_t slot_stride;           // elements between the first elements of two slots
+  int64_t row_stride;            // elements between two rows
+  const float* scale;            // int8 only: [slots, rows], one factor for each row; else null
+  int64_t scale_slot_stride;     // elements between the scales of two slots
+  const float* bias = nullptr;   // [slots, rows], added to a row's product; null: none
+  int64_t bias_slot_stride = 0;  // elements between the biases of two slots
 };
 
 struct MoeFfnArgs {

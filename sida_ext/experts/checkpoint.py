@@ -104,6 +104,8 @@ class Checkpoint:
     """The experts of a checkpoint folder, an :class:`~sida_ext.experts.store.ExpertSource`. Files stay open until
     closed."""
 
+    gated = biased = False
+
     def __init__(self, folder: Path, allow_pickle: bool) -> None:
         self.folder = folder
         self.name = folder.name
@@ -194,6 +196,9 @@ class Checkpoint:
                 raise ValueError(f"{self.folder}: {key} has dtype {tensor.dtype}, expected a floating-point type")
         return wi, wo
 
+    def biases(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("Switch experts have no biases")
+
     def close(self) -> None:
         self._open.clear()
 
@@ -210,6 +215,8 @@ class ModuleExperts:
     Args:
         experts: module path of each MoE layer -> its experts (``expert_0`` ...), each with ``wi`` and ``wo``.
     """
+
+    gated = biased = False
 
     def __init__(self, experts: dict[str, nn.ModuleDict], name: str) -> None:
         self.layers = sorted(experts, key=_layer_order)
@@ -230,3 +237,6 @@ class ModuleExperts:
     def expert(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
         module: Any = self._experts[self.layers[layer]][f"expert_{index}"]
         return module.wi.weight.detach().cpu(), module.wo.weight.detach().cpu()
+
+    def biases(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("Switch experts have no biases")

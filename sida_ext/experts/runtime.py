@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,24 +17,26 @@ import torch
 from sida_ext import _C
 from sida_ext.experts.budget import format_bytes, parse_memory
 from sida_ext.experts.cuda import cuda_blocking, host_slots, resolve_device
+from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.read_plan import ReadPlan, read_plan
+from sida_ext.experts.record import StoredExpert, stored_expert
 from sida_ext.experts.stats import Stats
 from sida_ext.experts.store import StoreHeader, open_store
 from sida_ext.experts.timeline import Event, write_chrome_trace
 
 __all__ = ["Runtime", "runtime_of"]
 
-EVICTIONS = ("next_use", "lru", "lfu", "fifo")
-
 
 @dataclass
 class _Batch:
     """What one thread computes now: the announced batch, for predicted routing its hash table, and, where somebody
-    compares the two, a dict that takes each layer's choice of the router: table layer -> [B, S] int32."""
+    compares the two, a dict that takes each layer's choice of the router: table layer -> [B, S] or [B * S, top_k].
+    ``entered``: a forward runs that the table belongs to."""
 
     number: int = 0
     table: Any = None
     chosen: dict[int, Any] | None = None
+    entered: bool = False
 
 
 def _shut_down(engine: _C.TransferEngine | _C.CudaServing, handles: dict[str, int], folder: Any, process: int) -> None:
@@ -49,28 +52,35 @@ def _shut_down(engine: _C.TransferEngine | _C.CudaServing, handles: dict[str, in
             folder.cleanup()
 
 
-class Runtime:
+class ServingState:
+    """What those who serve a model leave on its runtime, from call to call.
+
+    Attributes:
+        predictor: what ``stream`` takes when it is given none.
+        decoder_predictor: what each step of a decoder is predicted by; may be changed at any time.
+        drift: a predictor and the watch over its hits.
+        lookahead: what the latest ``stream(lookahead="auto")`` picked, and why.
+    """
+
+    predictor: Any = None
+    decoder_predictor: Any = None
+    drift: tuple[Any, Any] | None = None
+    lookahead: Any = None
+
+
+def _say(text: str) -> None:
+    logging.getLogger("sida_ext").warning(text)
+
+
+class Runtime(ServingState):
     """Expert memory of one model: a bounded set of slots over an expert store.
 
     Args:
         store: path of the expert store.
-        expert_memory: the budget: bytes, ``"2GiB"``, ``"25%"`` of the experts, or ``"auto"``.
-        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: where experts are computed; ``expert_memory`` is of its memory.
-        host_memory: the pinned pool between the store and a GPU: bytes, ``"8GiB"``, ``"50%"`` of the experts; None: all
-            experts if they fit in half of the memory that is free, else as many, which is said. Not for the CPU.
-        pin: ``"require"``: an error, with the limits, if the pool cannot be pinned; ``"try"``: then it goes on with
-            memory that is not, and slower copies.
-        lanes: reads under way at once; None: measured (see :mod:`sida_ext.experts.read_plan`). On a GPU: copies to it,
-        None: 2.
-        read_bytes: largest single read, a multiple of 4096; 0: an expert at once; None: measured.
-        eviction: next_use, lru, lfu or fifo.
-        wait_deadline: seconds after which a wait for an expert raises TimeoutError.
-        faults: injected faults, for tests: see ``_C.Faults``.
-        populate: ask the system for the budget's memory at the start, in the background, so that the first loads do not
-            wait for it; False: as experts come.
+        options: see :class:`~sida_ext.experts.options.Options`; what it says of the store itself is not read here.
         reserved: bytes that the model will yet need, which the budget ``"auto"`` leaves free.
         folder: a temporary folder to remove when the runtime is closed.
-        say: is told what was chosen where an argument left it open.
+        arguments: fields of ``options`` by name; the budget's default is ``"auto"``.
 
     Raises:
         RuntimeError: a GPU is asked for where there is none that works; the message says what is missing.
@@ -83,47 +93,41 @@ class Runtime:
     def __init__(
         self,
         store: str | os.PathLike[str],
+        options: Options | None = None,
         *,
-        device: str | torch.device = "cpu",
-        expert_memory: str | int = "auto",
-        host_memory: str | int | None = None,
-        pin: str = "require",
-        lanes: int | None = None,
-        read_bytes: int | None = None,
-        eviction: str = "next_use",
-        wait_deadline: float = 60.0,
-        faults: _C.Faults | None = None,
-        populate: bool = True,
         reserved: int = 0,
         folder: Any = None,
-        say: Callable[[str], None] | None = None,
+        **arguments: Any,
     ) -> None:
+        options = options_from(options, arguments, expert_memory="auto")
+        if arguments:
+            raise TypeError(f"Runtime got {next(iter(arguments))!r}, expected a field of sida_ext.Options")
+        self.options = options
         self.store_path = Path(store)
-        self.device = resolve_device(device, host_memory)
-        if eviction not in EVICTIONS:
-            raise ValueError(f"eviction is {eviction!r}, expected one of {', '.join(EVICTIONS)}")
+        self.device = resolve_device(options.device, options.host_memory)
         expert_store, self.header = open_store(store)
-        self.read_plan = self._read_plan(lanes, read_bytes)
-        slots = self._slots(expert_memory, reserved)
-        deadline, given = round(wait_deadline * 1000), faults if faults is not None else _C.Faults()
+        self.read_plan = self._read_plan(options.lanes, options.read_bytes)
+        slots = self._slots(options.expert_memory, reserved)
+        deadline = round(options.wait_deadline * 1000)
+        faults = options.faults if options.faults is not None else _C.Faults()
         self._tiers: _C.CudaServing | None = None
         if self.device.type == "cuda":
             self._tiers = _C.CudaServing(
                 expert_store,
                 device=self.device.index,
                 slots=slots,
-                host_slots=host_slots(host_memory, self.header.record_bytes, self.header.total_experts, say),
-                pin=pin,
-                lanes=2 if lanes is None else lanes,
+                host_slots=host_slots(options.host_memory, self.header.record_bytes, self.header.total_experts, _say),
+                pin=options.pin,
+                lanes=2 if options.lanes is None else options.lanes,
                 host_lanes=self.read_plan.lanes,
-                eviction=eviction,
+                eviction=options.eviction,
                 wait_deadline_ms=deadline,
-                faults=given,
+                faults=faults,
                 read_bytes=self.read_plan.read_bytes,
                 blocking=cuda_blocking(),
             )
-            if self._tiers.pin_obstacle and say is not None:
-                say(f"sida_ext: {self._tiers.pin_obstacle}; copies to the GPU are slower")
+            if self._tiers.pin_obstacle:
+                _say(f"{self._tiers.pin_obstacle}; copies to the GPU are slower")
             self._engine = self._tiers.engine
         else:
             self._engine = _C.TransferEngine(
@@ -131,26 +135,22 @@ class Runtime:
                 slots=slots,
                 lanes=self.read_plan.lanes,
                 read_bytes=self.read_plan.read_bytes,
-                eviction=eviction,
+                eviction=options.eviction,
                 wait_deadline_ms=deadline,
-                faults=given,
-                populate=populate,
+                faults=faults,
+                populate=options.populate,
             )
-        self.eviction = eviction
+        self.eviction = options.eviction
         self._handles: dict[str, int] = {}
         self._thread = threading.local()
         self._tracing = False
         self._predictions: list[Event] = []
-        self.predictor: Any = None  # what stream() takes when it is given none
-        self.drift: tuple[Any, Any] | None = None  # a predictor and the watch over its hits, from stream to stream
-        self.decoder_predictor: Any = None  # what each step of a decoder is predicted by; may be changed at any time
         self._finalizer = weakref.finalize(
             self, _shut_down, self._tiers or self._engine, self._handles, folder, os.getpid()
         )
 
     header: StoreHeader
     read_plan: ReadPlan  # how the lanes read, and why so
-    lookahead: Any = None  # what the latest stream(lookahead="auto") picked
 
     def _read_plan(self, lanes: int | None, read_bytes: int | None) -> ReadPlan:
         if lanes is not None and read_bytes is not None:
@@ -190,6 +190,26 @@ class Runtime:
                 self._handles[name] = _C.register_layer(self._engine, index, experts, activation)
         return self._handles[name]
 
+    def borrow(self, name: str, experts: Sequence[int]) -> Iterator[tuple[int, StoredExpert]]:
+        """The records of distinct experts of a layer as tensors, each until the next is asked for; in the order in
+        which they arrive. For what no kernel computes.
+
+        Raises:
+            RuntimeError: experts are computed on a GPU, whose slots Python cannot read.
+        """
+        if self._tiers is not None:
+            raise RuntimeError(
+                f"{name}: its gate is computed by the module's own function, which on {self.device} is not supported; "
+                "load the model with device='cpu'"
+            )
+        lent = _C.Borrow(self._engine, self.header.layers.index(name), experts)
+        try:
+            while wave := lent.next():
+                for expert, record in wave:
+                    yield expert, stored_expert(record, self.header)
+        finally:
+            lent.finish()
+
     @property
     def expert_memory(self) -> int:
         """The budget in bytes: a whole number of slots."""
@@ -221,24 +241,19 @@ class Runtime:
         (self._tiers or self._engine).retire(batch)
 
     @contextmanager
-    def batch(self, number: int, table: Any = None, chosen: dict[int, Any] | None = None) -> Iterator[None]:
+    def batch(
+        self, number: int, table: Any = None, chosen: dict[int, Any] | None = None, *, entered: bool = False
+    ) -> Iterator[None]:
         """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``;
-        ``chosen`` takes what the routers of watched layers choose."""
+        ``chosen`` takes what the layers' routers choose."""
         before = self.current
-        self._thread.batch = _Batch(number, table, chosen)
+        self._thread.batch = _Batch(number, table, chosen, entered)
         _C.set_current_batch(number)
         try:
             yield
         finally:
             self._thread.batch = before
             _C.set_current_batch(before.number)
-
-    @property
-    def open_tables(self) -> list[Any]:
-        """Blocks that this thread's running forwards opened for hash tables of their own, innermost last."""
-        if not hasattr(self._thread, "open_tables"):
-            self._thread.open_tables = []
-        return self._thread.open_tables
 
     @property
     def current(self) -> _Batch:

@@ -29,7 +29,8 @@ from sida_ext.experts.checkpoint import Checkpoint
 
 __all__ = ["ExpertSource", "StoreHeader", "default_cache", "ensure_store", "open_store", "pack", "write_store"]
 
-FORMAT_VERSION = 1
+# The newest format that is read. A store is written in the oldest that holds it: 2 has biases.
+FORMAT_VERSION = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 # Bytes kept free on the disk beside a new store, so that packing never fills it up.
 DISK_RESERVE = 256 << 20
@@ -45,11 +46,18 @@ class ExpertSource(Protocol):
     num_experts: int
     d_model: int
     d_ff: int
+    gated: bool
+    """``wi`` has 2 * d_ff rows, the gate's first."""
+    biased: bool
+    """Experts have biases."""
     fingerprint: str
     name: str
 
     def expert(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
-        """``wi`` [d_ff, d_model] and ``wo`` [d_model, d_ff] of one expert, floating point, on the CPU."""
+        """``wi`` [d_ff or 2 * d_ff, d_model] and ``wo`` [d_model, d_ff] of one expert, floating point, on the CPU."""
+
+    def biases(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
+        """The biases of the rows of ``wi`` and ``wo`` of one expert, floating point; asked for where ``biased``."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class StoreHeader:
     checksums: tuple[tuple[int, int, int, int], ...]
     fingerprint: str
     source: str
+    biased: bool = False
 
     @property
     def total_experts(self) -> int:
@@ -93,6 +102,8 @@ class StoreHeader:
             "fingerprint": self.fingerprint,
             "source": self.source,
         }
+        if self.biased:
+            fields["biased"] = True
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
@@ -134,6 +145,8 @@ class StoreHeader:
             numbers[field] = value
         if not isinstance(fields.get("gated"), bool):
             raise bad("gated", fields.get("gated"), "true or false")
+        if not isinstance(fields.get("biased", False), bool):
+            raise bad("biased", fields.get("biased"), "true or false")
         layers = fields.get("layers")
         if not isinstance(layers, list) or not layers or not all(isinstance(name, str) and name for name in layers):
             raise bad("layers", layers, "a list of module paths")
@@ -163,6 +176,7 @@ class StoreHeader:
             checksums=tuple((int(s[0:8], 16), int(s[8:16], 16), int(s[16:24], 16), int(s[24:32], 16)) for s in sums),
             fingerprint=fields["fingerprint"],
             source=fields["source"],
+            biased=fields.get("biased", False),
         )
         size = header.format().record_bytes
         if header.record_bytes != size:
@@ -170,7 +184,7 @@ class StoreHeader:
         return header
 
     def format(self) -> _C.ExpertFormat:
-        return _C.ExpertFormat(self.d_model, self.d_ff, self.dtype, self.gated)
+        return _C.ExpertFormat(self.d_model, self.d_ff, self.dtype, self.gated, self.biased)
 
 
 def open_store(path: str | os.PathLike[str]) -> tuple[_C.ExpertStore, StoreHeader]:
@@ -232,6 +246,23 @@ def _fill_record(record: np.ndarray, fmt: _C.ExpertFormat, dtype: str, wi: Tenso
         record[offset : offset + raw.size] = raw
 
 
+def _fill_biases(record: np.ndarray, fmt: _C.ExpertFormat, wi_bias: Tensor, wo_bias: Tensor, where: str) -> None:
+    for bias, offset, name in ((wi_bias, fmt.wi_bias_offset, "wi_bias"), (wo_bias, fmt.wo_bias_offset, "wo_bias")):
+        if not bool(torch.isfinite(bias).all()):
+            raise ValueError(f"{where}: {name} holds NaN or infinity; the checkpoint is damaged")
+        raw = _bytes_of(bias.float())
+        record[offset : offset + raw.size] = raw
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+            raise ValueError(
+                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected a floating-point type of "
+                f"shape {shapes[name]}"
+            )
+
+
 def _remove_stale_partials(path: Path) -> None:
     """Remove what packers of ``path`` left that were killed: a living one holds the lock of its file."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
@@ -279,16 +310,20 @@ def write_store(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     path = Path(path)
-    fmt = _C.ExpertFormat(source.d_model, source.d_ff, dtype, False)
+    fmt = _C.ExpertFormat(source.d_model, source.d_ff, dtype, source.gated, source.biased)
+    wi_rows = source.d_ff * (2 if source.gated else 1)
+    shapes = {"wi": (wi_rows, source.d_model), "wo": (source.d_model, source.d_ff)}
+    bias_shapes = {"wi_bias": (wi_rows,), "wo_bias": (source.d_model,)}
     total = len(source.layers) * source.num_experts
 
     def header(checksums: Sequence[tuple[int, int, int, int]], data_offset: int) -> StoreHeader:
         return StoreHeader(
-            version=FORMAT_VERSION,
+            version=2 if source.biased else 1,
             dtype=dtype,
             d_model=source.d_model,
             d_ff=source.d_ff,
-            gated=False,
+            gated=source.gated,
+            biased=source.biased,
             layers=tuple(source.layers),
             num_experts=source.num_experts,
             record_bytes=fmt.record_bytes,
@@ -316,8 +351,14 @@ def write_store(
         record = np.zeros(fmt.record_bytes, dtype=np.uint8)
         for layer, layer_name in enumerate(source.layers):
             for index in range(source.num_experts):
+                where = f"{source.name}: {layer_name} expert {index}"
                 wi, wo = source.expert(layer, index)
-                _fill_record(record, fmt, dtype, wi, wo, f"{source.name}: {layer_name} expert {index}")
+                _check_shapes({"wi": wi, "wo": wo}, shapes, where)
+                _fill_record(record, fmt, dtype, wi, wo, where)
+                if source.biased:
+                    wi_bias, wo_bias = source.biases(layer, index)
+                    _check_shapes({"wi_bias": wi_bias, "wo_bias": wo_bias}, bias_shapes, where)
+                    _fill_biases(record, fmt, wi_bias, wo_bias, where)
                 a, b, c, d = _C.record_checksum(record)
                 checksums.append((a, b, c, d))
                 file.write(record.data)

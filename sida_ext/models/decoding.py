@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from sida_ext.errors import PredictorError
 from sida_ext.experts.runtime import Runtime
+from sida_ext.models.guards import BoundMethod
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import check_table, is_decoder_predictor
 
@@ -168,10 +169,10 @@ def predict_decoder(model: nn.Module, runtime: Runtime, layers: list[str]) -> No
         layers: names of the decoder's MoE layers, in the order in which they run.
     """
     decoder = model.get_submodule("decoder")
-    decoder.forward = functools.partial(_forward, decoder, runtime, layers)
+    decoder.forward = BoundMethod(decoder, functools.partial(_forward, runtime, layers))
 
 
-def _forward(decoder: nn.Module, runtime: Runtime, layers: list[str], *args: Any, **kwargs: Any) -> Any:
+def _forward(runtime: Runtime, layers: list[str], decoder: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands before the decoder's forward. What it adds is announced to the engine and changes no result."""
     given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
     input_ids = given.get("input_ids")
@@ -186,7 +187,7 @@ def _forward(decoder: nn.Module, runtime: Runtime, layers: list[str], *args: Any
     wanted = table.experts_by_layer(runtime.header.num_experts, least)
     number = runtime.announce(dict(zip(layers, wanted, strict=True)))
     try:
-        with runtime.batch(number, runtime.current.table):
+        with runtime.batch(number):
             output = type(decoder).forward(decoder, *args, **kwargs)
     finally:
         runtime.retire(number)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sida_ext import _C
 from sida_ext.experts.runtime import runtime_of
-from sida_ext.models.switch import SparseMLP, moe_layers
+from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.prefetch import CANDIDATES, PrefetchPolicy
 from sida_ext.prediction.protocol import Predictor
 
@@ -111,7 +111,7 @@ def on_the_clock(
 
 def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predictor: Predictor | None = None) -> Routing:
     """Run the batches through a model with swapped experts and record the routing that its router chose."""
-    layers = [layer for layer in moe_layers(model).values() if isinstance(layer, SparseMLP)]
+    layers = swapped_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no swapped MoE layers; load it with sida_ext.from_pretrained")
     header = runtime_of(model).header
@@ -119,14 +119,13 @@ def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predicto
     prefetch = PrefetchPolicy()
     routed: list[tuple[int, list[int]]] = []
 
-    def record(number: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            index = output[0].unique()
-            routed.append((number, index[index >= 0].tolist()))
+    def record(name: str, expert_index: Tensor) -> None:
+        index = expert_index.unique()
+        routed.append((names.index(name), index[index >= 0].tolist()))
 
-        return hook
-
-    hooks = [layer.router.register_forward_hook(record(names.index(layer.name))) for layer in layers]
+    before = [layer.observer for layer in layers]
+    for layer in layers:
+        layer.observer = record
     used: list[list[tuple[int, list[int]]]] = []
     predicted: list[list[tuple[int, list[int]]]] = []
     covered = [names.index(layer.name) for layer in layers if layer.table_layer is not None]
@@ -142,8 +141,8 @@ def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predicto
                     )
                     predicted.append([(number, prefetch.experts(table, i)) for i, number in enumerate(covered)])
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer, observer in zip(layers, before, strict=True):
+            layer.observer = observer
     return Routing(len(names), header.num_experts, used, predicted)
 
 

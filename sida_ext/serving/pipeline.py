@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sida_ext.experts.cuda import on_predictor
 from sida_ext.experts.runtime import Runtime, runtime_of
-from sida_ext.models.switch import SparseMLP, moe_layers
+from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.drift import DriftWatch
 from sida_ext.prediction.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
 from sida_ext.prediction.protocol import HashTable, Predictor, check_table
@@ -328,7 +328,7 @@ def stream(
     predictor = predictor if predictor is not None else runtime.predictor
     if predictor is not None and not callable(getattr(predictor, "predict", None)):
         raise TypeError(f"predictor is {type(predictor).__name__}, expected an object with a predict method")
-    layers = [layer for layer in moe_layers(model).values() if isinstance(layer, SparseMLP)]
+    layers = swapped_layers(model)
     if predictor is None:
         if any(layer.routing != "router" for layer in layers):
             raise ValueError(
@@ -342,8 +342,6 @@ def stream(
     watch = None
     if drift is not False and layers[0].routing != "predicted":
         watch = drift if isinstance(drift, DriftWatch) else _watch(model, runtime, predictor)
-    for layer in covered:
-        layer.watched = layer.watched or watch is not None
     names = [layer.name for layer in covered]
     builder = _HashBuilder(
         runtime,

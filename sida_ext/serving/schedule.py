@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sida_ext import _C
 from sida_ext.experts.runtime import Runtime, runtime_of
-from sida_ext.models.switch import SparseMLP, moe_layers
+from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.protocol import Predictor
 from sida_ext.serving.lookahead import DEFAULT_LOOKAHEAD
 from sida_ext.serving.pipeline import stream
@@ -292,7 +292,7 @@ def watch_order(model: PreTrainedModel) -> Iterator[_Watch]:
         distinct = expert_index.unique()
         watch.used[-1].append((runtime.header.layers.index(name), distinct[distinct >= 0].tolist()))
 
-    layers = [layer for layer in moe_layers(model).values() if isinstance(layer, SparseMLP)]
+    layers = swapped_layers(model)
     hook = model.register_forward_pre_hook(begin, with_kwargs=True)
     for layer in layers:
         layer.observer = layer_used

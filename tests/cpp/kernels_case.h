@@ -199,11 +199,22 @@ inline double reference_activation(Activation activation, double x) {
       return softplus(x);
     case Activation::sqrtsoftplus:
       return std::sqrt(softplus(x));
+    case Activation::swiglu_oai: {  // of the gate; its other half is below
+      const double g = x > 7 ? 7 : x;
+      return g * sigmoid(1.702 * g);
+    }
   }
   return NAN;
 }
 
+// Those of one argument; swiglu_oai, which is gated always, comes after them.
 constexpr int activation_count = static_cast<int>(Activation::sqrtsoftplus) + 1;
+
+// What a gated hidden layer multiplies the activation with.
+inline double reference_up(Activation activation, double up) {
+  if (activation != Activation::swiglu_oai) return up;
+  return (up < -7 ? -7 : up > 7 ? 7 : up) + 1;
+}
 
 // Bytes with a guard of known bytes before and after, the payload starting `misalign` bytes off a 64-byte line.
 class Guarded {
@@ -255,11 +266,12 @@ struct Shape {
   bool gated;
   int misalign = 0;  // bytes, in units of the element where hardware asks for it
   int64_t slot_padding = 0, row_padding = 0;
+  bool biased = false;
 };
 
 struct Call {
   Shape shape;
-  Guarded x, wi, wo, wi_scale, wo_scale, out, partials;
+  Guarded x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, out, partials;
   std::vector<int32_t> expert_index, slot_of_expert;
   std::vector<float> gate;
   int64_t x_stride, wi_row, wo_row, wi_slot, wo_slot;
@@ -292,6 +304,10 @@ struct Call {
         set_element(wi_scale.data(), DType::f32, i, 0.001f + 0.0005f * (random() % 8));
       for (int64_t i = 0; i < s.slots * s.d_model; ++i)
         set_element(wo_scale.data(), DType::f32, i, 0.001f + 0.0005f * (random() % 8));
+    }
+    if (s.biased) {
+      fill(wi_bias, DType::f32, s.slots * wi_rows, 0.5f);
+      fill(wo_bias, DType::f32, s.slots * s.d_model, 0.5f);
     }
     // Slots in random order; where there are fewer than experts, the others are not resident.
     slot_of_expert.assign(s.experts, -1);
@@ -326,8 +342,8 @@ struct Call {
             x_stride,
             expert_index.data(),
             gate.data(),
-            {wi.data(), wi_slot, wi_row, scales(wi_scale), wi_rows},
-            {wo.data(), wo_slot, wo_row, scales(wo_scale), shape.d_model},
+            {wi.data(), wi_slot, wi_row, scales(wi_scale), wi_rows, scales(wi_bias), wi_rows},
+            {wo.data(), wo_slot, wo_row, scales(wo_scale), shape.d_model, scales(wo_bias), shape.d_model},
             slot_of_expert.data(),
             shape.activation,
             shape.gated,
@@ -350,7 +366,7 @@ struct Call {
 
   bool is_intact() const {
     return x.is_intact() && wi.is_intact() && wo.is_intact() && out.is_intact() && partials.is_intact() &&
-           wi_scale.is_intact() && wo_scale.is_intact();
+           wi_scale.is_intact() && wo_scale.is_intact() && wi_bias.is_intact() && wo_bias.is_intact();
   }
 
   double weight(const Guarded& of, const Guarded& scale, int64_t slot, int64_t slot_stride, int64_t row_stride,
@@ -385,6 +401,11 @@ struct Call {
               sum += p;
               magnitude += std::fabs(p);
             }
+            if (s.biased) {
+              const double bias = element(wi_bias.data(), DType::f32, slot * wi_rows + row);
+              sum += bias;
+              magnitude += std::fabs(bias);
+            }
             return sum;
           };
           double magnitude, up_magnitude = 0.0;
@@ -397,7 +418,7 @@ struct Call {
             h_error[f] = std::max(h_error[f], std::fabs(reference_activation(s.activation, moved) - a));
           }
           if (s.gated) {
-            const double up = product(s.d_ff + f, up_magnitude);
+            const double up = reference_up(s.activation, product(s.d_ff + f, up_magnitude));
             h[f] = a * up;
             h_error[f] = h_error[f] * std::fabs(up) + (std::fabs(a) + h_error[f] * rounding) * relative * up_magnitude;
           }
@@ -410,6 +431,11 @@ struct Call {
             sum += w * h[f];
             magnitude += std::fabs(w * h[f]);
             carried += std::fabs(w) * h_error[f] * (1.0 + rounding);
+          }
+          if (s.biased) {
+            const double bias = element(wo_bias.data(), DType::f32, slot * s.d_model + d);
+            sum += bias;
+            magnitude += std::fabs(bias);
           }
           expected[t * s.d_model + d] += g * sum;
           allowed[t * s.d_model + d] += std::fabs(g) * (relative * magnitude + carried);

@@ -109,6 +109,9 @@ SIDA_TEST(names_are_parsed) {
   CHECK(activation == Activation::silu && !gated);
   CHECK(parse_activation("gated-gelu_pytorch_tanh", &activation, &gated));
   CHECK(activation == Activation::gelu_new && gated);
+  CHECK(parse_activation("swiglu_oai", &activation, &gated));
+  CHECK(activation == Activation::swiglu_oai && gated);
+  CHECK(!parse_activation("gated-swiglu_oai", &activation, &gated));
   CHECK(!parse_activation("prelu", &activation, &gated));
   CHECK(!parse_activation("", &activation, &gated));
   CHECK(!parse_activation("gated-", &activation, &gated));

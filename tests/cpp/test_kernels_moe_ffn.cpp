@@ -61,6 +61,8 @@ Shape random_shape(std::mt19937_64& random) {
   s.misalign = static_cast<int>(random() % 8);
   s.slot_padding = random() % 2 ? static_cast<int64_t>(random() % 100) : 0;
   s.row_padding = random() % 2 ? static_cast<int64_t>(random() % 40) : 0;
+  s.biased = random() % 3 == 0;
+  if (s.gated && random() % 4 == 0) s.activation = Activation::swiglu_oai;
   return s;
 }
 
@@ -103,6 +105,31 @@ SIDA_TEST(every_dtype_and_activation_is_within_the_bound) {
       }
     }
   }
+}
+
+SIDA_TEST(biases_and_swiglu_oai_are_within_the_bound) {
+  uint64_t seed = 500;
+  for (const DType x : all_x) {
+    for (const DType w : all_w) {
+      for (const bool biased : {false, true}) {
+        Shape shape{7, 2, 72, 136, 4, 4, x, w, Activation::swiglu_oai, true};
+        shape.biased = biased;
+        Call gpt_oss(shape, seed++);
+        // Far enough for both clamps.
+        for (int64_t i = 0; i < 72; ++i) set_element(gpt_oss.x.data(), x, i, 30.0f * (i % 2 ? 1.0f : -1.0f));
+        check_against_reference(gpt_oss, 2);
+        shape.activation = Activation::silu;
+        shape.gated = false;
+        Call plain(shape, seed++);
+        check_against_reference(plain, 2);
+      }
+    }
+  }
+}
+
+SIDA_TEST(swiglu_oai_needs_gated_weights) {
+  Call call({2, 1, 8, 8, 2, 2, DType::f32, DType::f32, Activation::swiglu_oai, false}, 1);
+  CHECK_THROWS(Call::run_wave(call.args(), threads(1)), Error, "expected gated weights");
 }
 
 SIDA_TEST(random_shapes_are_within_the_bound) {

@@ -102,6 +102,8 @@ double activate(double v, Activation activation) {
       return std::sqrt(std::log1p(std::exp(v)));
     case Activation::linear:
       return v;
+    case Activation::swiglu_oai:  // no CUDA kernel has it
+      break;
   }
   return v;
 }

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
 
-from sida_ext import _C, StoreError
+from sida_ext import _C, StoreError, ops
 from sida_ext.experts.checkpoint import Checkpoint
 from sida_ext.experts.store import ensure_store, open_store, pack, quantize_rows, write_store
 from tests.support.reference import build, small_config
@@ -71,6 +71,95 @@ def test_every_expert_arrives(checkpoint, tmp_path, dtype):
                 else:
                     stored = getattr(torch, dtype)
                     assert torch.equal(part(record, offset, rows, columns, stored), weight.to(stored))
+
+
+class RandomExperts:
+    """Gated experts with biases, of no checkpoint."""
+
+    layers, num_experts, d_model, d_ff, gated, biased = ["a.mlp", "b.mlp"], 3, 24, 40, True, True
+    fingerprint, name = "0" * 32, "random"
+
+    def expert(self, layer: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(10 * layer + index)
+        return torch.randn(80, 24, generator=random), torch.randn(24, 40, generator=random)
+
+    def biases(self, layer: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(100 + 10 * layer + index)
+        return torch.randn(80, generator=random), torch.randn(24, generator=random)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_biases_arrive_and_are_computed_with(tmp_path, dtype):
+    source = RandomExperts()
+    path = tmp_path / "experts.sida"
+    assert write_store(source, path, dtype).version == 2
+    store, header = open_store(path)
+    assert header.biased
+    assert header.gated
+    fmt = header.format()
+    assert "'biased': True" in repr(fmt)
+    for layer in range(2):
+        for index in range(3):
+            record = read(path, layer, index)
+            wi_bias, wo_bias = source.biases(layer, index)
+            assert torch.equal(part(record, fmt.wi_bias_offset, 1, 80, torch.float32)[0], wi_bias)
+            assert torch.equal(part(record, fmt.wo_bias_offset, 1, 24, torch.float32)[0], wo_bias)
+    engine = _C.TransferEngine(
+        store,
+        slots=2,
+        lanes=1,
+        eviction="lru",
+        wait_deadline_ms=60_000,
+        faults=_C.Faults(),
+        populate=False,
+        read_bytes=0,
+    )
+    with pytest.raises(ValueError, match="activation is 'silu', but the expert store holds gated experts"):
+        _C.register_layer(engine, 1, 3, "silu")
+    handle = _C.register_layer(engine, 1, 3, "swiglu_oai")
+    try:
+        x, index, gate = torch.randn(7, 24), torch.randint(0, 3, (7, 2)), torch.rand(7, 2)
+        found = ops.moe_layer(x, index, gate, handle)
+        experts = [source.expert(1, i) for i in range(3)]
+        wi, wo = (torch.stack([expert[i] for expert in experts]) for i in range(2))
+        biases = [torch.stack([source.biases(1, e)[i] for e in range(3)]) for i in range(2)]
+        scales = {}
+        if dtype == "int8":
+            quantised = [[quantize_rows(m) for m in matrices] for matrices in (wi, wo)]
+            wi, wo = (torch.stack([q for q, _ in each]) for each in quantised)
+            scales = {
+                f"{n}_scale": torch.stack([s for _, s in each]) for n, each in zip(("wi", "wo"), quantised, strict=True)
+            }
+        slots = torch.arange(3, dtype=torch.int32)
+        expected = ops.moe_ffn(
+            x, index, gate, wi, wo, slots, activation="swiglu_oai", wi_bias=biases[0], wo_bias=biases[1], **scales
+        )
+        assert torch.equal(found, expected)
+    finally:
+        _C.unregister_layer(handle)
+        engine.close()
+
+
+def test_a_store_without_biases_stays_readable_by_older_versions(store):
+    _, header = open_store(store)
+    assert header.version == 1
+    assert not header.biased
+    assert b'"biased"' not in header.to_json()
+
+
+@pytest.mark.parametrize("field", ["wi", "wo", "wi_bias", "wo_bias"])
+def test_an_expert_of_another_shape_is_refused(tmp_path, field):
+    class Wrong(RandomExperts):
+        def expert(self, layer, index):
+            wi, wo = super().expert(layer, index)
+            return (wi[:-1] if field == "wi" else wi), (wo[:, :-1] if field == "wo" else wo)
+
+        def biases(self, layer, index):
+            wi_bias, wo_bias = super().biases(layer, index)
+            return (wi_bias[1:] if field == "wi_bias" else wi_bias), (wo_bias[1:] if field == "wo_bias" else wo_bias)
+
+    with pytest.raises(ValueError, match=rf"a\.mlp expert 0: {field} is torch.float32 of shape .* expected a float"):
+        write_store(Wrong(), tmp_path / "x.sida", "float32")
 
 
 def test_experts_that_span_shards(tmp_path, checkpoint):
@@ -152,7 +241,8 @@ def test_foreign_file(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 2, "format 2, this sida_ext reads up to 1"),
+        ("version", 3, "format 3, this sida_ext reads up to 2"),
+        ("biased", 1, "'biased' is 1"),
         ("version", "1", "'version' is '1', expected a positive integer"),
         ("dtype", "int3", "'dtype' is 'int3', expected one of"),
         ("d_model", -1, "'d_model' is -1"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import SwitchTransformersConfig
+from transformers import GptOssConfig, SwitchTransformersConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from sida_ext import ops
@@ -73,6 +74,64 @@ def test_every_dtype(x_dtype, w_dtype, top_k):
 @pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8], ids=str)
 def test_every_activation(activation, gated, w_dtype):
     check(layer(tokens=9, gated=gated, w_dtype=w_dtype), ("gated-" if gated else "") + activation)
+
+
+def with_biases(arguments, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    for name in ("wi", "wo"):
+        arguments[f"{name}_bias"] = torch.randn(arguments[name].shape[:2], generator=random)
+    return arguments
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gated-silu", "gated-gelu", "swiglu_oai"])
+@pytest.mark.parametrize("w_dtype", W_DTYPES, ids=str)
+def test_biases(w_dtype, activation, top_k):
+    gated = activation.startswith("gated-") or activation == "swiglu_oai"
+    arguments = with_biases(layer(tokens=9, top_k=top_k, gated=gated, w_dtype=w_dtype))
+    without = check({name: a for name, a in arguments.items() if not name.endswith("_bias")}, activation)
+    assert not torch.equal(check(arguments, activation), without)
+    for missing in ("wi_bias", "wo_bias"):
+        check({name: a for name, a in arguments.items() if name != missing}, activation)
+
+
+def test_biases_may_be_strided_as_in_a_record():
+    arguments = with_biases(layer(tokens=11))
+    expected = ops.moe_ffn(**arguments)
+    for name, wide in (("wi_bias", torch.randn(4, 100)), ("wo_bias", torch.randn(4, 71))):
+        columns = arguments[name].shape[1]
+        wide[:, 5 : 5 + columns] = arguments[name]
+        arguments[name] = wide[:, 5 : 5 + columns]
+    assert torch.equal(ops.moe_ffn(**arguments), expected)
+
+
+@pytest.mark.parametrize("x_dtype", X_DTYPES, ids=str)
+def test_swiglu_oai_is_transformers(x_dtype):
+    """GptOssExperts, whose gate and up rows alternate, with values far beyond its clamps."""
+    config = GptOssConfig(hidden_size=32, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    experts = GptOssExperts(config).eval()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=1.0)
+    x = torch.randn(13, 32).to(x_dtype)
+    index, gate = torch.randint(0, 4, (13, 2)), torch.rand(13, 2)
+    with torch.no_grad():
+        expected = experts.double()(x.double(), index, gate.double())
+    gate_up, bias = experts.gate_up_proj.detach().float(), experts.gate_up_proj_bias.detach().float()
+    actual = ops.moe_ffn(
+        x,
+        index,
+        gate,
+        torch.cat([gate_up[..., ::2], gate_up[..., 1::2]], -1).transpose(1, 2).contiguous(),
+        experts.down_proj.detach().float().transpose(1, 2).contiguous(),
+        torch.arange(4, dtype=torch.int32),
+        activation="swiglu_oai",
+        wi_bias=torch.cat([bias[..., ::2], bias[..., 1::2]], -1),
+        wo_bias=experts.down_proj_bias.detach().float(),
+    )
+    assert expected.abs().max() > 50
+    rtol = 3e-5 if x_dtype == torch.float32 else 2 * torch.finfo(x_dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=1e-3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,6 +233,11 @@ BAD = [
     (replaced(activation="gated-relu"), ValueError, r"expected 80 \(2 \* d_ff"),
     (replaced(missing="ignore"), ValueError, r"missing is 'ignore'"),
     (replaced(wi_scale=torch.ones(4, 40)), ValueError, r"wi_scale was given, but wi has dtype Float"),
+    (replaced(activation="gated-swiglu_oai"), ValueError, r"activation is 'gated-swiglu_oai', expected one of"),
+    (replaced(activation="swiglu_oai"), ValueError, r"expected 80 \(2 \* d_ff"),
+    (replaced(wi_bias=torch.zeros(4, 40).double()), TypeError, r"wi_bias has dtype Double, expected float32"),
+    (replaced(wo_bias=torch.zeros(24)), ValueError, r"wo_bias has shape \[24\], expected \[4, 24\]"),
+    (replaced(wo_bias=torch.zeros(24, 4).t()), ValueError, r"rows of wo_bias are not contiguous"),
     ({**layer(tokens=6, w_dtype=torch.int8), "wi_scale": None}, ValueError, r"needs wi_scale"),
     ({**layer(tokens=6, w_dtype=torch.int8), "wo_scale": torch.ones(4, 23)}, ValueError, r"wo_scale has shape"),
     (
@@ -229,12 +293,16 @@ def test_route_top1_refuses_bad_input():
         ops.route_top1(torch.zeros(1, 3, 4), 1, probs_dtype=torch.float64)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8], ids=str)
-def test_opcheck_moe_ffn(w_dtype):
+def test_opcheck_moe_ffn(w_dtype, biased):
     arguments = layer(tokens=6, w_dtype=w_dtype)
+    if biased:
+        arguments = with_biases(arguments)
     names = ("x", "expert_index", "gate", "wi", "wo", "slot_of_expert")
     extra = [arguments.get("wi_scale"), arguments.get("wo_scale"), "relu"]
-    torch.library.opcheck(torch.ops.sida.moe_ffn.default, [arguments[n] for n in names] + extra, {"missing": "error"})
+    keywords = {name: arguments.get(name) for name in ("wi_bias", "wo_bias")} | {"missing": "error"}
+    torch.library.opcheck(torch.ops.sida.moe_ffn.default, [arguments[n] for n in names] + extra, keywords)
 
 
 def test_opcheck_route_top1():

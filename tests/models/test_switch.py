@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import sida_ext
 from sida_ext import _C, SwitchTransformersForSequenceClassification
-from sida_ext.models.switch import moe_layers
+from sida_ext.models.families import moe_layers
 from tests.support.reference import build, small_config
 
 Encoder, EncoderDecoder = SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration

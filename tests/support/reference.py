@@ -22,10 +22,12 @@ def moe_ffn(
     wi_scale: Tensor | None = None,
     wo_scale: Tensor | None = None,
     activation: str = "relu",
+    wi_bias: Tensor | None = None,
+    wo_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer in float64 over the stored, dequantised weights, and what an error may be measured against:
-    ``|gate| * sum |wo| |h|`` plus the same term carried from wi ([T, d_model], before any constant)."""
-    gated = activation.startswith("gated-")
+    ``|gate| * (sum |wo| |h| + |bias|)`` plus the same term carried from wi ([T, d_model], before any constant)."""
+    gated = activation.startswith("gated-") or activation == "swiglu_oai"
     function = activation.removeprefix("gated-")
     x, wi, wo = x.double(), wi.double(), wo.double()
     if wi_scale is not None and wo_scale is not None:
@@ -42,8 +44,15 @@ def moe_ffn(
                 continue
             rows = wi[slot] @ x[token]
             spread = wi[slot].abs() @ x[token].abs()
-            if gated:
-                half = rows.shape[0] // 2
+            if wi_bias is not None:
+                rows, spread = rows + wi_bias[slot].double(), spread + wi_bias[slot].double().abs()
+            half = rows.shape[0] // 2
+            if activation == "swiglu_oai":
+                gate_half, up = rows[:half].clamp(max=7.0), rows[half:].clamp(-7.0, 7.0) + 1.0
+                act = gate_half * torch.sigmoid(1.702 * gate_half)
+                hidden = up * act
+                carried = spread[:half] * up.abs() * 1.2 + act.abs() * (spread[half:] + 1.0)
+            elif gated:
                 act = activate(function, rows[:half])
                 hidden = act * rows[half:]
                 carried = spread[:half] * rows[half:].abs() * 1.2 + act.abs() * spread[half:]
@@ -51,8 +60,9 @@ def moe_ffn(
                 hidden = activate(function, rows)
                 carried = spread * 1.2  # no activation here has a slope above 1.2
             weight = float(gate[token, choice])
-            out[token] += weight * (wo[slot] @ hidden)
-            bound[token] += abs(weight) * (wo[slot].abs() @ (hidden.abs() + carried))
+            last = torch.zeros(1) if wo_bias is None else wo_bias[slot].double()
+            out[token] += weight * (wo[slot] @ hidden + last)
+            bound[token] += abs(weight) * (wo[slot].abs() @ (hidden.abs() + carried) + last.abs())
     return out, bound
 
 

@@ -213,13 +213,18 @@ struct KernelSet {
   static F hidden(const Activate& args, const float* sums, const float* up_sums, int64_t row) {
     const int64_t left = args.rows - row;
     if (left <= 0) return F{};
-    F value = load_some(sums + row, left);
-    if (args.scale != nullptr) value *= load_some(args.scale + row, left);
-    value = Math<S>::template apply<activation>(value);
-    if (up_sums != nullptr) {
-      F up = load_some(up_sums + row, left);
-      if (args.up_scale != nullptr) up *= load_some(args.up_scale + row, left);
-      value *= up;
+    const auto product = [&](const float* sums, const float* scale, const float* bias) {
+      F value = load_some(sums + row, left);
+      if (scale != nullptr) value *= load_some(scale + row, left);
+      if (bias != nullptr) value += load_some(bias + row, left);
+      return value;
+    };
+    F value = product(sums, args.scale, args.bias);
+    if constexpr (activation == Activation::swiglu_oai) {
+      value = Math<S>::swiglu_oai(value, product(up_sums, args.up_scale, args.up_bias));
+    } else {
+      value = Math<S>::template apply<activation>(value);
+      if (up_sums != nullptr) value *= product(up_sums, args.up_scale, args.up_bias);
     }
     // Lanes past the last row must be zero whatever the activation of zero is.
     for (int64_t i = left; i < S::lanes; ++i) value[i] = 0.0f;
@@ -280,6 +285,8 @@ struct KernelSet {
         return activate_as<sqrtsoftplus>(args, tiles, store);
       case linear:
         return activate_as<linear>(args, tiles, store);
+      case swiglu_oai:
+        return activate_as<swiglu_oai>(args, tiles, store);
     }
   }
 
@@ -295,11 +302,13 @@ struct KernelSet {
     __builtin_memcpy(to, all, count * (dtype == DType::f32 ? 4 : 2));
   }
 
-  static void finish(const float* sums, int64_t rows, const float* scale, float gate, DType out_dtype, void* out) {
+  static void finish(const float* sums, int64_t rows, const float* scale, const float* bias, float gate,
+                     DType out_dtype, void* out) {
     const int64_t element = out_dtype == DType::f32 ? 4 : 2;
     for (int64_t row = 0; row < rows; row += S::lanes) {
       F value = load_some(sums + row, rows - row);
       if (scale != nullptr) value *= load_some(scale + row, rows - row);
+      if (bias != nullptr) value += load_some(bias + row, rows - row);
       store_some(out_dtype, static_cast<char*>(out) + row * element, value * gate, rows - row);
     }
   }

@@ -50,7 +50,8 @@ struct Project {
   int64_t sums_stride;
 };
 
-// Rows [row_begin, row_begin + rows) of h = activation(sums * scale) [* (up_sums * up_scale)], for all tokens.
+// Rows [row_begin, row_begin + rows) of h = activation(sums * scale + bias) [* (up_sums * up_scale + up_bias)], for all
+// tokens (swiglu_oai combines the two in its own way).
 // row_begin is a multiple of `group`.
 struct Activate {
   Activation activation;
@@ -60,6 +61,8 @@ struct Activate {
   int64_t sums_stride;
   const float* scale;  // at row_begin; null: 1
   const float* up_scale;
+  const float* bias;  // at row_begin; null: 0
+  const float* up_bias;
   int64_t row_begin, rows;
   Panel h;
 };
@@ -75,8 +78,9 @@ struct Kernels {
   void (*pack)(const Pack&);
   void (*project)(const Project&);
   void (*activate)(const Activate&);
-  // out[r] = (sums[r] * scale[r]) * gate, rounded to out_dtype; scale null: 1
-  void (*finish)(const float* sums, int64_t rows, const float* scale, float gate, DType out_dtype, void* out);
+  // out[r] = (sums[r] * scale[r] + bias[r]) * gate, rounded to out_dtype; scale null: 1, bias null: 0
+  void (*finish)(const float* sums, int64_t rows, const float* scale, const float* bias, float gate, DType out_dtype,
+                 void* out);
   // out[i] = sum over k of partials[k * width + i] in the order of k, rounded to out_dtype
   void (*combine)(const float* partials, int64_t top_k, int64_t width, DType out_dtype, void* out);
   // `rounds` times multiply_adds fused multiply-adds of one lane each, all in registers. For measuring.

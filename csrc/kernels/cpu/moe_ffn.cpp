@@ -178,6 +178,10 @@ class Call {
     return matrix.scale == nullptr ? nullptr : matrix.scale + slot * matrix.scale_slot_stride + row;
   }
 
+  static const float* bias(const ExpertMatrix& matrix, int32_t slot, int64_t row) {
+    return matrix.bias == nullptr ? nullptr : matrix.bias + slot * matrix.bias_slot_stride + row;
+  }
+
   Panel hidden_panel(const TokenBlock& block, float* h) const {
     return {h, block.tokens, args_.d_ff, layout_.h.padded_width, layout_.h.terms};
   }
@@ -201,10 +205,11 @@ class Call {
       };
       project(first, buffers.sums);
       if (args_.gated) project(args_.d_ff + first, buffers.up_sums);
-      kernels_.activate({args_.activation, args_.w_dtype, buffers.sums, args_.gated ? buffers.up_sums : nullptr,
-                         layout_.sums_stride, scale(args_.wi, block.slot, first),
-                         args_.gated ? scale(args_.wi, block.slot, args_.d_ff + first) : nullptr, first, rows,
-                         hidden_panel(block, h)});
+      kernels_.activate(
+          {args_.activation, args_.w_dtype, buffers.sums, args_.gated ? buffers.up_sums : nullptr, layout_.sums_stride,
+           scale(args_.wi, block.slot, first), args_.gated ? scale(args_.wi, block.slot, args_.d_ff + first) : nullptr,
+           bias(args_.wi, block.slot, first), args_.gated ? bias(args_.wi, block.slot, args_.d_ff + first) : nullptr,
+           first, rows, hidden_panel(block, h)});
     }
   }
 
@@ -220,7 +225,8 @@ class Call {
       for (int64_t t = 0; t < block.tokens; ++t) {
         const int64_t entry = plan_.entries[block.first + t];
         kernels_.finish(buffers.sums + t * layout_.sums_stride, rows, scale(args_.wo, block.slot, first),
-                        args_.gate[entry], out_dtype, out + (entry * args_.d_model + first) * element_bytes(out_dtype));
+                        bias(args_.wo, block.slot, first), args_.gate[entry], out_dtype,
+                        out + (entry * args_.d_model + first) * element_bytes(out_dtype));
       }
     }
   }
@@ -242,6 +248,9 @@ void moe_ffn_with(const Kernels& kernels, const MoeFfnArgs& args, const Parallel
   if ((args.top_k == 1) != (args.partials == nullptr)) {
     fail(ErrorKind::invalid, "moe_ffn: partials is ", args.partials == nullptr ? "null" : "given", " with top_k ",
          args.top_k, "; it is given if and only if top_k is above 1");
+  }
+  if (args.activation == Activation::swiglu_oai && !args.gated) {
+    fail(ErrorKind::invalid, "moe_ffn: activation swiglu_oai combines two halves, expected gated weights");
   }
   if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return;
   Call(kernels, args, parallel).run(parallel);

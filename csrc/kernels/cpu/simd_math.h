@@ -103,6 +103,14 @@ struct Math {
 
   static F gelu(F x) { return x * normal(x); }
 
+  // GPT-OSS's gate: `gate` through a steeper silu, clamped first, times the clamped other half plus one.
+  static F swiglu_oai(F gate, F up) {
+    gate = at_most(gate, 7.0f);
+    up = at_most(at_least(up, -7.0f), 7.0f);
+    return (up + 1.0f) * (gate * Math::sigmoid(1.702f * gate));
+  }
+
+  // Of the activations of one argument: all but swiglu_oai.
   template <Activation activation>
   static F apply(F x) {
     using enum Activation;

@@ -61,6 +61,8 @@ __device__ inline float activate(float value, Activation activation) {
       return value < -20.0f ? expf(0.5f * value) : sqrtf(softplus(value));
     case Activation::linear:
       return value;
+    case Activation::swiglu_oai:
+      break;  // refused before a launch
   }
   return value;
 }

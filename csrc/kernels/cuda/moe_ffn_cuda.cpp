@@ -65,6 +65,10 @@ void check_sizes(const MoeFfnArgs& args) {
          ", d_ff ", args.d_ff, ", experts ", args.num_experts, ", slots ", args.num_slots,
          ": expected positive sizes with at most ", largest, " (token, choice) rows; split the batch");
   }
+  if (args.wi.bias != nullptr || args.wo.bias != nullptr || args.activation == Activation::swiglu_oai) {
+    fail(ErrorKind::invalid, "cuda::moe_ffn: there are no CUDA kernels for biases and swiglu_oai; expected experts ",
+         "without them, or compute them on the CPU");
+  }
   if ((args.partials == nullptr) != (args.top_k == 1)) {
     fail(ErrorKind::invalid, "cuda::moe_ffn: partials is ", args.partials == nullptr ? "null" : "given", " with top_k ",
          args.top_k, ", expected it if and only if top_k is above 1");

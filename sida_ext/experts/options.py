@@ -1,0 +1,130 @@
+"""One set of options for everything that serves a model: Python, the command line and the server.
+
+An option is added here and nowhere else in Python: ``from_pretrained``, ``swap_experts`` and ``Runtime`` take each
+field of :class:`Options` as an argument of that name, or a whole object as ``options=``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from sida_ext import _C
+
+__all__ = ["DTYPES", "EVICTIONS", "PINS", "ROUTINGS", "Options", "options_from"]
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+EVICTIONS = ("next_use", "lru", "lfu", "fifo")
+ROUTINGS = ("router", "predicted", "confident")
+PINS = ("require", "try")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is served. Checked when it is made; what needs the store or the machine is checked when it is used.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: where the model computes; ``expert_memory`` is of its memory.
+        expert_memory: the hard budget of expert memory: bytes, ``"2GiB"``, ``"25%"`` of the experts, or ``"auto"``.
+        host_memory: the pinned pool between the store and a GPU: bytes, ``"8GiB"``, ``"50%"`` of the experts; None: all
+            experts if they fit in half of the memory that is free, else as many, which is said. Not for the CPU.
+        expert_dtype: what experts are packed as at first use: float32, float16, bfloat16 or int8 (one factor for each
+            row). With ``store`` they are what the store holds.
+        routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
+            budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
+            ``"confident"``: the table for a token and layer where its probability reaches ``confidence``, the router
+            elsewhere. Other than ``"router"`` for Switch Transformers only.
+        confidence: with ``routing="confident"``, the probability (``HashTable.probability``, or ``gate`` where a
+            predictor gives none) from which the table decides. 0 gives the bits of ``"predicted"``, more than 1 those
+            of ``"router"``. Expert capacity binds the router's choices alone; the router's choice for a token that the
+            table decides still takes its place in it.
+        store: an expert store made by ``sida pack``; None: the packed one in the cache.
+        store_cache: folder of packed stores; None: ``$SIDA_CACHE``, else ``~/.cache/sida``.
+        allow_pickle: read ``pytorch_model.bin`` files (with ``weights_only=True``); refused without it.
+        lanes: reads under way at once; None: measured (:mod:`sida_ext.experts.read_plan`). On a GPU: copies to it,
+            None: 2.
+        read_bytes: largest single read, a multiple of 4096; 0: an expert at once; None: measured.
+        eviction: next_use, lru, lfu or fifo.
+        wait_deadline: seconds after which a wait for an expert raises TimeoutError.
+        pin: ``"require"``: an error, with the limits, if the pool of a GPU machine cannot be pinned; ``"try"``: then it
+            goes on with memory that is not, and slower copies.
+        populate: ask the system for the budget's memory at the start, in the background, so that the first loads do not
+            wait for it; False: as experts come.
+        faults: injected faults, for tests: see ``_C.Faults``.
+
+    Raises:
+        ValueError, TypeError: an option that cannot work; the message names it, its value and what is expected.
+    """
+
+    device: str | torch.device = "cpu"
+    expert_memory: str | int = "2GiB"
+    host_memory: str | int | None = None
+    expert_dtype: str = "bfloat16"
+    routing: str = "router"
+    confidence: float = 0.9
+    store: str | os.PathLike[str] | None = None
+    store_cache: str | os.PathLike[str] | None = None
+    allow_pickle: bool = False
+    lanes: int | None = None
+    read_bytes: int | None = None
+    eviction: str = "next_use"
+    wait_deadline: float = 60.0
+    pin: str = "require"
+    populate: bool = True
+    faults: _C.Faults | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("expert_dtype", DTYPES),
+            ("routing", ROUTINGS),
+            ("eviction", EVICTIONS),
+            ("pin", PINS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+        if not _is_number(self.confidence) or not self.confidence >= 0:
+            raise ValueError(
+                f"confidence is {self.confidence!r}, expected a probability from which the table decides: 0 for "
+                "always, above 1 for never"
+            )
+        if not _is_number(self.wait_deadline) or not self.wait_deadline > 0:
+            raise ValueError(f"wait_deadline is {self.wait_deadline!r}, expected seconds above 0")
+        if self.lanes is not None and (not _is_whole(self.lanes) or self.lanes < 1):
+            raise ValueError(f"lanes is {self.lanes!r}, expected a number of reads of at least 1, or None")
+        if self.read_bytes is not None and (not _is_whole(self.read_bytes) or self.read_bytes < 0):
+            raise ValueError(f"read_bytes is {self.read_bytes!r}, expected a multiple of 4096, 0 or None")
+        for name in ("allow_pickle", "populate"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}, expected True or False")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+NAMES = tuple(field.name for field in fields(Options))
+
+
+def options_from(options: Options | None, arguments: dict[str, Any], **defaults: Any) -> Options:
+    """The options of a call, taken out of its keyword arguments.
+
+    Args:
+        options: the caller's ``options=``; None: the defaults.
+        arguments: changed: the fields of :class:`Options` are taken out of it.
+        defaults: of the callee, where they differ from those of :class:`Options`; they yield to both.
+
+    Raises:
+        TypeError: ``options`` is something else.
+    """
+    if options is not None and not isinstance(options, Options):
+        raise TypeError(f"options is {type(options).__name__}, expected sida_ext.Options")
+    given = {name: arguments.pop(name) for name in NAMES if name in arguments}
+    return replace(options, **given) if options is not None else Options(**{**defaults, **given})

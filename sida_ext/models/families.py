@@ -1,0 +1,96 @@
+"""Which family a model is of, and what is asked of a family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from sida_ext.experts.runtime import Runtime
+from sida_ext.experts.store import StoreHeader
+from sida_ext.models.layers import ServedLayer
+from sida_ext.models.seam import SeamFamily
+from sida_ext.models.switch import SwitchFamily
+
+__all__ = ["OUTSIDE", "Family", "family_of", "moe_layers"]
+
+# Families with experts of their own outside transformers' seam: a forward registered there is never called for them.
+OUTSIDE = {
+    "nllb_moe": "its experts module in transformers runs the first two experts only, whatever the router chooses, so "
+    "there is nothing right to be compared with",
+    "dbrx": "its experts do not go through transformers' experts seam",
+    "jetmoe": "its experts do not go through transformers' experts seam",
+    "llama4": "all its experts run for every token, outside transformers' experts seam",
+    "llama4_text": "all its experts run for every token, outside transformers' experts seam",
+    "longcat_flash": "its experts do not go through transformers' experts seam",
+    "step3p7": "its experts do not go through transformers' experts seam",
+}
+
+
+class Family(Protocol):
+    """How the models of a family are served; a class without state."""
+
+    name: str
+
+    @property
+    def ignored_keys(self) -> Sequence[str]:
+        """Patterns of the checkpoint's keys that no parameter of the stripped model takes."""
+
+    predicted_routing: bool
+
+    @staticmethod
+    def layers(model: nn.Module) -> dict[str, nn.Module]:
+        """Module path -> MoE layer or experts module, swapped or not, in the order in which they run."""
+
+    @classmethod
+    def source(cls, model: PreTrainedModel) -> Any:
+        """The experts of a model in memory, an :class:`~sida_ext.experts.source.ExpertSource`."""
+
+    @classmethod
+    def strip(cls, model: nn.Module) -> list[ServedLayer]:
+        """Take the experts' parameters out of a model that is not swapped yet; its served layers."""
+
+    @staticmethod
+    def activation(model: PreTrainedModel, layer: ServedLayer) -> str:
+        """Name of the kernel's activation for a layer."""
+
+    @staticmethod
+    def check_activation(model: PreTrainedModel, runtime: Runtime) -> None:
+        """Raises ValueError where the kernels cannot serve this model, before it is touched."""
+
+    @staticmethod
+    def check_fit(model: PreTrainedModel, header: StoreHeader, layers: list[ServedLayer], path: str) -> None:
+        """Raises ValueError unless the store holds the model's layers in the model's shapes."""
+
+    @staticmethod
+    def has_decoder(model: nn.Module) -> bool:
+        """Whether the model has a decoder whose steps a DecoderPredictor can predict."""
+
+    @staticmethod
+    def enter(model: PreTrainedModel, runtime: Runtime, layers: list[ServedLayer]) -> None:
+        """Let predictions stand before the stacks' forwards."""
+
+
+FAMILIES: tuple[Family, ...] = (SwitchFamily(), SeamFamily())
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, swapped or not.
+
+    Raises:
+        ValueError: its experts cannot be served; the message names the model and says why.
+    """
+    for family in FAMILIES:
+        if family.layers(model):
+            return family
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    why = OUTSIDE.get(kind or "", "it has no MoE layers of Switch Transformers or of transformers' experts seam")
+    raise ValueError(f"the experts of {type(model).__name__} (model_type {kind!r}) cannot be served: {why}")
+
+
+def moe_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path -> MoE layer (of the seam: experts module), swapped or not, in the order in which they run (encoder
+    first); empty where there is none."""
+    return SwitchFamily.layers(model) or SeamFamily.layers(model)

@@ -1,0 +1,293 @@
+"""The swap: ``from_pretrained`` and ``swap_experts`` for every family."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from sida_ext.experts.checkpoint import Checkpoint, resolve_folder
+from sida_ext.experts.cuda import resolve_device
+from sida_ext.experts.options import Options, options_from
+from sida_ext.experts.runtime import Runtime
+from sida_ext.experts.store import check_source, default_cache, ensure_store, open_store, write_store
+from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+from sida_ext.models.families import Family, family_of, moe_layers
+from sida_ext.models.guards import guard_model
+from sida_ext.models.layers import ServedLayer
+from sida_ext.prediction.protocol import split_predictors
+
+__all__ = ["from_pretrained", "swap_experts"]
+
+logger = logging.getLogger("sida_ext")
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+REFUSED_ARGUMENTS = {
+    "device_map": "expert memory has one device, named by device=",
+    "quantization_config": "experts are quantised by expert_dtype='int8'",
+    "tp_plan": "tensor parallelism is not supported",
+    "state_dict": "the experts are read from the checkpoint's files",
+    "output_loading_info": "the model alone is returned",
+}
+
+
+def _gathered(options: Options | None, arguments: dict[str, Any], **named: Any) -> Options:
+    """The options of a call: ``options=``, and over it what was given by name.
+
+    Args:
+        arguments: further keyword arguments; those that are options are taken out.
+        named: options that are parameters of the callee. Beside ``options=`` one that equals its default yields to it.
+    """
+    for name, value in named.items():
+        if options is None or value != Options.__dataclass_fields__[name].default:
+            arguments[name] = value
+    return options_from(options, arguments)
+
+
+def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: Options) -> None:
+    """What the predictors and the routing need of the model."""
+    _, decoder = split_predictors(predictor)
+    if options.routing != "router" and not family.predicted_routing:
+        raise ValueError(
+            f"routing is {options.routing!r}, expected 'router' for {type(model).__name__}: tables replace the "
+            "router of Switch Transformers alone"
+        )
+    if decoder is not None and not family.has_decoder(model):
+        raise ValueError(
+            f"predictor holds {type(decoder).__name__}, which predicts a decoder, but {type(model).__name__} has no "
+            "decoder with MoE layers"
+        )
+
+
+def _connect(
+    model: PreTrainedModel, family: Family, layers: list[ServedLayer], runtime: Runtime, predictor: Any
+) -> None:
+    """Let the stripped model compute from the runtime's experts."""
+    for layer in layers:
+        layer.connect(runtime, family.activation(model, layer))
+    if runtime.device.type != "cpu":
+        model.to(runtime.device)  # type: ignore[arg-type]
+    guard_model(model, list(family.layers(model)))
+    runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
+    family.enter(model, runtime, layers)
+    model.sida = runtime  # type: ignore[assignment]
+
+
+def _config_of(path: str | os.PathLike[str], config: Any, hub: dict[str, Any]) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config is not None and not isinstance(config, (str, os.PathLike)):
+        raise TypeError(f"config is {type(config).__name__}, expected a configuration, a folder or a hub id")
+    return AutoConfig.from_pretrained(path if config is None else config, **hub)
+
+
+def _model_class(config: PreTrainedConfig, model_class: Any) -> type[PreTrainedModel]:
+    """The class to load: the caller's, what an Auto class of the caller's stands for, or the one that config.json
+    names."""
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is not None:
+        try:
+            found = mapping[type(config)]
+        except KeyError:
+            raise ValueError(
+                f"model_class is {model_class.__name__}, which knows no model for {type(config).__name__}; name the "
+                f"class itself (config.json: {', '.join(config.architectures or []) or 'no architectures'})"
+            ) from None
+        return found[0] if isinstance(found, (list, tuple)) else found
+    if model_class is not None:
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise TypeError(f"model_class is {model_class!r}, expected a class of transformers models or an Auto class")
+        return model_class
+    names = config.architectures or []
+    own = {SwitchTransformersForSequenceClassification.__name__: SwitchTransformersForSequenceClassification}
+    for name in names:
+        found = own.get(name) or getattr(transformers, name, None)
+        if found is not None:
+            return found
+    raise ValueError(f"config.json names architectures {names}, none of which is known; pass model_class=")
+
+
+def _without_experts(
+    base: type[PreTrainedModel], stripped: list[tuple[Family, list[ServedLayer]]]
+) -> type[PreTrainedModel]:
+    """The class to load by: its models lose their experts' parameters as soon as they are made, before anything is
+    loaded, so that transformers' loader never asks for them."""
+
+    def make(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        family = family_of(self)
+        # transformers collects these on the object when it is made.
+        self._keys_to_ignore_on_load_unexpected = {
+            *(getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()),
+            *family.ignored_keys,
+        }
+        stripped.append((family, family.strip(self)))
+
+    # transformers knows what to convert and to cast by the class's name.
+    return type(base.__name__, (base,), {"__init__": make, "__module__": base.__module__})
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    expert_memory: str | int = "2GiB",
+    host_memory: str | int | None = None,
+    expert_dtype: str = "bfloat16",
+    routing: str = "router",
+    predictor: Any = None,
+    model_class: Any = None,
+    *,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A transformers model whose experts stay in an expert store and are brought into a bounded memory.
+
+    The experts are never all in memory, also while loading. At first use they are packed into a store in the cache
+    folder (``$SIDA_CACHE`` or ``~/.cache/sida``), and said where.
+
+    Args:
+        path_or_id: checkpoint folder or hub id: Switch Transformers, or any family whose experts go through
+            transformers' experts seam (docs/families.md).
+        device, expert_memory, host_memory, expert_dtype, routing: see :class:`~sida_ext.experts.options.Options`.
+        predictor: a :class:`~sida_ext.prediction.protocol.Predictor`, what ``stream`` takes when it is given none; or a
+            :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both.
+        model_class: the transformers class to load, or an Auto class; None: the one that config.json names.
+        options: all options in one object; options given by name go before it.
+        progress: is told experts packed and experts in all.
+        kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else is passed to
+            transformers (``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
+            ``cache_dir``, ...); ``device_map`` and ``quantization_config`` are refused.
+
+    Returns:
+        A model of ``model_class`` in evaluation mode, parameters frozen; its runtime is ``model.sida``.
+
+    Raises:
+        ValueError: an argument that cannot work. StoreError: a store that is damaged or of another checkpoint.
+    """
+    options = _gathered(
+        options,
+        kwargs,
+        device=device,
+        expert_memory=expert_memory,
+        host_memory=host_memory,
+        expert_dtype=expert_dtype,
+        routing=routing,
+    )
+    resolve_device(options.device, options.host_memory)
+    split_predictors(predictor)
+    for name, reason in REFUSED_ARGUMENTS.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is {kwargs[name]!r}, expected nothing: {reason}")
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    folder = resolve_folder(path_or_id, allow_pickle=options.allow_pickle, **hub)
+    config = _config_of(folder, kwargs.pop("config", None), {})
+    base = _model_class(config, model_class)
+    with Checkpoint(folder, options.allow_pickle) as source:
+        if options.store is None:
+            path = ensure_store(
+                source, options.expert_dtype, options.store_cache, say=logger.warning, progress=progress
+            )
+        else:
+            path = Path(options.store)
+            _, header = open_store(path)
+            check_source(header, source, str(path))
+        # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
+        other_bytes = source.other_bytes(itemsize=4)
+    stripped: list[tuple[Family, list[ServedLayer]]] = []
+    # Before the other weights, so that the system backs expert memory while they are read.
+    runtime = Runtime(path, options, reserved=other_bytes)
+    try:
+        model = _without_experts(base, stripped).from_pretrained(
+            folder, config=config, use_safetensors=None if options.allow_pickle else True, **kwargs
+        )
+        model.__class__ = base
+        family, layers = stripped.pop()
+        _own_memory(model)
+        family.check_fit(model, runtime.header, layers, str(path))
+        _check_predictor(model, family, predictor, options)
+        _connect(model, family, layers, runtime, predictor)
+    except BaseException:
+        runtime.close()
+        raise
+    finally:
+        stripped.clear()  # a class is freed by the cycle collector alone, and the one made here would keep the layers
+    return model
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy weights that are views of the checkpoint's mapped files: their pages would be dropped and read again where
+    memory is short, and their alignment in the file would show in the last bits of products."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+
+
+def swap_experts(
+    model: PreTrainedModel,
+    device: str | torch.device = "cpu",
+    expert_memory: str | int = "2GiB",
+    host_memory: str | int | None = None,
+    expert_dtype: str = "bfloat16",
+    routing: str = "router",
+    predictor: Any = None,
+    *,
+    options: Options | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Move the experts of a model in memory into an expert store and serve them from there; changes ``model``.
+
+    Args:
+        model: Switch Transformers, or of any family of transformers' experts seam.
+        kwargs: further options by name. ``store`` is where to write the store; None: a temporary folder that goes when
+            the runtime is closed.
+        The others are those of :func:`from_pretrained`.
+
+    Returns:
+        The same model, in evaluation mode, parameters frozen. If anything fails before the swap, it is unchanged.
+    """
+    options = _gathered(
+        options,
+        kwargs,
+        device=device,
+        expert_memory=expert_memory,
+        host_memory=host_memory,
+        expert_dtype=expert_dtype,
+        routing=routing,
+    )
+    if kwargs:
+        raise TypeError(f"swap_experts got {next(iter(kwargs))!r}, expected a field of sida_ext.Options")
+    resolve_device(options.device, options.host_memory)
+    family = family_of(model)
+    if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
+        raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
+    _check_predictor(model, family, predictor, options)
+    folder = None
+    if options.store is None:
+        default_cache().mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix="swapped-", dir=default_cache())
+    try:
+        path = Path(options.store) if options.store is not None else Path(folder.name) / "experts.sida"  # type: ignore[union-attr]
+        write_store(family.source(model), path, options.expert_dtype)
+        runtime = Runtime(path, options, folder=folder)
+        # What the model asks of the kernels is checked before it is touched.
+        try:
+            family.check_activation(model, runtime)
+        except BaseException:
+            runtime.close()
+            raise
+    except BaseException:
+        if folder is not None:
+            folder.cleanup()
+        raise
+    _connect(model, family, family.strip(model), runtime, predictor)
+    return model
