@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["LayerStats", "Stats"]
+__all__ = ["PLACES", "ExpertStanding", "LayerStats", "Stats"]
+
+
+PLACES = ("absent", "arriving", "here", "in use")
+
+
+class ExpertStanding(NamedTuple):
+    """One expert at a moment.
+
+    Args:
+        place: ``"absent"``, ``"arriving"``, ``"here"`` or ``"in use"`` (a layer computes from it).
+        demands: layers that have wanted it since the start.
+    """
+
+    place: str
+    demands: int
 
 
 @dataclass(frozen=True)

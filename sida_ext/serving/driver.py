@@ -150,29 +150,35 @@ class Driver:
                     self._scheduler.leave(number)
                     self._left.append(running)
 
-    def close(self, timeout: float) -> bool:
-        """Take no more rows, let those that are there end for ``timeout`` seconds, stop the thread; False if rows were
-        cut off, which are answered with an error."""
+    def refuse(self) -> None:
+        """Take no more requests; the thread ends when those that are there have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        end = time.monotonic() + timeout
-        while time.monotonic() < end and self._thread.is_alive():
-            self._thread.join(timeout=min(0.05, max(end - time.monotonic(), 0.0)))
-        whole = not self._thread.is_alive()
-        if not whole:
-            problem = Problem(503, "the server was shut down before the answer was complete", code="shutting_down")
-            with self._changed:
-                for number, running in list(self._rows.items()):
-                    self._scheduler.leave(number)
-                    self._rows.pop(number)
-                    self._left.append(running)
-                    self._answer(running, problem)
-                answers, self._answers = self._answers, []
-                self._changed.notify()
+
+    def cut(self) -> None:
+        """End every row that is left with an error."""
+        problem = Problem(503, "the server was shut down before the answer was complete", code="shutting_down")
+        with self._changed:
+            rows, self._rows = self._rows, {}
+            for number, running in rows.items():
+                self._scheduler.leave(number)
+                self._left.append(running)
+                self._answer(running, problem)
+            answers, self._answers = self._answers, []
+            self._changed.notify()
+        if answers:
             self._deliver(answers)
-            self._thread.join(timeout=10.0)
-        return whole
+
+    def join(self, timeout: float = 60.0) -> None:
+        """Wait for the thread after :meth:`refuse`.
+
+        Raises:
+            TimeoutError: it still computes.
+        """
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"a step of the model has not ended within {timeout:.0f} s")
 
     def _drive(self) -> None:
         while True:
