@@ -1,4 +1,4 @@
-"""Checks, before it is loaded, that the extension was built for the torch that is installed."""
+"""Loads the compiled extension, after a check that it was built for the torch that is installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import torch
+
+__all__ = ["_C", "check_build"]
 
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
 
@@ -28,3 +30,9 @@ def check_build(path: Path = BUILD_INFO, found: str = torch.__version__) -> dict
             "this one: pip install --force-reinstall --no-deps --no-build-isolation ."
         )
     return info
+
+
+check_build()
+
+# Every module takes the extension from here, so that none loads it unchecked.
+from sida_ext import _C  # noqa: E402

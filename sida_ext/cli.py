@@ -7,15 +7,17 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from sida_ext.files import written_whole
+from sida_ext.progress import console, progress_bar, show_log
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
@@ -28,32 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
-
-
-class _Bar:
-    """A progress bar that a (done, total) callback drives."""
-
-    def __init__(self, label: str) -> None:
-        self._progress = Progress(
-            TextColumn(label),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(label, total=None)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
 
 @app.command()
@@ -66,10 +42,10 @@ def pack(
 ) -> None:
     """Write the experts of a checkpoint as aligned, checksummed records."""
     from sida_ext.experts.budget import format_bytes
-    from sida_ext.experts.store import pack as pack_store
+    from sida_ext.models.packing import pack as pack_store
 
     hub = {"revision": revision} if revision is not None else {}
-    with _Bar("packing") as bar:
+    with progress_bar("packing") as bar:
         header = pack_store(checkpoint, out, dtype, allow_pickle=allow_pickle, progress=bar, **hub)
     print(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
@@ -105,7 +81,9 @@ def _read_lines(files: list[Path]) -> list[tuple[str, str | None]]:
                     found = json.loads(line)
                     text, target = found["text"], found.get("target")
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{path}:{number}: expected a JSON object with a 'text', got {error!r}") from error
+                    raise ValueError(
+                        f"{path}:{number} is {line.strip()[:60]!r}, expected a JSON object with a 'text': {error!r}"
+                    ) from error
                 if not isinstance(text, str):
                     raise ValueError(f"{path}:{number}: 'text' is {type(text).__name__}, expected a string")
                 if target is not None and not isinstance(target, str):
@@ -222,7 +200,7 @@ def plan(
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
-        with _Bar("routing") as bar:
+        with progress_bar("routing") as bar:
 
             def counted() -> Iterator[dict[str, Any]]:
                 for number, batch in enumerate(given, 1):
@@ -233,7 +211,8 @@ def plan(
     finally:
         runtime_of(loaded).close()
     rows = compare(routing, [share / 100 for share in range(10, 100, 10)], lookahead)
-    table = Table(title=f"hit rates, {'perfect tables' if predictor is None else predictor}, lookahead {lookahead}")
+    named = "perfect tables" if predictor is None else escape(predictor)
+    table = Table(title=f"hit rates, {named}, lookahead {lookahead}")
     for column in ("budget", "experts", "OPT", *POLICIES):
         table.add_column(column, justify="right")
     for row in rows:
@@ -336,7 +315,7 @@ def run(
         if trace is not None:
             runtime.start_trace()
         begin = time.perf_counter()
-        with watch_order(loaded) if order == "overlap" else nullcontext() as watch, _Bar("running") as bar:
+        with watch_order(loaded) if order == "overlap" else nullcontext() as watch, progress_bar("running") as bar:
             given = batches() if watch is None else watch.batches(batches())
             for number, output in enumerate(stream(loaded, given, chosen, ahead, order)):
                 batch = formed[number]
@@ -345,7 +324,7 @@ def run(
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
         if out is not None:
-            with _written_whole(out) as file:
+            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
                 for number, text in enumerate(lines):
                     file.write(json.dumps({"text": text, **rows[number]}) + "\n")
         tokens = sum(sum(batch.lengths) for batch in formed)
@@ -371,18 +350,6 @@ def _summary(output: Any) -> dict[str, Any]:
     return {"mean": states.mean().item(), "norm": states.norm().item()}
 
 
-@contextmanager
-def _written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name when it is complete, and leaves nothing behind otherwise."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _print_savings(savings: OrderSavings) -> None:
     from sida_ext.experts.budget import format_bytes
 
@@ -399,11 +366,11 @@ def _write_trace(runtime: Runtime, path: Path) -> None:
     try:
         events = runtime.take_trace()
     except RuntimeError as error:
-        raise ValueError(f"--trace: {error}") from error
+        raise ValueError(f"--trace: {error!r}") from error
     write_chrome_trace(events, path)
     picture = path.with_suffix(".png")
     draw([("sida run", events)], picture)
-    console.print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing), {picture}")
+    console.print(f"trace: {path} (open it in ui.perfetto.dev or chrome://tracing), {picture}", markup=False)
 
 
 def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
@@ -416,7 +383,7 @@ def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
         table.add_column(column, justify="right" if column != "layer" else "left", overflow="fold")
     for name, row in [*((layer.name, layer) for layer in stats.layers), ("all", stats)]:
         table.add_row(
-            name,
+            escape(name),
             str(row.unique),
             str(row.hits),
             str(row.late),
@@ -452,6 +419,7 @@ def main() -> None:
     """Errors that the user can mend are one line and exit status 1, not a traceback."""
     from sida_ext.errors import PredictorError, StoreError
 
+    show_log()
     try:
         app()
     except (StoreError, PredictorError, ValueError, OSError, TimeoutError, ImportError) as error:

@@ -1,9 +1,10 @@
-"""What this machine is: versions, instruction sets, devices, measured rates. ``python -m sida_ext.info``."""
+"""What this machine is: versions, instruction sets, devices, measured rates."""
 
 from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,14 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     import torch
     import transformers
 
-    import sida_ext
-    from sida_ext import _C
-    from sida_ext._load import check_build
+    from sida_ext._load import _C, check_build
     from sida_ext.experts.budget import available_memory, format_bytes
-    from sida_ext.experts.store import default_cache
+    from sida_ext.experts.folders import default_cache
 
     build = check_build()
     found: dict[str, Any] = {
         "versions": {
-            "sida_ext": sida_ext.__version__,
+            "sida_ext": _version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -59,27 +58,16 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
             "lanes": plan.lanes,
             "largest read": format_bytes(plan.read_bytes),
             "why": plan.why,
-            "by hand": "lanes=, read_bytes= of from_pretrained; lookahead= of stream",
-            **_lookaheads(plan),
+            "to set it yourself": "lanes=, read_bytes= of from_pretrained",
         }
     return found
 
 
-def _lookaheads(plan: Any) -> dict[str, str]:
-    """What stream(lookahead="auto") would pick, for a model of which a batch wants a fifth of the experts."""
-    from sida_ext.serving.lookahead import choose_lookahead
-
-    experts, wanted = 768, 154
-    picks = {
-        share: choose_lookahead(experts * share // 100, experts, wanted, plan.disk_rate, plan.memory_rate)
-        for share in (25, 50, 75)
-    }
-    return {
-        'lookahead="auto"': ", ".join(
-            f"{pick.batches} batches with {share} % in memory" for share, pick in picks.items()
-        ),
-        "for example": picks[50].why,
-    }
+def _version() -> str:
+    try:
+        return version("sida_ext")
+    except PackageNotFoundError:
+        return "a source tree that was never installed"
 
 
 def _measured_plan(folder: Path) -> Any:
@@ -121,15 +109,12 @@ def _cuda_devices() -> dict[str, str]:
 
 def show(found: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     for section, facts in found.items():
-        table.add_row(f"[bold]{section}[/]", "")
+        table.add_row(f"[bold]{escape(section)}[/]", "")
         for name, value in facts.items():
-            table.add_row(f"  {name}", str(value))
+            table.add_row(escape(f"  {name}"), escape(str(value)))
     Console().print(table)
-
-
-if __name__ == "__main__":
-    show(collect())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sida_ext import _C  # noqa: F401  (registers the ops)
+from sida_ext._load import _C  # noqa: F401  (registers the ops)
 
 __all__ = ["moe_ffn", "moe_layer", "route_top1"]
 

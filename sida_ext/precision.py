@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, cast, get_args
 
-from sida_ext import _C
+from sida_ext._load import _C
 
 __all__ = ["Precision", "get_precision", "precisions", "set_precision"]
 
@@ -12,7 +12,7 @@ Precision = Literal["exact", "fast"]
 
 
 def set_precision(precision: Precision) -> None:
-    """Chooses what the CPU kernels of ``moe_ffn`` may round, for every call of the process that begins afterwards.
+    """Choose what the CPU kernels of ``moe_ffn`` may round, for every call of the process that begins afterwards.
 
     ``"exact"`` (the default) multiplies weights with activations as they are and sums in fp32. bfloat16 and float16
     weights are widened exactly; where instructions multiply bfloat16 pairs (``SIDA_CPU=amx``), an activation is split

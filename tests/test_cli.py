@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sida_ext
 from sida_ext.cli import main, read_texts, table_advice
-from sida_ext.experts.read_plan import ReadPlan
-from sida_ext.info import _lookaheads, collect
+from sida_ext.info import collect, show
 from tests.support.reference import build, small_config
 
 WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
@@ -238,18 +237,9 @@ def test_info_lists_the_devices(monkeypatch):
     assert devices["cuda:1"] == "Card 1, compute capability 9.0, 8.00 GiB, 2.00 GiB free"
 
 
-def test_info_says_which_lookahead_it_would_pick_and_why():
-    told = _lookaheads(ReadPlan(2, 0, "", 1e9, 30e9))
-    assert told['lookahead="auto"'] == (
-        "4 batches with 25 % in memory, 7 batches with 50 % in memory, 13 batches with 75 % in memory"
-    )
-    assert "reading an expert takes 30.0 times as long" in told["for example"]
-    assert "reads hide" in _lookaheads(ReadPlan(2, 0, "", 40e9, 30e9))["for example"]
-
-
 def test_texts_that_cannot_be_read(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"words": 1}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected a JSON object with a 'text'"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 is '\{\"words\": 1\}', expected a JSON object with a 'text'"):
         read_texts([tmp_path / "a.jsonl"])
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(ValueError, match=r"b\.jsonl:1: 'text' is int"):
@@ -259,3 +249,36 @@ def test_texts_that_cannot_be_read(tmp_path):
         read_texts([tmp_path / "c.txt"])
     (tmp_path / "d.txt").write_text("one\n\n two \n")
     assert read_texts([tmp_path / "d.txt"]) == ["one", "two"]
+
+
+def test_names_in_brackets_are_printed_as_they_are(capsys, tmp_path):
+    """rich reads [bold] as a command, and a text in brackets as one that it does not know."""
+    show({"versions [a]": {"path [/b]": "[red]folder[/]"}})
+    printed = capsys.readouterr().out
+    for text in ("versions [a]", "path [/b]", "[red]folder[/]"):
+        assert text in printed
+    cli = sida("pack", tmp_path / "[bold]nothing[/bold]", "-o", tmp_path / "x")
+    assert cli.returncode == 1
+    assert "[bold]nothing[/bold]" in cli.stderr.replace("\n", "")
+
+
+def test_messages_of_the_package_are_lines_of_the_command(folder, texts, tmp_path):
+    done = sida("run", folder, texts, "--expert-memory", "50%", "-o", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "packing" in done.stderr
+    assert "as bfloat16 into" in done.stderr.replace("\n", " ")
+
+
+def test_help_loads_neither_torch_nor_transformers():
+    """What takes seconds to import is imported by the commands that need it."""
+    for arguments in (["--help"], ["run", "--help"], ["nonsense"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "sida_ext.cli", *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+            timeout=60,
+        )
+        loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+        assert "typer" in loaded
+        assert not loaded & {"torch", "transformers", "matplotlib", "numpy", "sida_ext._C"}

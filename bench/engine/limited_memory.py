@@ -41,7 +41,7 @@ WAY_NAMES = ("mmap", "accelerate", "ours", "oracle", "ours-int8", "oracle-int8",
 
 
 def routing_file(arguments: argparse.Namespace, dtype: str) -> Path:
-    from sida_ext.experts.store import default_cache
+    from sida_ext.experts.folders import default_cache
 
     count = arguments.cold + arguments.warm_up + arguments.runs
     name = f"{arguments.checkpoint.name}-{dtype}-{count}x{arguments.batch}-of-{arguments.reuse}.pt"

@@ -58,9 +58,9 @@ def weight_map(checkpoint: Path) -> dict[str, str]:
 
 def dense_bytes(checkpoint: Path) -> int:
     """Bytes of everything but the experts, as it computes."""
-    from sida_ext.experts.checkpoint import Checkpoint
+    from sida_ext.models.packing import source_of
 
-    with Checkpoint(checkpoint, allow_pickle=False) as source:
+    with source_of(checkpoint) as source:
         return source.other_bytes(DENSE_ITEM_BYTES)
 
 

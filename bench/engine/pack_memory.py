@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sida_ext.experts.store import pack
+from sida_ext.models.packing import pack
 
 
 def anonymous_bytes() -> int:

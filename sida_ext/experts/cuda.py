@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.budget import available_memory, format_bytes, parse_memory
 
 __all__ = ["cuda_blocking", "host_slots", "on_predictor", "resolve_device"]

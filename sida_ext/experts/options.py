@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sida_ext import _C
+from sida_ext._load import _C
 
 __all__ = ["DTYPES", "EVICTIONS", "PINS", "ROUTINGS", "Options", "options_from"]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.budget import available_memory, format_bytes
+from sida_ext.files import written_whole
 
 __all__ = ["DEFAULT_LANES", "DEFAULT_READ_BYTES", "ReadPlan", "choose", "read_plan"]
 
@@ -96,9 +97,8 @@ def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
         known = {}
     known[machine] = asdict(plan)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    part = cache.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(known, indent=1) + "\n")
-    part.replace(cache)
+    with written_whole(cache) as partial:
+        partial.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> ReadPlan:
@@ -113,7 +113,7 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
             ``~/.cache/sida``).
         again: measure though a plan is remembered.
     """
-    from sida_ext.experts.store import default_cache
+    from sida_ext.experts.folders import default_cache
 
     cache = cache if cache is not None else default_cache() / "read_plans.json"
     try:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.budget import format_bytes, parse_memory
 from sida_ext.experts.cuda import cuda_blocking, host_slots, resolve_device
 from sida_ext.experts.options import Options, options_from

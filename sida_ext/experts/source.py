@@ -32,7 +32,7 @@ class ExpertSource(Protocol):
 
     @property
     def layers(self) -> Sequence[str]:
-        """Module path of each experts module (Switch: of its MoE layer), in the order in which they first run."""
+        """Module path of each experts module (Switch: of its MoE layer), in the order of the model's modules."""
 
     num_experts: int
     d_model: int
@@ -41,6 +41,9 @@ class ExpertSource(Protocol):
     biased: bool
     family: str  # ``model_type`` of the configuration that the experts belong to
     layout: str  # a phrase on how the checkpoint holds them
+    top_k: tuple[int, ...]  # experts for each token: one number, or one for each layer; empty: not known
+    activation: str  # transformers' name of the activation function; "": the module's own
+    gate: str  # the gate's formula: "act(gate) * up", "" without a gate, else the name of the module's own function
     fingerprint: str  # identity of the weights
     name: str
 

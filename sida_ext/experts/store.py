@@ -1,4 +1,4 @@
-"""Checkpoint to expert store: read a Switch checkpoint's experts, write them as aligned records, open the result.
+"""The expert store: write experts as aligned records, open the result.
 
 The file format is described in ``csrc/experts/store.h``; this module owns the JSON header inside it.
 """
@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
-import filelock
 import numpy as np
 import torch
 from torch import Tensor
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.errors import StoreError
-from sida_ext.experts.checkpoint import Checkpoint
+from sida_ext.experts.source import ExpertSource, ExpertWeights
 
-__all__ = ["ExpertSource", "StoreHeader", "default_cache", "ensure_store", "open_store", "pack", "write_store"]
+__all__ = ["DTYPES", "StoreHeader", "fill_record", "format_of", "open_store", "quantize_rows", "write_store"]
 
 # The newest format that is read. A store is written in the oldest that holds it: 2 has biases.
 FORMAT_VERSION = 2
@@ -36,33 +35,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DISK_RESERVE = 256 << 20
 
 
-class ExpertSource(Protocol):
-    """Where the experts of a store come from."""
-
-    @property
-    def layers(self) -> Sequence[str]:
-        """Module path of each MoE layer, encoder first."""
-
-    num_experts: int
-    d_model: int
-    d_ff: int
-    gated: bool
-    """``wi`` has 2 * d_ff rows, the gate's first."""
-    biased: bool
-    """Experts have biases."""
-    fingerprint: str
-    name: str
-
-    def expert(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
-        """``wi`` [d_ff or 2 * d_ff, d_model] and ``wo`` [d_model, d_ff] of one expert, floating point, on the CPU."""
-
-    def biases(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
-        """The biases of the rows of ``wi`` and ``wo`` of one expert, floating point; asked for where ``biased``."""
-
-
 @dataclass(frozen=True)
 class StoreHeader:
-    """What a store says of itself. Sizes in bytes."""
+    """What a store says of itself. Sizes in bytes. A store that was packed before the last fields were known has their
+    defaults, an empty ``family`` among them."""
 
     version: int
     dtype: str
@@ -77,6 +53,11 @@ class StoreHeader:
     fingerprint: str
     source: str
     biased: bool = False
+    family: str = ""
+    layout: str = ""
+    top_k: tuple[int, ...] = ()
+    activation: str = ""
+    gate: str = ""
 
     @property
     def total_experts(self) -> int:
@@ -104,6 +85,14 @@ class StoreHeader:
         }
         if self.biased:
             fields["biased"] = True
+        if self.family:
+            fields |= {
+                "family": self.family,
+                "layout": self.layout,
+                "top_k": list(self.top_k),
+                "activation": self.activation,
+                "gate": self.gate,
+            }
         return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
@@ -155,6 +144,12 @@ class StoreHeader:
         for field in ("fingerprint", "source"):
             if not isinstance(fields.get(field), str):
                 raise bad(field, fields.get(field), "a string")
+        for field in ("family", "layout", "activation", "gate"):
+            if not isinstance(fields.get(field, ""), str):
+                raise bad(field, fields.get(field), "a string")
+        top_k = fields.get("top_k", [])
+        if not isinstance(top_k, list) or not all(type(k) is int and k > 0 for k in top_k):
+            raise bad("top_k", top_k, "a list of positive integers")
         sums = fields.get("checksums")
         expected = len(layers) * numbers["num_experts"]
         if not isinstance(sums, list) or len(sums) != expected:
@@ -177,6 +172,11 @@ class StoreHeader:
             fingerprint=fields["fingerprint"],
             source=fields["source"],
             biased=fields.get("biased", False),
+            family=fields.get("family", ""),
+            layout=fields.get("layout", ""),
+            top_k=tuple(top_k),
+            activation=fields.get("activation", ""),
+            gate=fields.get("gate", ""),
         )
         size = header.format().record_bytes
         if header.record_bytes != size:
@@ -226,7 +226,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _fill_record(record: np.ndarray, fmt: _C.ExpertFormat, dtype: str, wi: Tensor, wo: Tensor, where: str) -> None:
+def _fill_weights(record: np.ndarray, fmt: _C.ExpertFormat, dtype: str, wi: Tensor, wo: Tensor, where: str) -> None:
     parts = ((wi, fmt.wi_offset, fmt.wi_scale_offset, "wi"), (wo, fmt.wo_offset, fmt.wo_scale_offset, "wo"))
     for weight, offset, scale_offset, name in parts:
         if not bool(torch.isfinite(weight).all()):
@@ -254,13 +254,44 @@ def _fill_biases(record: np.ndarray, fmt: _C.ExpertFormat, wi_bias: Tensor, wo_b
         record[offset : offset + raw.size] = raw
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _check_shapes(
+    tensors: Mapping[str, Tensor | None], shapes: Mapping[str, tuple[int, ...] | None], where: str
+) -> None:
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name] or not tensor.is_floating_point():
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != shapes[name] or (tensor is not None and not tensor.is_floating_point()):
+            kind = "" if tensor is None else f"{tensor.dtype} of shape "
             raise ValueError(
-                f"{where}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected a floating-point type of "
-                f"shape {shapes[name]}"
+                f"{where}: {name} is {kind}{found}, expected a floating-point type of shape {shapes[name]}"
             )
+
+
+def format_of(source: ExpertSource, dtype: str) -> _C.ExpertFormat:
+    """Sizes and offsets of a record of ``source`` in ``dtype``."""
+    return _C.ExpertFormat(source.d_model, source.d_ff, dtype, source.gated, source.biased)
+
+
+def fill_record(record: np.ndarray, source: ExpertSource, dtype: str, weights: ExpertWeights, where: str) -> None:
+    """Write one expert into ``record`` [record_bytes] uint8, whose gaps between the parts stay as they are (zero).
+
+    Raises:
+        ValueError: a shape is not the source's, or a number cannot be held in ``dtype``; ``where`` begins the message.
+    """
+    rows = source.d_ff * (2 if source.gated else 1)
+    _check_shapes(
+        {"wi": weights.wi, "wo": weights.wo, "wi_bias": weights.wi_bias, "wo_bias": weights.wo_bias},
+        {
+            "wi": (rows, source.d_model),
+            "wo": (source.d_model, source.d_ff),
+            "wi_bias": (rows,) if source.biased else None,
+            "wo_bias": (source.d_model,) if source.biased else None,
+        },
+        where,
+    )
+    fmt = format_of(source, dtype)
+    _fill_weights(record, fmt, dtype, weights.wi, weights.wo, where)
+    if weights.wi_bias is not None and weights.wo_bias is not None:
+        _fill_biases(record, fmt, weights.wi_bias, weights.wo_bias, where)
 
 
 def _remove_stale_partials(path: Path) -> None:
@@ -310,10 +341,7 @@ def write_store(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     path = Path(path)
-    fmt = _C.ExpertFormat(source.d_model, source.d_ff, dtype, source.gated, source.biased)
-    wi_rows = source.d_ff * (2 if source.gated else 1)
-    shapes = {"wi": (wi_rows, source.d_model), "wo": (source.d_model, source.d_ff)}
-    bias_shapes = {"wi_bias": (wi_rows,), "wo_bias": (source.d_model,)}
+    fmt = format_of(source, dtype)
     total = len(source.layers) * source.num_experts
 
     def header(checksums: Sequence[tuple[int, int, int, int]], data_offset: int) -> StoreHeader:
@@ -331,6 +359,11 @@ def write_store(
             checksums=tuple(checksums),
             fingerprint=source.fingerprint,
             source=source.name,
+            family=source.family,
+            layout=source.layout,
+            top_k=tuple(source.top_k),
+            activation=source.activation,
+            gate=source.gate,
         )
 
     # Checksums have a fixed width, so the header's length is known before they are; 2**47 stands for any offset.
@@ -352,13 +385,7 @@ def write_store(
         for layer, layer_name in enumerate(source.layers):
             for index in range(source.num_experts):
                 where = f"{source.name}: {layer_name} expert {index}"
-                wi, wo = source.expert(layer, index)
-                _check_shapes({"wi": wi, "wo": wo}, shapes, where)
-                _fill_record(record, fmt, dtype, wi, wo, where)
-                if source.biased:
-                    wi_bias, wo_bias = source.biases(layer, index)
-                    _check_shapes({"wi_bias": wi_bias, "wo_bias": wo_bias}, bias_shapes, where)
-                    _fill_biases(record, fmt, wi_bias, wo_bias, where)
+                fill_record(record, source, dtype, source.expert(layer, index), where)
                 a, b, c, d = _C.record_checksum(record)
                 checksums.append((a, b, c, d))
                 file.write(record.data)
@@ -379,86 +406,3 @@ def write_store(
         finally:
             os.close(folder)
     return done
-
-
-def pack(
-    checkpoint: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    dtype: str = "bfloat16",
-    *,
-    allow_pickle: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    **hub: Any,
-) -> StoreHeader:
-    """Pack the experts of a checkpoint folder or hub id into an expert store; see :func:`write_store`.
-
-    Args:
-        allow_pickle: read ``pytorch_model.bin`` files (with ``weights_only=True``); refused without it.
-        hub: ``revision``, ``token``, ``cache_dir`` for a hub id.
-    """
-    with Checkpoint.open(checkpoint, allow_pickle=allow_pickle, **hub) as source:
-        return write_store(source, out, dtype, progress)
-
-
-def default_cache() -> Path:
-    """Folder of packed stores: ``$SIDA_CACHE``, else ``~/.cache/sida``."""
-    return Path(os.environ.get("SIDA_CACHE") or Path.home() / ".cache" / "sida")
-
-
-@contextmanager
-def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """One process packs a store; the others wait for it."""
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        say(f"waiting for another process that packs {path.with_suffix('')}")
-        lock.acquire(timeout=4 * 3600)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def ensure_store(
-    source: ExpertSource,
-    dtype: str,
-    cache: str | os.PathLike[str] | None = None,
-    *,
-    say: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """The packed store of ``source`` in the cache folder, packed now if it is not there yet.
-
-    A store in the cache that cannot be opened, or is of another checkpoint, is packed again, and said so.
-    """
-    folder = Path(cache) if cache is not None else default_cache()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{source.fingerprint}-{dtype}.sida"
-
-    def usable() -> bool:
-        if not path.exists():
-            return False
-        try:
-            _, header = open_store(path)
-        except StoreError as error:
-            say(f"packing again: {error}")
-            return False
-        return header.fingerprint == source.fingerprint and header.dtype == dtype
-
-    if not usable():
-        with _lock(path.with_suffix(".sida.lock"), say):
-            if not usable():
-                say(f"packing {source.name} as {dtype} into {path}")
-                write_store(source, path, dtype, progress)
-    return path
-
-
-def check_source(header: StoreHeader, source: ExpertSource | Mapping[str, Any], path: str) -> None:
-    """Refuse a store that was packed from another checkpoint."""
-    fingerprint = source["fingerprint"] if isinstance(source, Mapping) else source.fingerprint
-    if header.fingerprint != fingerprint:
-        raise StoreError(
-            f"{path}: packed from a checkpoint with fingerprint {header.fingerprint} ({header.source}), expected "
-            f"{fingerprint}; pack this checkpoint: sida pack CHECKPOINT -o STORE"
-        )

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sida_ext.files import written_whole
+
 __all__ = ["Event", "draw", "write_chrome_trace"]
 
 
@@ -81,12 +83,8 @@ def write_chrome_trace(events: Sequence[Event], path: str | os.PathLike[str]) ->
                 }
                 for event in track
             ]
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(json.dumps({"traceEvents": entries, "displayTimeUnit": "ms"}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _metadata(name: str, tid: int, args: dict) -> dict:
@@ -131,4 +129,5 @@ def draw(
     figure.legend(handles=[Patch(color=c, label=k) for k, c in COLOURS.items()], loc="upper right", ncols=4)
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 @dataclass
 class SwitchSequenceClassifierOutput(SequenceClassifierOutput):
-    """`SequenceClassifierOutput` and the routers' logits, one [batch, tokens, experts] tensor for each MoE layer."""
+    """``SequenceClassifierOutput`` and the routers' logits, one [batch, tokens, experts] tensor for each MoE layer."""
 
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
@@ -26,8 +26,8 @@ class SwitchSequenceClassifierOutput(SequenceClassifierOutput):
 class SwitchTransformersForSequenceClassification(SwitchTransformersPreTrainedModel):
     """Encoder, mean over the tokens that are not padding, dropout and one linear layer.
 
-    The encoder is laid out as in transformers' `SwitchTransformersEncoderModel` (`shared`, `encoder`), so the two read
-    each other's encoder weights. `config.num_labels` gives the number of classes; one label a sequence.
+    The encoder is laid out as in transformers' ``SwitchTransformersEncoderModel`` (``shared``, ``encoder``), so the two
+    read each other's encoder weights. ``config.num_labels`` gives the number of classes; one label a sequence.
     """
 
     _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}  # noqa: RUF012 (transformers' own form)
@@ -80,15 +80,15 @@ class SwitchTransformersForSequenceClassification(SwitchTransformersPreTrainedMo
         Args:
             input_ids: [batch, tokens] integers, padded on either side.
             attention_mask: [batch, tokens], 1 for a token and 0 for padding. Without it nothing counts as padding.
-            inputs_embeds: [batch, tokens, d_model], instead of `input_ids`.
+            inputs_embeds: [batch, tokens, d_model], instead of ``input_ids``.
             labels: [batch] class indices; the loss is their mean cross entropy (-100 is left out).
-            kwargs: what the encoder takes: `output_hidden_states`, `output_attentions`, `output_router_logits`.
+            kwargs: what the encoder takes: ``output_hidden_states``, ``output_attentions``, ``output_router_logits``.
 
         Returns:
-            `logits` [batch, num_labels]; `loss` if labels were given; the other fields if they were asked for.
+            ``logits`` [batch, num_labels]; ``loss`` if labels were given; the other fields if they were asked for.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`, a mask or labels of another shape, a
+            ValueError: both or neither of ``input_ids`` and ``inputs_embeds``, a mask or labels of another shape, a
                 sequence without any token.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -123,7 +123,7 @@ class SwitchTransformersForSequenceClassification(SwitchTransformersPreTrainedMo
 
 
 def masked_mean(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Mean of `hidden` [batch, tokens, d_model] over the tokens whose mask is not 0, summed in fp32.
+    """Mean of ``hidden`` [batch, tokens, d_model] over the tokens whose mask is not 0, summed in fp32.
 
     Padding is cut out rather than multiplied by 0, so that a NaN there cannot reach the result.
     Raises ValueError for a sequence without any token.

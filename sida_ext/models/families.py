@@ -11,22 +11,11 @@ from transformers import PreTrainedModel
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import StoreHeader
 from sida_ext.models.layers import ServedLayer
+from sida_ext.models.refused import refuse_family
 from sida_ext.models.seam import SeamFamily
 from sida_ext.models.switch import SwitchFamily
 
-__all__ = ["OUTSIDE", "Family", "family_of", "moe_layers"]
-
-# Families with experts of their own outside transformers' seam: a forward registered there is never called for them.
-OUTSIDE = {
-    "nllb_moe": "its experts module in transformers runs the first two experts only, whatever the router chooses, so "
-    "there is nothing right to be compared with",
-    "dbrx": "its experts do not go through transformers' experts seam",
-    "jetmoe": "its experts do not go through transformers' experts seam",
-    "llama4": "all its experts run for every token, outside transformers' experts seam",
-    "llama4_text": "all its experts run for every token, outside transformers' experts seam",
-    "longcat_flash": "its experts do not go through transformers' experts seam",
-    "step3p7": "its experts do not go through transformers' experts seam",
-}
+__all__ = ["Family", "family_of", "moe_layers"]
 
 
 class Family(Protocol):
@@ -85,9 +74,8 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if family.layers(model):
             return family
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    why = OUTSIDE.get(kind or "", "it has no MoE layers of Switch Transformers or of transformers' experts seam")
-    raise ValueError(f"the experts of {type(model).__name__} (model_type {kind!r}) cannot be served: {why}")
+    refuse_family(model, has_experts=False)
+    raise AssertionError("refuse_family raises")
 
 
 def moe_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,7 +10,6 @@ forward takes the experts from the expert store. Routers, shared experts and att
 from __future__ import annotations
 
 import functools
-import secrets
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,11 +22,12 @@ from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import StoreHeader
 from sida_ext.models.gates import gate_formula
 from sida_ext.models.layers import ServedLayer
+from sida_ext.models.layouts import expert_parameters, experts_modules, shared_modules
+from sida_ext.models.seam_source import SeamModules
 
-__all__ = ["ExpertsShape", "SeamExperts", "SeamFamily", "ServedExperts", "experts_modules", "is_experts_module"]
+__all__ = ["ExpertsShape", "SeamFamily", "ServedExperts"]
 
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
 NO_EXPERT = -1
 
 
@@ -44,19 +44,9 @@ class ExpertsShape:
     @classmethod
     def of(cls, module: nn.Module) -> ExpertsShape:
         flags: Any = module
-        down = flags.down_proj.shape  # [E, d_model, d_ff], transposed [E, d_ff, d_model]
-        d_model, d_ff = (down[2], down[1]) if flags.is_transposed else (down[1], down[2])
-        return cls(down[0], d_model, d_ff, flags.has_gate, flags.has_bias)
-
-
-def is_experts_module(module: nn.Module) -> bool:
-    """Whether the module's class carries transformers' decorator."""
-    return all(hasattr(module, flag) for flag in FLAGS)
-
-
-def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path -> experts module of the seam, swapped or not, in the order in which they are registered."""
-    return {name: module for name, module in model.named_modules() if is_experts_module(module)}
+        experts, *sides = expert_parameters(module)["wo"].shape  # [E, d_model, d_ff], transposed [E, d_ff, d_model]
+        d_model, d_ff = reversed(sides) if flags.is_transposed else sides
+        return cls(experts, d_model, d_ff, flags.has_gate, flags.has_bias)
 
 
 class ServedExperts(ServedLayer):
@@ -141,69 +131,6 @@ def _served_class(kind: Any) -> type[nn.Module]:
     return type(f"Served{kind.__name__}", (ServedExperts, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
-class SeamExperts:
-    """The experts of a model in memory, an :class:`~sida_ext.experts.source.ExpertSource`.
-
-    Experts of modules that are narrower than the widest (text beside images) get hidden rows of zeros, which contribute
-    nothing.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._modules: dict[str, Any] = {}
-        owners: dict[int, str] = {}
-        for name, module in experts_modules(model).items():
-            down: Any = module.down_proj
-            if owners.setdefault(id(down), name) == name:  # else its parameters are another module's: one copy serves
-                self._modules[name] = module
-        self.layers = list(self._modules)
-        self.name = type(model).__name__
-        self.family = model.config.model_type
-        self.layout = "a model in memory"
-        shapes = {name: ExpertsShape.of(module) for name, module in self._modules.items()}
-        first = next(iter(shapes.values()))
-        for name, shape in shapes.items():
-            for field in ("num_experts", "d_model", "gated", "biased"):
-                if getattr(shape, field) != getattr(first, field):
-                    raise ValueError(
-                        f"{self.name}: {name} has {field} {getattr(shape, field)}, expected {getattr(first, field)} as "
-                        f"{self.layers[0]}; a store holds experts of one shape"
-                    )
-        self.num_experts, self.d_model = first.num_experts, first.d_model
-        self.gated, self.biased = first.gated, first.biased
-        self.d_ff = max(shape.d_ff for shape in shapes.values())
-        self.fingerprint = secrets.token_hex(16)  # of a store that goes with the model, and is compared with nothing
-
-    def expert(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
-        module = self._modules[self.layers[layer]]
-        wi = (module.gate_up_proj if module.has_gate else module.up_proj)[index]
-        wo = module.down_proj[index]
-        if module.is_transposed:
-            wi, wo = wi.t(), wo.t()
-        return self._padded(_gate_first(wi.detach(), module), 0), self._padded(wo.detach(), 1)
-
-    def biases(self, layer: int, index: int) -> tuple[Tensor, Tensor]:
-        module = self._modules[self.layers[layer]]
-        wi_bias = (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[index].detach()
-        return self._padded(_gate_first(wi_bias, module), 0), module.down_proj_bias[index].detach().cpu()
-
-    def _padded(self, tensor: Tensor, dim: int) -> Tensor:
-        """Rows of the hidden layer (in ``dim``) up to ``d_ff`` of each half."""
-        tensor = tensor.cpu()
-        halves = tensor.chunk(2, dim) if dim == 0 and self.gated else (tensor,)
-        missing = self.d_ff - halves[0].shape[dim]
-        if not missing:
-            return tensor.contiguous()
-        zeros = halves[0].new_zeros([missing if i == dim else n for i, n in enumerate(halves[0].shape)])
-        return torch.cat([part for half in halves for part in (half, zeros)], dim)
-
-
-def _gate_first(rows: Tensor, module: Any) -> Tensor:
-    """Gate rows before up rows, whatever the module's order is."""
-    if not module.has_gate or module.is_concatenated:
-        return rows
-    return torch.cat([rows[0::2], rows[1::2]])
-
-
 def _verify(layer: ServedExperts) -> None:
     """Raises RuntimeError unless kernel and module agree on random rows of the layer's first expert."""
     rows = torch.randn(3, layer.shape.d_model, generator=torch.Generator().manual_seed(0))
@@ -231,22 +158,22 @@ class SeamFamily:
         return experts_modules(model)
 
     @staticmethod
-    def source(model: PreTrainedModel) -> SeamExperts:
+    def source(model: PreTrainedModel) -> SeamModules:
         """The experts of a model in memory, to be packed."""
-        return SeamExperts(model)
+        return SeamModules(model)
 
     @staticmethod
     def strip(model: nn.Module) -> list[ServedLayer]:
         """Make every experts module a :class:`ServedExperts` without parameters."""
         served: list[ServedLayer] = []
-        owners: dict[int, str] = {}
-        for position, (name, module) in enumerate(experts_modules(model).items()):
+        modules = experts_modules(model)
+        owners = shared_modules(modules)
+        for position, (name, module) in enumerate(modules.items()):
             own: Any = module
             shape = ExpertsShape.of(module)
-            owner = owners.setdefault(id(own.down_proj), name)
             own.__class__ = _served_class(cast(Any, type(module)))
             # A module that shares another's parameters is served by the other's experts.
-            own.name, own.table_layer, own.shape = owner, position, shape
+            own.name, own.table_layer, own.shape = owners.get(name, name), position, shape
             for parameter in PARAMETERS:
                 gone = own._parameters.pop(parameter, None)
                 if gone is not None:

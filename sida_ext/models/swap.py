@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from sida_ext.experts.checkpoint import Checkpoint, resolve_folder
+from sida_ext.experts.cache import check_source, ensure_store
 from sida_ext.experts.cuda import resolve_device
+from sida_ext.experts.folders import scratch_folder
 from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.runtime import Runtime
-from sida_ext.experts.store import check_source, default_cache, ensure_store, open_store, write_store
-from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+from sida_ext.experts.store import open_store, write_store
+from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, resolve_checkpoint
 from sida_ext.models.families import Family, family_of, moe_layers
 from sida_ext.models.guards import guard_model
 from sida_ext.models.layers import ServedLayer
+from sida_ext.models.packing import source_of
+from sida_ext.models.quantized import dequantised
 from sida_ext.prediction.protocol import split_predictors
 
 __all__ = ["from_pretrained", "swap_experts"]
 
 logger = logging.getLogger("sida_ext")
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 REFUSED_ARGUMENTS = {
     "device_map": "expert memory has one device, named by device=",
     "quantization_config": "experts are quantised by expert_dtype='int8'",
@@ -79,40 +79,6 @@ def _connect(
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
     family.enter(model, runtime, layers)
     model.sida = runtime  # type: ignore[assignment]
-
-
-def _config_of(path: str | os.PathLike[str], config: Any, hub: dict[str, Any]) -> PreTrainedConfig:
-    if isinstance(config, PreTrainedConfig):
-        return config
-    if config is not None and not isinstance(config, (str, os.PathLike)):
-        raise TypeError(f"config is {type(config).__name__}, expected a configuration, a folder or a hub id")
-    return AutoConfig.from_pretrained(path if config is None else config, **hub)
-
-
-def _model_class(config: PreTrainedConfig, model_class: Any) -> type[PreTrainedModel]:
-    """The class to load: the caller's, what an Auto class of the caller's stands for, or the one that config.json
-    names."""
-    mapping = getattr(model_class, "_model_mapping", None)
-    if mapping is not None:
-        try:
-            found = mapping[type(config)]
-        except KeyError:
-            raise ValueError(
-                f"model_class is {model_class.__name__}, which knows no model for {type(config).__name__}; name the "
-                f"class itself (config.json: {', '.join(config.architectures or []) or 'no architectures'})"
-            ) from None
-        return found[0] if isinstance(found, (list, tuple)) else found
-    if model_class is not None:
-        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise TypeError(f"model_class is {model_class!r}, expected a class of transformers models or an Auto class")
-        return model_class
-    names = config.architectures or []
-    own = {SwitchTransformersForSequenceClassification.__name__: SwitchTransformersForSequenceClassification}
-    for name in names:
-        found = own.get(name) or getattr(transformers, name, None)
-        if found is not None:
-            return found
-    raise ValueError(f"config.json names architectures {names}, none of which is known; pass model_class=")
 
 
 def _without_experts(
@@ -187,11 +153,15 @@ def from_pretrained(
     for name, reason in REFUSED_ARGUMENTS.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is {kwargs[name]!r}, expected nothing: {reason}")
-    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    folder = resolve_folder(path_or_id, allow_pickle=options.allow_pickle, **hub)
-    config = _config_of(folder, kwargs.pop("config", None), {})
-    base = _model_class(config, model_class)
-    with Checkpoint(folder, options.allow_pickle) as source:
+    location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
+    found = resolve_checkpoint(
+        path_or_id,
+        config=kwargs.pop("config", None),
+        model_class=model_class,
+        allow_pickle=options.allow_pickle,
+        **location,
+    )
+    with source_of(found) as source:
         if options.store is None:
             path = ensure_store(
                 source, options.expert_dtype, options.store_cache, say=logger.warning, progress=progress
@@ -206,10 +176,10 @@ def from_pretrained(
     # Before the other weights, so that the system backs expert memory while they are read.
     runtime = Runtime(path, options, reserved=other_bytes)
     try:
-        model = _without_experts(base, stripped).from_pretrained(
-            folder, config=config, use_safetensors=None if options.allow_pickle else True, **kwargs
+        model = _without_experts(found.model_class, stripped).from_pretrained(
+            found.path_or_id, config=found.config, **found.arguments, **dequantised(found.config), **kwargs
         )
-        model.__class__ = base
+        model.__class__ = found.model_class
         family, layers = stripped.pop()
         _own_memory(model)
         family.check_fit(model, runtime.header, layers, str(path))
@@ -273,8 +243,7 @@ def swap_experts(
     _check_predictor(model, family, predictor, options)
     folder = None
     if options.store is None:
-        default_cache().mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix="swapped-", dir=default_cache())
+        folder = scratch_folder()
     try:
         path = Path(options.store) if options.store is not None else Path(folder.name) / "experts.sida"  # type: ignore[union-attr]
         write_store(family.source(model), path, options.expert_dtype)

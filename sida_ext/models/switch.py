@@ -13,12 +13,12 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 
 from sida_ext import ops
-from sida_ext.experts.checkpoint import ModuleExperts
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import StoreHeader
 from sida_ext.models.decoding import predict_decoder
 from sida_ext.models.encoding import predict_encoder
 from sida_ext.models.layers import ServedLayer
+from sida_ext.models.switch_source import SwitchModules
 
 __all__ = ["SparseMLP", "SwitchFamily", "Top1Router"]
 
@@ -124,11 +124,12 @@ class SwitchFamily:
         }
 
     @classmethod
-    def source(cls, model: PreTrainedModel) -> ModuleExperts:
+    def source(cls, model: PreTrainedModel) -> SwitchModules:
         """The experts of a model in memory, to be packed."""
-        return ModuleExperts(
+        return SwitchModules(
             {name: cast(nn.ModuleDict, layer.experts) for name, layer in cls.layers(model).items()},
             type(model).__name__,
+            model.config.dense_act_fn,
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.runtime import runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.prefetch import CANDIDATES, PrefetchPolicy
@@ -85,7 +85,7 @@ class ClockRow:
 def on_the_clock(
     routing: Routing, slots: int, time: ModelledTime, lookahead: int = 4, eviction: str = "next_use"
 ) -> ClockRow:
-    """Runs the batches through the engine's own state machine while time is counted, not measured: the same every time.
+    """Run the batches through the engine's own state machine while time is counted, not measured: the same every time.
 
     Args:
         routing: its predicted tables are announced, or the true ones where there are none.

@@ -66,7 +66,7 @@ class Reliability:
         return cls(*(torch.zeros(bins, dtype=torch.float64) for _ in range(3)))
 
     def add(self, probability: Tensor, happened: Tensor) -> None:
-        """Counts predictions: probability [n] in [0, 1], happened [n] bool."""
+        """Count predictions: probability [n] in [0, 1], happened [n] bool."""
         bins = self.count.numel()
         place = (probability * bins).long().clamp(0, bins - 1)
         self.count.index_add_(0, place, torch.ones_like(probability, dtype=torch.float64))

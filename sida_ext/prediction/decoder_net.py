@@ -84,7 +84,7 @@ class DecoderNet(nn.Module):
         d_model: of the embeddings and of the encoder's result.
         layers, experts: MoE layers of the decoder, experts in each.
         hidden: width; d_model means no projection. stand_in: inner width of the stand-ins for the experts.
-        heads: of the cross-attentions. cells: one before each of the first `cells` MoE layers.
+        heads: of the cross-attentions. cells: one before each of the first ``cells`` MoE layers.
         eps: of the model's norms, as a string, so that it is the same number on every machine.
     """
 
@@ -101,9 +101,9 @@ class DecoderNet(nn.Module):
     ) -> None:
         super().__init__()
         if hidden % heads:
-            raise ValueError(f"hidden is {hidden}, heads is {heads}; expected a width that the heads divide")
+            raise ValueError(f"hidden is {hidden}, heads is {heads}, expected a width that the heads divide")
         if not 1 <= cells <= layers:
-            raise ValueError(f"cells is {cells}; expected 1..{layers} (the number of MoE layers)")
+            raise ValueError(f"cells is {cells}, expected 1..{layers} (the number of MoE layers)")
         self.hidden, self.heads = hidden, heads
         self.enter = None if hidden == d_model else nn.Linear(d_model, hidden)
         self.cells = nn.ModuleList(DecoderCell(d_model, hidden, heads) for _ in range(cells))
@@ -138,7 +138,7 @@ class DecoderNet(nn.Module):
 
 
 def decoder_options(stack: Any, layers: int, hidden: int | None = None, **given: Any) -> dict[str, Any]:
-    """The sizes of a DecoderNet for the decoder `stack`: as wide as the model up to 160.
+    """The sizes of a DecoderNet for the decoder ``stack``: as wide as the model up to 160.
 
     Args:
         stack: a Switch decoder stack.
@@ -154,7 +154,7 @@ def decoder_options(stack: Any, layers: int, hidden: int | None = None, **given:
 
 @torch.no_grad()
 def copy_routers(net: DecoderNet, stack: Any, blocks: tuple[int, ...]) -> None:
-    """Starts the shadow layers with the decoder's own routers and the norms before them."""
+    """Start the shadow layers with the decoder's own routers and the norms before them."""
     shadow: Any
     for shadow, number in zip(net.moe, blocks, strict=True):
         layer = stack.block[number].layer[-1]

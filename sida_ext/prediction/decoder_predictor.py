@@ -1,4 +1,4 @@
-"""Predictors of a decoder's routing inside `generate`: a trained recurrent one, and the token table."""
+"""Predictors of a decoder's routing inside ``generate``: a trained recurrent one, and the token table."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MIN_NEED = 0.1
 
 
 class RecurrentPredictor(HashPredictor):
-    """Names the experts of all decoder layers of a step from its tokens, recurrent over steps; a `DecoderPredictor`.
+    """Names the experts of all decoder layers of a step from its tokens, recurrent over steps; a ``DecoderPredictor``.
 
     Args:
-        embedding, layers, experts, model_fingerprint, stack, options: see HashPredictor; `stack` is "decoder".
-        candidates, min_need: attributes that may be changed: `step` names so many candidates of each token and layer,
-            and `generate` reads those ahead that the step needs with at least that probability (`HashTable.need`).
+        embedding, layers, experts, model_fingerprint, stack, options: see HashPredictor; ``stack`` is "decoder".
+        candidates, min_need: attributes that may be changed: ``step`` names so many candidates of each token and layer,
+            and ``generate`` reads those ahead that the step needs with at least that probability (``HashTable.need``).
     """
 
     kind = "recurrent_predictor"
@@ -54,7 +54,7 @@ class RecurrentPredictor(HashPredictor):
     def for_model(
         cls, model: nn.Module, variant: str = "recurrent", seed: int = 0, stack: str = "decoder", **options: Any
     ) -> RecurrentPredictor:
-        """An untrained predictor of the right sizes for `model`'s decoder; what is random in it depends on `seed`."""
+        """An untrained predictor of the right sizes for ``model``'s decoder; ``seed`` draws what is random in it."""
         facts = stack_facts(model, stack)
         options = decoder_options(facts.stack, facts.layers, **options)
         with torch.random.fork_rng(devices=[]):
@@ -91,29 +91,29 @@ class RecurrentPredictor(HashPredictor):
         encoder_output: Tensor | None = None,
         encoder_mask: Tensor | None = None,
     ) -> HashTable:
-        """See `Predictor.predict`; the arguments are those of `forward`."""
+        """See ``Predictor.predict``; the arguments are those of ``forward``."""
         check_top_k(top_k, self.experts)
         real = check_tokens(input_ids, attention_mask, self.embedding.shape[0])
         with torch.no_grad():
             return self._table(self(input_ids, attention_mask, encoder_output, encoder_mask), real, top_k)
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> DecoderState:
-        """See `DecoderPredictor.start`."""
+        """See ``DecoderPredictor.start``."""
         if encoder_output.dim() != 3 or encoder_output.shape[2] != self.embedding.shape[1]:
             raise ValueError(
-                f"encoder_output has shape {tuple(encoder_output.shape)}; expected [B, S, {self.embedding.shape[1]}]"
+                f"encoder_output has shape {tuple(encoder_output.shape)}, expected [B, S, {self.embedding.shape[1]}]"
             )
         if attention_mask is None:
             attention_mask = torch.ones(encoder_output.shape[:2], device=encoder_output.device)
         if attention_mask.shape != encoder_output.shape[:2]:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected encoder_output's "
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected encoder_output's "
                 f"{tuple(encoder_output.shape[:2])}"
             )
         return self.net.start(encoder_output.float(), attention_mask != 0)
 
     def step(self, state: DecoderState, input_ids: Tensor) -> tuple[HashTable, DecoderState]:
-        """See `DecoderPredictor.step`."""
+        """See ``DecoderPredictor.step``."""
         real = check_tokens(input_ids, None, self.embedding.shape[0])
         with torch.no_grad():
             logits, state = self._step(state, input_ids)
@@ -122,12 +122,12 @@ class RecurrentPredictor(HashPredictor):
             return self._table_of_step(logits), state
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
-        """See `DecoderPredictor.reorder`."""
+        """See ``DecoderPredictor.reorder``."""
         return state.select(index)
 
     def _step(self, state: DecoderState, input_ids: Tensor) -> tuple[Tensor, DecoderState]:
         if state.rows != input_ids.shape[0]:
-            raise ValueError(f"the state is of {state.rows} rows, input_ids of {input_ids.shape[0]}; expected as many")
+            raise ValueError(f"the state is of {state.rows} rows, input_ids of {input_ids.shape[0]}, expected as many")
         embedding = self.embedding[input_ids.long()].float()
         # Of one token a row and for good: with the weights multiplied out. Training and whole rows: as written.
         if input_ids.shape[1] != 1 or torch.is_grad_enabled() or self.training:
@@ -135,7 +135,7 @@ class RecurrentPredictor(HashPredictor):
         return self._folded_step()(embedding, state)
 
     def _table_of_step(self, logits: Tensor) -> HashTable:
-        """As `_table` for logits [B, 1, layers, experts] of tokens without padding, in fewer calls."""
+        """As ``_table`` for logits [B, 1, layers, experts] of tokens without padding, in fewer calls."""
         gates = logits.log_softmax(dim=-1)
         best, index = gates.topk(self.candidates, dim=-1)
         if not bool(best.isfinite().all()):
@@ -170,22 +170,22 @@ def _version(weights: list[nn.Parameter]) -> int:
 
 
 class TokenTableDecoder:
-    """A token table as a `DecoderPredictor`: what a token id went to, whatever came before it.
+    """A token table as a ``DecoderPredictor``: what a token id went to, whatever came before it.
 
     Args:
-        table: of the decoder, `TokenTablePredictor.for_model(model, "decoder")`.
+        table: of the decoder, ``TokenTablePredictor.for_model(model, "decoder")``.
         candidates, min_need: see RecurrentPredictor.
     """
 
     def __init__(self, table: TokenTablePredictor, candidates: int = CANDIDATES, min_need: float = MIN_NEED) -> None:
         if table.stack != "decoder":
-            raise ValueError(f"the token table is of the {table.stack!r}; expected one of the 'decoder'")
+            raise ValueError(f"the token table is of the {table.stack!r}, expected one of the 'decoder'")
         check_top_k(min(candidates, table.experts), table.experts)
         self.table, self.candidates, self.min_need = table, min(candidates, table.experts), min_need
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> TokenTableDecoder:
-        """Reads a token table of the decoder; see `TokenTablePredictor.from_pretrained`."""
+        """Read a token table of the decoder; see ``TokenTablePredictor.from_pretrained``."""
         return cls(TokenTablePredictor.from_pretrained(path, model))
 
     def predict(
@@ -196,7 +196,7 @@ class TokenTableDecoder:
         encoder_output: Tensor | None = None,
         encoder_mask: Tensor | None = None,
     ) -> HashTable:
-        """See `Predictor.predict`; what the encoder said is not read."""
+        """See ``Predictor.predict``; what the encoder said is not read."""
         return self.table.predict(input_ids, attention_mask, top_k)
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> None:

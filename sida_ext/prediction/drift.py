@@ -33,9 +33,9 @@ class DriftWatch:
         retrain: str = "sida train MODEL TEXT... -o PREDICTOR",
     ) -> None:
         if not 0 < expected <= 1:
-            raise ValueError(f"expected is {expected}; expected a share of hits in (0, 1]")
+            raise ValueError(f"expected is {expected}, expected a share of hits in (0, 1]")
         if window < 1:
-            raise ValueError(f"window is {window}; expected at least 1 token")
+            raise ValueError(f"window is {window}, expected at least 1 token")
         self.expected, self.tolerance, self.window, self.retrain = expected, tolerance, window, retrain
         self.warned = False
         self._batches: deque[tuple[float, int]] = deque()
@@ -48,7 +48,7 @@ class DriftWatch:
         return self._hits / self._tokens if self._tokens else None
 
     def observe(self, table: HashTable, chosen: Tensor) -> None:
-        """Takes one batch's prediction and what the router chose.
+        """Take one batch's prediction and what the router chose.
 
         Args:
             table: [B, S, layers, top_k].
@@ -56,7 +56,7 @@ class DriftWatch:
         """
         if tuple(chosen.shape) != tuple(table.expert_index.shape[:3]):
             raise ValueError(
-                f"chosen has shape {tuple(chosen.shape)}; expected the table's {tuple(table.expert_index.shape[:3])}"
+                f"chosen has shape {tuple(chosen.shape)}, expected the table's {tuple(table.expert_index.shape[:3])}"
             )
         first = table.expert_index[..., 0]
         judged = (first >= 0) & (chosen >= 0)
@@ -78,7 +78,7 @@ class DriftWatch:
             )
 
     def _add(self, hits: float, tokens: int) -> tuple[float, int] | None:
-        """Takes one batch's hits; the rolling rate and its tokens where they are to be warned of now."""
+        """Take one batch's hits; the rolling rate and its tokens where they are to be warned of now."""
         self._batches.append((hits, tokens))
         self._hits, self._tokens = self._hits + hits, self._tokens + tokens
         while self._tokens - self._batches[0][1] >= self.window:

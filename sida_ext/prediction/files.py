@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sida_ext.errors import PredictorError
+from sida_ext.files import written_whole
 
 PREDICTOR_FILE = "predictor.safetensors"
 FORMAT_VERSION = 1
@@ -21,7 +22,7 @@ _ADVICE = "train one for this model with `sida train MODEL TEXT... -o PREDICTOR`
 
 
 def write_predictor(path: str | os.PathLike[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes PATH/predictor.safetensors under a temporary name, then renames it: a good file is never half replaced.
+    """Write PATH/predictor.safetensors, whole or not at all: a good file is never half replaced.
 
     Args:
         path: folder, made if missing.
@@ -32,26 +33,19 @@ def write_predictor(path: str | os.PathLike[str], config: dict[str, Any], tensor
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     description = {"format_version": FORMAT_VERSION, **config, "tensors_sha256": _digest(stored)}
-    temporary = folder / f".{PREDICTOR_FILE}.{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(save(stored, {"sida_predictor": json.dumps(description)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / PREDICTOR_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(folder / PREDICTOR_FILE, sync=True) as partial:
+        save_file(stored, partial, {"sida_predictor": json.dumps(description)})
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The description of the predictor in folder `path`, without its weights."""
+    """The description of the predictor in folder ``path``, without its weights."""
     return _open(path, with_tensors=False)[0]
 
 
 def read_predictor(
     path: str | os.PathLike[str], kind: str, model_fingerprint: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads a predictor and refuses one of another kind or another model.
+    """Read a predictor and refuse one of another kind or another model.
 
     Raises:
         PredictorError: with the file, what was found and what was expected.
@@ -59,7 +53,7 @@ def read_predictor(
     config, tensors = _open(path, with_tensors=True)
     file = Path(path) / PREDICTOR_FILE
     if config.get("kind") != kind:
-        raise PredictorError(f"{file} holds a predictor of kind {config.get('kind')!r}; expected {kind!r}")
+        raise PredictorError(f"{file} holds a predictor of kind {config.get('kind')!r}, expected {kind!r}")
     if config.get("model_fingerprint") != model_fingerprint:
         raise PredictorError(
             f"{file} was trained for a model with fingerprint {str(config.get('model_fingerprint'))[:16]}; this "
@@ -72,7 +66,7 @@ def field(config: dict[str, Any], name: str, kind: type, path: str | os.PathLike
     """A field of the description, or a PredictorError that names it."""
     value = config.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise PredictorError(f"{Path(path) / PREDICTOR_FILE}: {name} is {value!r}; expected {kind.__name__}")
+        raise PredictorError(f"{Path(path) / PREDICTOR_FILE}: {name} is {value!r}, expected {kind.__name__}")
     return value
 
 
@@ -93,7 +87,7 @@ def _open(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, A
     except ValueError as error:
         raise PredictorError(f"{file}: its description is not JSON ({error}); {_ADVICE}") from error
     if not isinstance(config, dict):
-        raise PredictorError(f"{file}: its description is a {type(config).__name__}; expected a JSON object")
+        raise PredictorError(f"{file}: its description is a {type(config).__name__}, expected a JSON object")
     version = config.get("format_version")
     if version != FORMAT_VERSION:
         raise PredictorError(f"{file} has format version {version!r}; this release reads {FORMAT_VERSION}")

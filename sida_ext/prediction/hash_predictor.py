@@ -19,7 +19,7 @@ DEFAULT_VARIANT = "shadow"
 
 
 class HashPredictor(nn.Module):
-    """Predicts the routing of one stack from token embeddings; a `Predictor`.
+    """Predicts the routing of one stack from token embeddings; a ``Predictor``.
 
     Padding never influences another position: each row's real tokens are moved to its front before the network runs
     and masked in it, so left, right and no padding give the same predictions up to rounding.
@@ -27,11 +27,11 @@ class HashPredictor(nn.Module):
     Args:
         embedding: [vocabulary, d_model], the model's own frozen token embeddings; referred to, never saved.
         layers, experts: MoE layers of the stack, experts in each.
-        model_fingerprint: of that stack; see `moe_facts.fingerprint`.
+        model_fingerprint: of that stack; see ``moe_facts.fingerprint``.
         variant: "shadow" (ours, see shadow_net), "context" (ours, without the model's structure) or "paper" (exactly as
             published).
         stack: "encoder" or "decoder".
-        options: sizes of the network, e.g. `hidden`; `for_model` fills in what a shadow needs.
+        options: sizes of the network, e.g. ``hidden``; ``for_model`` fills in what a shadow needs.
     """
 
     kind = "hash_predictor"
@@ -51,12 +51,12 @@ class HashPredictor(nn.Module):
     ) -> None:
         super().__init__()
         if variant not in self.nets:
-            raise ValueError(f"variant is {variant!r}; expected one of {sorted(self.nets)}")
+            raise ValueError(f"variant is {variant!r}, expected one of {sorted(self.nets)}")
         if embedding.dim() != 2 or not embedding.is_floating_point():
-            raise ValueError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}; expected [vocabulary, d_model]")
+            raise ValueError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}, expected [vocabulary, d_model]")
         self.layers, self.experts, self.variant, self.stack = layers, experts, variant, stack
         self.model_fingerprint, self.options = model_fingerprint, dict(options)
-        # Mean top-1 share on held-out text, once trained: what `drift.DriftWatch` compares with.
+        # Mean top-1 share on held-out text, once trained: what ``drift.DriftWatch`` compares with.
         self.held_out_top1: float | None = None
         self.path: str | None = None  # the folder that it was read from
         self.register_buffer("embedding", embedding.detach(), persistent=False)
@@ -68,7 +68,7 @@ class HashPredictor(nn.Module):
     def for_model(
         cls, model: nn.Module, variant: str = DEFAULT_VARIANT, seed: int = 0, stack: str = "encoder", **options: Any
     ) -> HashPredictor:
-        """An untrained predictor of the right sizes for `model`; what is random in it depends on `seed` alone."""
+        """An untrained predictor of the right sizes for ``model``; what is random in it depends on ``seed`` alone."""
         facts = stack_facts(model, stack)
         if stack != "encoder":
             raise ValueError(
@@ -109,13 +109,13 @@ class HashPredictor(nn.Module):
 
     @torch.no_grad()
     def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
-        """See `Predictor.predict`. gate is the softmax of the logits, probability the calibrated one."""
+        """See ``Predictor.predict``. gate is the softmax of the logits, probability the calibrated one."""
         check_top_k(top_k, self.experts)
         real = check_tokens(input_ids, attention_mask, self.embedding.shape[0])
         return self._table(self._logits(input_ids, real), real, top_k)
 
     def _table(self, logits: Tensor, real: Tensor, top_k: int) -> HashTable:
-        """The `top_k` best candidates of logits [B, S, layers, experts], none where `real` [B, S] is False."""
+        """The ``top_k`` best candidates of logits [B, S, layers, experts], none where ``real`` [B, S] is False."""
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(
                 f"the {self.variant} predictor's logits hold NaN or inf; its weights are damaged or training diverged"
@@ -162,7 +162,7 @@ class HashPredictor(nn.Module):
         }
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Writes the predictor to folder `path` without the model's embeddings; see `predictor_files`.
+        """Write the predictor to folder ``path`` without the model's embeddings; see ``predictor_files``.
 
         Weights that float16 holds exactly (as those of a trained predictor) are stored so, in half the space.
         """
@@ -171,14 +171,14 @@ class HashPredictor(nn.Module):
 
     @torch.no_grad()
     def round_weights(self) -> None:
-        """Rounds the network's weights to float16's precision; a weight that float16 cannot hold stays as it is."""
+        """Round the network's weights to float16's precision; a weight that float16 cannot hold stays as it is."""
         for weight in self.net.parameters():
             rounded = weight.half().float()
             weight.copy_(torch.where(rounded.isfinite(), rounded, weight))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> HashPredictor:
-        """Reads a trained predictor for `model`.
+        """Read a trained predictor for ``model``.
 
         Raises:
             PredictorError: nothing there, damaged, or of another model. Never a random predictor instead.

@@ -19,8 +19,8 @@ class HashTable:
             expert is named (padding).
         gate: [B, S, layers, top_k] float32 in [0, 1]: the router probability that the expert's output is scaled by;
             0 where expert_index is -1.
-        probability: optional, like `gate`: the calibrated probability that this expert is the router's first choice.
-            Without it `gate` stands in for it.
+        probability: optional, like ``gate``: the calibrated probability that this expert is the router's first choice.
+            Without it ``gate`` stands in for it.
         padding_need: optional, [layers, experts] float32 in [0, 1]: the probability that some padding position is
             routed to the expert. A model's router routes padding as well; the table names no expert for it.
 
@@ -36,41 +36,41 @@ class HashTable:
     def __post_init__(self) -> None:
         index = self.expert_index
         if not isinstance(index, Tensor) or index.dtype not in (torch.int16, torch.int32, torch.int64):
-            raise TypeError(f"HashTable.expert_index is {_kind(index)}; expected an int16, int32 or int64 tensor")
+            raise TypeError(f"HashTable.expert_index is {_kind(index)}, expected an int16, int32 or int64 tensor")
         if index.dim() != 4:
-            raise ValueError(f"HashTable.expert_index has shape {tuple(index.shape)}; expected [B, S, layers, top_k]")
+            raise ValueError(f"HashTable.expert_index has shape {tuple(index.shape)}, expected [B, S, layers, top_k]")
         absent = index < 0
         if bool((index < NO_EXPERT).any()):
-            raise ValueError(f"HashTable.expert_index holds {int(index.min())}; expected experts >= 0, or -1 for none")
+            raise ValueError(f"HashTable.expert_index holds {int(index.min())}, expected experts >= 0, or -1 for none")
         for name in ("gate", "probability"):
             value = getattr(self, name)
             if value is None and name == "probability":
                 continue
             if not isinstance(value, Tensor) or value.dtype != torch.float32:
-                raise TypeError(f"HashTable.{name} is {_kind(value)}; expected a float32 tensor")
+                raise TypeError(f"HashTable.{name} is {_kind(value)}, expected a float32 tensor")
             if value.shape != index.shape:
                 raise ValueError(
-                    f"HashTable.{name} has shape {tuple(value.shape)}; expected expert_index's {tuple(index.shape)}"
+                    f"HashTable.{name} has shape {tuple(value.shape)}, expected expert_index's {tuple(index.shape)}"
                 )
             if value.device != index.device:
-                raise ValueError(f"HashTable.{name} is on {value.device}; expected expert_index's {index.device}")
+                raise ValueError(f"HashTable.{name} is on {value.device}, expected expert_index's {index.device}")
             # Written so that NaN fails as well.
             if not bool(((value >= 0) & (value <= 1)).all()):
                 bad = value[~((value >= 0) & (value <= 1))][0]
-                raise ValueError(f"HashTable.{name} holds {float(bad)}; expected probabilities in [0, 1]")
+                raise ValueError(f"HashTable.{name} holds {float(bad)}, expected probabilities in [0, 1]")
             if bool((value[absent] != 0).any()):
                 raise ValueError(f"HashTable.{name} is not 0 where expert_index is -1; no expert has no {name}")
         need = self.padding_need
         if need is not None:
             if not isinstance(need, Tensor) or need.dtype != torch.float32:
-                raise TypeError(f"HashTable.padding_need is {_kind(need)}; expected a float32 tensor")
+                raise TypeError(f"HashTable.padding_need is {_kind(need)}, expected a float32 tensor")
             if need.dim() != 2 or need.shape[0] != self.layers:
                 raise ValueError(
-                    f"HashTable.padding_need has shape {tuple(need.shape)}; expected [{self.layers} layers, experts]"
+                    f"HashTable.padding_need has shape {tuple(need.shape)}, expected [{self.layers} layers, experts]"
                 )
             if not bool(((need >= 0) & (need <= 1)).all()):
                 bad = need[~((need >= 0) & (need <= 1))][0]
-                raise ValueError(f"HashTable.padding_need holds {float(bad)}; expected probabilities in [0, 1]")
+                raise ValueError(f"HashTable.padding_need holds {float(bad)}, expected probabilities in [0, 1]")
 
     @property
     def batch_size(self) -> int:
@@ -89,7 +89,7 @@ class HashTable:
         return self.expert_index.shape[3]
 
     def check_for(self, input_ids: Tensor, layers: int, experts: int) -> None:
-        """Raises ValueError unless the table is one for `input_ids` [B, S] and a stack of `layers` x `experts`."""
+        """Check that the table is one for ``input_ids`` [B, S] and a stack of ``layers`` x ``experts``."""
         if tuple(self.expert_index.shape[:2]) != tuple(input_ids.shape):
             raise ValueError(
                 f"the hash table is for {tuple(self.expert_index.shape[:2])} tokens; the batch has "
@@ -124,12 +124,12 @@ class HashTable:
         return self._reduce(layer, none_wants=True)
 
     def experts_of(self, layer: int, min_need: float = 0.0) -> list[int]:
-        """Distinct experts that the batch wants in `layer`, the most wanted (by summed probability) first.
+        """Distinct experts that the batch wants in ``layer``, the most wanted (by summed probability) first.
 
         Args:
             layer: MoE layer of the stack.
-            min_need: leaves out experts whose probability of being needed at all (see `need`) is below it. With several
-                candidates for each token it trades coverage against waste; docs/predictor_figures.md has the curve.
+            min_need: leaves out experts whose probability of being needed at all (see ``need``) is below it. With
+                several candidates for each token it trades coverage against waste; see docs/predictor_figures.md.
         """
         experts = self.demand(layer)[0]
         if min_need <= 0:
@@ -138,9 +138,9 @@ class HashTable:
         return experts[torch.isin(experts, likely[need >= min_need])].tolist()
 
     def experts_by_layer(self, experts: int, min_need: float = 0.0) -> list[list[int]]:
-        """`experts_of` of every layer at once, for models of `experts` experts; far fewer calls where tables are small.
+        """``experts_of`` of every layer at once, of ``experts`` experts each; far fewer calls where tables are small.
 
-        Sums are those of `experts_of` up to rounding: experts that are wanted alike may stand in another order.
+        Sums are those of ``experts_of`` up to rounding: experts that are wanted alike may stand in another order.
         """
         weight = self.gate if self.probability is None else self.probability
         # [layers, experts], and a last column for those that name none.
@@ -158,7 +158,7 @@ class HashTable:
         return [row[:n] for row, n in zip(order.tolist(), count, strict=True)]
 
     def top(self, top_k: int) -> HashTable:
-        """The same table with only the first `top_k` candidates of each token."""
+        """The same table with only the first ``top_k`` candidates of each token."""
         if not 1 <= top_k <= self.top_k:
             raise ValueError(f"top_k is {top_k}; this hash table has 1..{self.top_k} candidates for each token")
         probability = None if self.probability is None else self.probability[..., :top_k]

@@ -20,7 +20,7 @@ class StackFacts:
         routers: the router of each MoE layer, in order.
         blocks: the index of each MoE layer's block in the stack.
         experts: experts in each MoE layer.
-        fingerprint: see `fingerprint`.
+        fingerprint: see ``fingerprint``.
     """
 
     stack: nn.Module
@@ -36,17 +36,17 @@ class StackFacts:
 
 
 def stack_facts(model: nn.Module, stack: str = "encoder") -> StackFacts:
-    """Finds the stack of a Switch model, plain or with swapped experts.
+    """Find the stack of a Switch model, plain or with swapped experts.
 
     Args:
-        model: any module that holds a Switch `encoder` (and `decoder`) at some depth, or the stack itself.
+        model: any module that holds a Switch ``encoder`` (and ``decoder``) at some depth, or the stack itself.
         stack: "encoder" or "decoder".
 
     Raises:
         ValueError: the model has no such stack, no MoE layer in it, or layers of different sizes.
     """
     if stack not in ("encoder", "decoder"):
-        raise ValueError(f"stack is {stack!r}; expected 'encoder' or 'decoder'")
+        raise ValueError(f"stack is {stack!r}, expected 'encoder' or 'decoder'")
     module = _find_stack(model, stack)
     embedding = getattr(module, "embed_tokens", None)
     if not isinstance(embedding, nn.Embedding):
@@ -63,7 +63,7 @@ def stack_facts(model: nn.Module, stack: str = "encoder") -> StackFacts:
         raise ValueError(f"the {stack} of {type(model).__name__} has no MoE layer; there is nothing to predict")
     experts = {int(router.classifier.weight.shape[0]) for router in routers}
     if len(experts) != 1:
-        raise ValueError(f"the {stack}'s MoE layers have {sorted(experts)} experts; expected one number for all")
+        raise ValueError(f"the {stack}'s MoE layers have {sorted(experts)} experts, expected one number for all")
     weight = embedding.weight.detach()
     tensors = [weight, *(p.detach() for router in routers for p in router.classifier.parameters())]
     return StackFacts(module, weight, tuple(routers), tuple(blocks), experts.pop(), fingerprint(tensors))
@@ -81,7 +81,7 @@ def fingerprint(tensors: list[Tensor]) -> str:
 
 
 def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> Tensor:
-    """Validates what `predict` was given.
+    """Check what ``predict`` was given.
 
     Returns:
         [B, S] bool: True where there is a real token. Without a mask every position is one, as in the model.
@@ -91,22 +91,22 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
     """
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
         kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids is {kind}; expected an int32 or int64 tensor of token ids")
+        raise TypeError(f"input_ids is {kind}, expected an int32 or int64 tensor of token ids")
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, S]")
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}, expected [B, S]")
     if attention_mask is None:
         real = torch.ones_like(input_ids, dtype=torch.bool)
     else:
         if not isinstance(attention_mask, Tensor):
-            raise TypeError(f"attention_mask is {type(attention_mask).__name__}; expected a tensor")
+            raise TypeError(f"attention_mask is {type(attention_mask).__name__}, expected a tensor")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected input_ids' {tuple(input_ids.shape)}"
+                f"attention_mask has shape {tuple(attention_mask.shape)}, expected input_ids' {tuple(input_ids.shape)}"
             )
         real = attention_mask == 1
         if not bool((real | (attention_mask == 0)).all()):
             found = attention_mask[~(real | (attention_mask == 0))][0].item()
-            raise ValueError(f"attention_mask holds {found}; expected 1 (token) or 0 (padding)")
+            raise ValueError(f"attention_mask holds {found}, expected 1 (token) or 0 (padding)")
     unknown = ((input_ids < 0) | (input_ids >= vocabulary)) & real
     if bool(unknown.any()):
         row, column = (int(n) for n in unknown.nonzero()[0])
@@ -119,7 +119,7 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
 
 def check_top_k(top_k: int, experts: int) -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
-        raise ValueError(f"top_k is {top_k!r}; expected an integer in 1..{experts} (the number of experts)")
+        raise ValueError(f"top_k is {top_k!r}, expected an integer in 1..{experts} (the number of experts)")
 
 
 def _find_stack(model: nn.Module, stack: str) -> Any:
@@ -132,6 +132,6 @@ def _find_stack(model: nn.Module, stack: str) -> Any:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(found)} {stack} stacks of the Switch family; expected exactly one"
+            f"{type(model).__name__} holds {len(found)} {stack} stacks of the Switch family, expected exactly one"
         )
     return found[0]

@@ -10,7 +10,7 @@ _MASKED = -1e9  # finite, so that a row without any token gives numbers and not 
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """Projection of `scores` onto the probability simplex along the last dimension: a softmax with exact zeros.
+    """Projection of ``scores`` onto the probability simplex along the last dimension: a softmax with exact zeros.
 
     Source: Martins and Astudillo, "From Softmax to Sparsemax" (2016), closed form over sorted scores.
     """

@@ -1,4 +1,4 @@
-"""The one interface of everything that predicts routing; `stream` and the command line know nothing else of it."""
+"""The one interface of everything that predicts routing; ``stream`` and the command line know nothing else of it."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ __all__ = [
 class Predictor(Protocol):
     """Names the experts of one stack's MoE layers for a whole batch, ahead of the model.
 
-    `predict` is called from another thread than the model's, under `torch.no_grad()`, one call at a time.
+    ``predict`` is called from another thread than the model's, under ``torch.no_grad()``, one call at a time.
     """
 
     def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
-        """Predicts routing.
+        """Predict routing.
 
         Args:
             input_ids: [B, S] int32 or int64 token ids.
@@ -53,11 +53,11 @@ class Predictor(Protocol):
 
 @runtime_checkable
 class DecoderPredictor(Predictor, Protocol):
-    """Predicts the decoder's routing inside `generate`, step by step, with state that follows the cache.
+    """Predicts the decoder's routing inside ``generate``, step by step, with state that follows the cache.
 
-    All three run in the model's thread, under `torch.no_grad()`. A state is opaque to others; `step` and `reorder` give
-    a new one and leave the old as it was. All that a table names is read ahead; a predictor with a number `min_need`
-    leaves out what the step needs with less than that probability (`HashTable.need`).
+    All three run in the model's thread, under ``torch.no_grad()``. A state is opaque to others; ``step`` and
+    ``reorder`` give a new one and leave the old as it was. All that a table names is read ahead; a predictor with a
+    number ``min_need`` leaves out what the step needs with less than that probability (``HashTable.need``).
     """
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> Any:
@@ -72,7 +72,7 @@ class DecoderPredictor(Predictor, Protocol):
         ...
 
     def reorder(self, state: Any, index: Tensor) -> Any:
-        """The state whose row i is row index[i] of `state`: beams that were chosen, copied or dropped."""
+        """The state whose row i is row index[i] of ``state``: beams that were chosen, copied or dropped."""
         ...
 
 
@@ -88,7 +88,7 @@ def find_predictor(name: str | os.PathLike[str], model: Any) -> Predictor:
         model: the model that is served.
 
     Raises:
-        PredictorError: neither a folder nor an entry point, or what the entry point made has no `predict`.
+        PredictorError: neither a folder nor an entry point, or what the entry point made has no ``predict``.
     """
     if Path(name).is_dir():
         return load_predictor(name, model)
@@ -101,7 +101,7 @@ def find_predictor(name: str | os.PathLike[str], model: Any) -> Predictor:
     made = known[str(name)].load()(model)
     if not callable(getattr(made, "predict", None)):
         raise PredictorError(
-            f"the entry point {str(name)!r} made a {type(made).__name__}; expected an object with "
+            f"the entry point {str(name)!r} made a {type(made).__name__}, expected an object with "
             "predict(input_ids, attention_mask=None, top_k=1)"
         )
     return made
@@ -110,7 +110,7 @@ def find_predictor(name: str | os.PathLike[str], model: Any) -> Predictor:
 def load_predictor(
     path: str | os.PathLike[str], model: Any
 ) -> HashPredictor | RecurrentPredictor | TokenTablePredictor | TokenTableDecoder:
-    """Loads whichever predictor of ours is saved in folder `path`, for `model`.
+    """Load whichever predictor of ours is saved in folder ``path``, for ``model``.
 
     Raises:
         PredictorError: nothing there, damaged, of another model, or of a kind that this release does not know.
@@ -124,13 +124,13 @@ def load_predictor(
         table = TokenTablePredictor.from_pretrained(path, model)
         return TokenTableDecoder(table) if table.stack == "decoder" else table
     raise PredictorError(
-        f"{path} holds a predictor of kind {kind!r}; expected {HashPredictor.kind!r}, {RecurrentPredictor.kind!r} or "
+        f"{path} holds a predictor of kind {kind!r}, expected {HashPredictor.kind!r}, {RecurrentPredictor.kind!r} or "
         f"{TokenTablePredictor.kind!r}"
     )
 
 
 def is_decoder_predictor(predictor: Any) -> bool:
-    """Whether `predictor` has what `generate` asks of a DecoderPredictor."""
+    """Whether ``predictor`` has what ``generate`` asks of a DecoderPredictor."""
     return all(callable(getattr(predictor, name, None)) for name in ("start", "step", "reorder"))
 
 
@@ -154,7 +154,7 @@ def split_predictors(given: Any) -> tuple[Any, Any]:
             )
         if found[stack] is not None:
             raise TypeError(
-                f"predictor holds two for the {stack}, {type(found[stack]).__name__} and {type(predictor).__name__}; "
+                f"predictor holds two for the {stack}, {type(found[stack]).__name__} and {type(predictor).__name__}, "
                 "expected at most one for each stack"
             )
         found[stack] = predictor

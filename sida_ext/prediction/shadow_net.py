@@ -117,9 +117,9 @@ class ShadowNet(nn.Module):
     ) -> None:
         super().__init__()
         if set(pattern) - {"d", "m"} or pattern.count("m") != layers:
-            raise ValueError(f"pattern is {pattern!r}; expected letters 'd' and 'm', with {layers} 'm'")
+            raise ValueError(f"pattern is {pattern!r}, expected letters 'd' and 'm', with {layers} 'm'")
         if inner % heads:
-            raise ValueError(f"inner is {inner}; expected a multiple of heads, {heads}")
+            raise ValueError(f"inner is {inner}, expected a multiple of heads, {heads}")
         self.reach = reach
         self.enter = nn.Linear(d_model, hidden) if hidden != d_model else None
         self.distance_bias = nn.Embedding(2 * reach + 1, heads)
@@ -152,7 +152,7 @@ class ShadowNet(nn.Module):
 
 
 def shadow_options(stack: Any, moe_blocks: tuple[int, ...], hidden: int | None = None, **given: Any) -> dict[str, Any]:
-    """The sizes of a shadow of `stack`: the model's own where it is narrow, else a fixed small width.
+    """The sizes of a shadow of ``stack``: the model's own where it is narrow, else a fixed small width.
 
     Args:
         stack: a Switch encoder stack.
@@ -180,7 +180,7 @@ def shadow_options(stack: Any, moe_blocks: tuple[int, ...], hidden: int | None =
 
 @torch.no_grad()
 def copy_backbone(net: ShadowNet, stack: Any) -> None:
-    """Starts the shadow from the model: its routers always, attention and dense layers where the widths agree."""
+    """Start the shadow from the model: its routers always, attention and dense layers where the widths agree."""
     device = net.distance_bias.weight.device
 
     def copy(target: Tensor, source: Tensor) -> None:

@@ -20,7 +20,7 @@ class TokenTablePredictor:
 
     Args:
         vocabulary, layers, experts: sizes of the stack that is predicted.
-        model_fingerprint: of that stack; see `moe_facts.fingerprint`.
+        model_fingerprint: of that stack; see ``moe_facts.fingerprint``.
         backoff: observations that the marginal is worth.
         stack: "encoder" or "decoder".
     """
@@ -38,9 +38,9 @@ class TokenTablePredictor:
     ) -> None:
         for name, value in (("vocabulary", vocabulary), ("layers", layers), ("experts", experts)):
             if value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if not backoff > 0:
-            raise ValueError(f"backoff is {backoff}; expected more than 0, so that unseen tokens have a distribution")
+            raise ValueError(f"backoff is {backoff}, expected more than 0, so that unseen tokens have a distribution")
         self.vocabulary, self.layers, self.experts = vocabulary, layers, experts
         self.model_fingerprint, self.backoff, self.stack = model_fingerprint, float(backoff), stack
         # key = (token * layers + layer) * experts + expert, sorted; count and summed gate of each.
@@ -52,14 +52,14 @@ class TokenTablePredictor:
 
     @classmethod
     def for_model(cls, model: nn.Module, stack: str = "encoder", backoff: float = 1.0) -> TokenTablePredictor:
-        """An empty table of the right sizes for `model`."""
+        """An empty table of the right sizes for ``model``."""
         facts = stack_facts(model, stack)
         return cls(facts.embedding.shape[0], facts.layers, facts.experts, facts.fingerprint, backoff, stack)
 
     def update(
         self, input_ids: Tensor, expert_index: Tensor, gate: Tensor, attention_mask: Tensor | None = None
     ) -> None:
-        """Counts one batch of the true router's choices.
+        """Count one batch of the true router's choices.
 
         Args:
             input_ids: [B, S] (or any shape, without a mask: [tokens]).
@@ -73,13 +73,13 @@ class TokenTablePredictor:
         expected = (*input_ids.shape, self.layers)
         for name, value in (("expert_index", expert_index), ("gate", gate)):
             if tuple(value.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
         tokens, chosen, gates = input_ids[real].long(), expert_index[real].long(), gate[real].double()
         if chosen.numel() == 0:
             return
         if int(chosen.min()) < 0 or int(chosen.max()) >= self.experts:
             bad = chosen[(chosen < 0) | (chosen >= self.experts)][0]
-            raise ValueError(f"expert_index holds {int(bad)}; expected experts 0..{self.experts - 1}")
+            raise ValueError(f"expert_index holds {int(bad)}, expected experts 0..{self.experts - 1}")
         if not bool(torch.isfinite(gates).all()):
             raise ValueError("gate holds NaN or inf; the model's router gave no probability")
         key = (tokens[:, None] * self.layers + torch.arange(self.layers)) * self.experts + chosen
@@ -103,7 +103,7 @@ class TokenTablePredictor:
 
     @torch.no_grad()
     def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
-        """See `Predictor.predict`. gate is the mean router probability seen with that token and expert."""
+        """See ``Predictor.predict``. gate is the mean router probability seen with that token and expert."""
         check_top_k(top_k, self.experts)
         real = check_tokens(input_ids, attention_mask, self.vocabulary)
         tokens, place = torch.unique(input_ids[real].long(), return_inverse=True)
@@ -117,7 +117,7 @@ class TokenTablePredictor:
         return HashTable(expert_index, gates, probabilities)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table to folder `path`; see `predictor_files`."""
+        """Write the table to folder ``path``; see ``predictor_files``."""
         config = {
             "kind": self.kind,
             "model_fingerprint": self.model_fingerprint,
@@ -132,10 +132,10 @@ class TokenTablePredictor:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> TokenTablePredictor:
-        """Reads a table and refuses one of another model.
+        """Read a table and refuse one of another model.
 
         Raises:
-            PredictorError: see `read_predictor`.
+            PredictorError: see ``read_predictor``.
         """
         facts = stack_facts(model, field(read_config(path), "stack", str, path))
         config, tensors = read_predictor(path, cls.kind, facts.fingerprint)
@@ -153,7 +153,7 @@ class TokenTablePredictor:
         return table
 
     def _refresh(self) -> None:
-        """Recomputes what backoff needs: each layer's marginal and the mean gate of each of its experts."""
+        """Recompute what backoff needs: each layer's marginal and the mean gate of each of its experts."""
         place = self._key % (self.layers * self.experts)
         size = self.layers * self.experts
         count = torch.zeros(size, dtype=torch.float64).index_add_(0, place, self._count.double())

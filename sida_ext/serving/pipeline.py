@@ -7,7 +7,7 @@ queue; an end, an error and the consumer's leaving all pass through it.
 
 from __future__ import annotations
 
-import itertools
+import sys
 import threading
 import time
 import warnings
@@ -25,6 +25,7 @@ from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.drift import DriftWatch
 from sida_ext.prediction.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
 from sida_ext.prediction.protocol import HashTable, Predictor, check_table
+from sida_ext.serving.ending import at_work, close_at_exit
 from sida_ext.serving.lookahead import DEFAULT_LOOKAHEAD, choose_lookahead
 
 __all__ = ["stream"]
@@ -32,6 +33,7 @@ __all__ = ["stream"]
 ORDERS = ("given", "overlap")
 # How long the end of a stream waits for a predictor that is still at work.
 JOIN_SECONDS = 10.0
+_starting = threading.Lock()
 
 
 @dataclass
@@ -86,7 +88,7 @@ class _Queue:
         """The next item; None at the end. Raises TimeoutError after ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            while not self._items and not self._ended:
+            while not self._items and not self._ended and not self._closed:
                 # Short waits, so that Ctrl-C is taken on every platform.
                 left = 0.5 if deadline is None else min(0.5, deadline - time.monotonic())
                 if left <= 0:
@@ -95,6 +97,9 @@ class _Queue:
                         "predictor is slower than the timeout"
                     )
                 self._changed.wait(left)
+            if self._closed:
+                # Not by the consumer, which waits here: the program ends. To say that the batches end would be untrue.
+                raise SystemExit
             if not self._items:
                 return None
             item = self._items.popleft()
@@ -143,7 +148,7 @@ class _HashBuilder:
         torch.set_num_threads(1)
         self.started.set()
         try:
-            with torch.no_grad():
+            with at_work(), torch.no_grad():
                 self._run(batches)
         except BaseException as error:
             # Not swallowed: the inference thread raises it in the caller, after the batches before it.
@@ -247,10 +252,14 @@ def _compute(
     """Outputs in the caller's order, whatever order the items come in."""
     finished: dict[int, Any] = {}
     turn = 0
-    for item in items:
+    while True:
+        with at_work():
+            item = next(items, None)
+        if item is None:
+            return
         chosen: dict[int, torch.Tensor] | None = None if watch is None else {}
         try:
-            with torch.no_grad(), runtime.batch(item.number, item.table, chosen):
+            with at_work(), torch.no_grad(), runtime.batch(item.number, item.table, chosen):
                 finished[item.position] = model(**item.batch)  # type: ignore[arg-type]
         finally:
             if item.number:
@@ -364,20 +373,25 @@ def _stream(
     watch: DriftWatch | None,
 ) -> Iterator[Any]:
     queue = builder.queue
+    close_at_exit(queue)
     thread = threading.Thread(target=builder.run, args=(batches,), name="sida-hash-builder", daemon=True)
-    threads = torch.get_num_threads()
-    thread.start()
-    builder.started.wait(JOIN_SECONDS)
-    # torch gives the number last set to every thread that is born later; the builder's is its own.
-    torch.set_num_threads(threads)
+    # torch gives the number last set to every thread that is born later; the builder's is its own. One stream at a
+    # time: another's thread would take the builder's number for its own, and keep it.
+    with _starting:
+        threads = torch.get_num_threads()
+        thread.start()
+        builder.started.wait(JOIN_SECONDS)
+        torch.set_num_threads(threads)
     try:
         yield from _compute(model, runtime, _from_queue(queue, timeout), watch)
     finally:
-        for item in itertools.chain(queue.close()):
+        for item in queue.close():
             if item.number:
                 runtime.retire(item.number)
-        thread.join(JOIN_SECONDS)
-        if thread.is_alive():
+        # A generator that nobody closed is closed by the interpreter's end, when no other thread runs any more.
+        if not sys.is_finalizing():
+            thread.join(JOIN_SECONDS)
+        if thread.is_alive() and not sys.is_finalizing():
             warnings.warn(
                 f"stream: the hash-building thread did not end within {JOIN_SECONDS:.0f} s; the caller's iterable or "
                 f"{type(builder.predictor).__name__}.predict is still at work, and will be left to end by itself",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.protocol import Predictor

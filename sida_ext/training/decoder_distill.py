@@ -39,20 +39,20 @@ def train_decoder_predictor(
     progress: bool = True,
     keep_traces: bool = False,
 ) -> RecurrentPredictor:
-    """Trains a predictor of the decoder's routing and writes it, with its report and a token table, to folder `out`.
+    """Train a predictor of the decoder's routing and write it, with its report and a token table, to folder ``out``.
 
-    Interrupting and going on work as in `distill.train_predictor`; targets that the model generates are generated again
-    when tracing goes on, to see that they are the same.
+    Interrupting and going on work as in ``distill.train_predictor``; targets that the model generates are generated
+    again when tracing goes on, to see that they are the same.
 
     Args:
         model: a Switch encoder-decoder, plain or with swapped experts.
-        tokenizer: called with a text, gives `input_ids`; the model's own.
+        tokenizer: called with a text, gives ``input_ids``; the model's own.
         pairs: documents: a source and its target, or a source alone, for which the model generates (greedily, at most
-            `max_length` tokens) what it is then traced on. See `decoder_traces.paired_batches`.
+            ``max_length`` tokens) what it is then traced on. See ``decoder_traces.paired_batches``.
         out: folder of the predictor.
-        options: see TrainingOptions; `variant` is not read, `net` holds sizes of the DecoderNet.
-        held_out_pairs: documents to report on; then none of `pairs` is held out for that.
-        resume: False deletes unfinished work in `out` first.
+        options: see TrainingOptions; ``variant`` is not read, ``net`` holds sizes of the DecoderNet.
+        held_out_pairs: documents to report on; then none of ``pairs`` is held out for that.
+        resume: False deletes unfinished work in ``out`` first.
         progress: shows progress bars.
         keep_traces: keeps OUT/training when done.
 

@@ -60,7 +60,7 @@ def paired_batches(
     """Batches of sources and targets.
 
     Args:
-        tokenizer: called with a string, gives `input_ids`; the model's own.
+        tokenizer: called with a string, gives ``input_ids``; the model's own.
         pairs: documents, each a source and the target that the decoder is made to write, or a source alone. Either may
             be a string or token ids; a target's ids end with the end of sentence, as a tokenizer gives them.
         max_length: tokens of a source and of a target at the most.
@@ -119,8 +119,8 @@ def read_by_decoder(
     """What the decoder reads: the target behind the start token, or what the model generates for a source alone.
 
     Args:
-        model: an encoder-decoder; its `generate` (greedy) is asked where there are no labels.
-        batches: of `paired_batches`.
+        model: an encoder-decoder; its ``generate`` (greedy) is asked where there are no labels.
+        batches: of ``paired_batches``.
         max_length: tokens that are generated at the most.
 
     Yields:
@@ -158,21 +158,21 @@ def read_by_decoder(
 def collect_decoder_traces(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], keep: int = KEPT
 ) -> Iterator[DecoderTrace]:
-    """Runs encoder and decoder over batches and yields one DecoderTrace for each; nothing else is held.
+    """Run encoder and decoder over batches and yield one DecoderTrace for each; nothing else is held.
 
     A row that is longer than the model's expert capacity loses tokens of an expert here, in one forward, that a
     generation would give it one by one; keep targets shorter than the capacity.
 
     Args:
         model: holds a Switch encoder and decoder, plain or with swapped experts.
-        batches: of `read_by_decoder`.
+        batches: of ``read_by_decoder``.
         keep: candidates kept for each token and layer; at most the number of experts are.
 
     Raises:
         ValueError: an unknown token, or router logits that are NaN or infinite.
     """
     if keep < 1:
-        raise ValueError(f"keep is {keep}; expected at least 1 candidate")
+        raise ValueError(f"keep is {keep}, expected at least 1 candidate")
     facts = stack_facts(model, "decoder")
     encoder: Any = model.get_submodule("encoder")
     vocabulary, device = facts.embedding.shape[0], facts.embedding.device

@@ -14,23 +14,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sida_ext.prediction.hash_predictor import HashPredictor
 from sida_ext.prediction.moe_facts import StackFacts, stack_facts
 from sida_ext.prediction.token_table import TokenTablePredictor
+from sida_ext.progress import progress_bar
 from sida_ext.training.evaluation import cost_share, evaluate
-from sida_ext.training.objective import (
-    HELD_OUT,
-    TRAIN,
-    VALIDATION,
-    TrainingOptions,
-    predictor_loss,
-    split_of,
-    truncated_distillation,
-)
+from sida_ext.training.objective import TrainingOptions, predictor_loss, truncated_distillation
 from sida_ext.training.report import write_report
 from sida_ext.training.routing_curve import routing_curve
+from sida_ext.training.split import HELD_OUT, TRAIN, VALIDATION, SplitPart
 from sida_ext.training.traces import Trace, TraceStore, collect_traces
 from sida_ext.training.trainer import Trainer
 
@@ -58,20 +51,20 @@ def train_predictor(
     progress: bool = True,
     keep_traces: bool = False,
 ) -> HashPredictor:
-    """Trains a predictor of the encoder's routing and writes it, with its report and a token table, to folder `out`.
+    """Train a predictor of the encoder's routing and write it, with its report and a token table, to folder ``out``.
 
     Work in progress lives in OUT/training: traces and a checkpoint. After Ctrl-C or a crash the same call goes on where
-    it stopped (Ctrl-C is re-raised once the checkpoint is on disk). A predictor that `out` already holds is replaced
-    only when the new one is complete.
+    it stopped (Ctrl-C is re-raised once the checkpoint is on disk). A predictor that ``out`` already holds is replaced
+    only when the new one is complete; until then OUT/training/early is the best so far, which can be served with.
 
     Args:
         model: holds a Switch encoder, plain or with swapped experts.
-        tokenizer: called with a sentence, gives `input_ids`; the model's own.
+        tokenizer: called with a sentence, gives ``input_ids``; the model's own.
         texts: documents, each a string or a sequence of sentences.
         out: folder of the predictor.
         options: see TrainingOptions.
-        held_out_texts: documents to report on; then none of `texts` is held out for that.
-        resume: False deletes unfinished work in `out` first.
+        held_out_texts: documents to report on; then none of ``texts`` is held out for that.
+        resume: False deletes unfinished work in ``out`` first.
         progress: shows progress bars with the current loss.
         keep_traces: keeps OUT/training when done.
 
@@ -106,7 +99,7 @@ def train_predictor(
 
 
 def training_options(options: TrainingOptions | None, argument: str, held_out: Any) -> TrainingOptions:
-    """The options of a run; where documents to report on are given (`argument`), no others are held out for that."""
+    """The options of a run; where documents to report on are given (``argument``), no others are held out for that."""
     options = options or TrainingOptions()
     if held_out is not None:
         return replace(options, held_out=0.0)
@@ -139,16 +132,16 @@ def train_on_store(
     progress: bool,
     keep_traces: bool,
 ) -> P:
-    """Trains `predictor` and its rival on the traces, judges both, and writes them and the report to folder `out`.
+    """Train ``predictor`` and its rival on the traces, judge both, and write them and the report to folder ``out``.
 
     Args:
-        compared_with: `table` as a predictor of the same stack.
+        compared_with: ``table`` as a predictor of the same stack.
         details: the report's further entries, asked for when the predictor is trained; gets the held-out part.
-        started: `time.perf_counter()` when the work began.
+        started: ``time.perf_counter()`` when the work began.
     """
     work = Path(out) / "training"
     trained, validation, held_out = (SplitPart(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
-    trainer = Trainer(predictor, trained, validation, options, work / "checkpoint")
+    trainer = Trainer(predictor, trained, validation, options, work / "checkpoint", early=work / "early")
     history = trainer.run(progress)
     trainer.finish()
     for trace in trained():
@@ -183,7 +176,7 @@ def train_on_store(
 def tokenized_batches(
     tokenizer: Any, texts: Texts, max_length: int = 512, sentences: int = 32
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches for `collect_traces`; an item of `texts` is a document: one string, or a sequence of its sentences.
+    """Batches for ``collect_traces``; an item of ``texts`` is a document: one string, or a sequence of its sentences.
 
     Sentences are sorted by length within windows of 64 batches, so little is padding. Empty sentences are skipped.
     """
@@ -206,7 +199,7 @@ def tokenized_batches(
     for number, text in enumerate(texts):
         for sentence in [text] if isinstance(text, str) else text:
             if not isinstance(sentence, str):
-                raise TypeError(f"document {number} holds a {type(sentence).__name__}; expected text")
+                raise TypeError(f"document {number} holds a {type(sentence).__name__}, expected text")
             if not sentence.strip():
                 continue
             ids = tokenizer(sentence, truncation=True, max_length=max_length)["input_ids"]
@@ -227,7 +220,7 @@ def _collect(
     options: TrainingOptions,
     progress: bool,
 ) -> TraceStore:
-    """Traces all texts into `folder`, going on after the batches that are already there."""
+    """Trace all texts into ``folder``, going on after the batches that are already there."""
     identity = {"model_fingerprint": facts.fingerprint, "max_length": options.max_length}
     store = TraceStore(folder, identity)
     batches = tokenized_batches(tokenizer, texts, options.max_length)
@@ -244,10 +237,10 @@ def fill_store(
     collect: Callable[[Iterator[dict[str, Any]]], Iterator[Trace]],
     progress: bool,
 ) -> TraceStore:
-    """Traces all batches into `store`, going on after those that are already there.
+    """Trace all batches into ``store``, going on after those that are already there.
 
     Args:
-        batches, held_out: with `input_ids`, `attention_mask` and `document`; those of `held_out` are only reported on.
+        batches, held_out: with ``input_ids``, ``attention_mask`` and ``document``; ``held_out`` is only reported on.
         collect: makes traces of batches, one of each.
     """
     if held_out is not None:
@@ -255,31 +248,10 @@ def fill_store(
     store.skip(batches)
     if store.complete:
         return store
-    with tqdm(desc="tracing the router", unit="token", unit_scale=True, disable=not progress) as bar:
-        bar.update(store.tokens)
+    with progress_bar("tracing the router, tokens", done=store.tokens, shown=progress) as bar:
         with contextlib.closing(store.extend(collect(batches))) as tokens:
             for count in tokens:
-                bar.update(count)
+                bar.advance(count)
     if not store.tokens:
         raise ValueError("the texts hold no sentence; there is nothing to learn from")
     return store
-
-
-class SplitPart:
-    """One part of the split, as a callable that streams it: `part()` yields a Trace for each shard that has rows."""
-
-    def __init__(self, store: TraceStore, options: TrainingOptions, part: int) -> None:
-        self.store, self.options, self.part = store, options, part
-
-    def __call__(self) -> Iterator[Trace]:
-        for number in range(len(self.store)):
-            trace = self.shard(number)
-            if trace.rows:
-                yield trace
-
-    def shard(self, number: int) -> Trace:
-        trace = self.store.shard(number)
-        return trace.select((split_of(trace.document, self.options) == self.part).nonzero()[:, 0])
-
-    def __len__(self) -> int:
-        return len(self.store)

@@ -58,11 +58,11 @@ class Evaluation:
 
 
 def evaluate(predictor: Predictor, traces: Iterable[Trace], batch_sentences: int = 64) -> Evaluation:
-    """Runs `predictor.predict` over traced sentences and counts where the router agrees.
+    """Run ``predictor.predict`` over traced sentences and count where the router agrees.
 
     Args:
         predictor: any Predictor of the traced stack.
-        traces: what `collect_traces` gave, or a TraceStore's shards.
+        traces: what ``collect_traces`` gave, or a TraceStore's shards.
         batch_sentences: sentences in a call.
 
     Raises:

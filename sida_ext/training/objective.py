@@ -1,12 +1,10 @@
-"""What a predictor is trained for: the options, the truncated-distillation loss and the split by document."""
+"""What a predictor is trained for: the options and the truncated-distillation loss."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,9 +21,9 @@ class TrainingOptions:
         truncation: T, the teacher's most likely experts that are distilled; at most 30 and the number of experts.
         top1_weight: lambda, the weight of the cross-entropy with the router's first choice.
         temperature: divides the teacher's and the student's logits inside the distillation term.
-        learning_rate, weight_decay, warmup: of AdamW; linear warm-up over `warmup` steps, then cosine decay.
+        learning_rate, weight_decay, warmup: of AdamW; linear warm-up over ``warmup`` steps, then cosine decay.
         batch_sentences: sentences in a step.
-        epochs: at most so many passes; `patience` passes without a better held-out loss end it earlier.
+        epochs: at most so many passes; ``patience`` passes without a better held-out loss end it earlier.
         seconds: at most so much training time (checked after each pass and step); None: no limit.
         validation: share of documents that decide when to stop and how probabilities are calibrated.
         held_out: share of documents that nothing but the report reads.
@@ -54,19 +52,19 @@ class TrainingOptions:
         positive = ("truncation", "temperature", "learning_rate", "batch_sentences", "epochs", "patience", "max_length")
         for name in positive:
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
         if self.truncation > KEPT:
             raise ValueError(f"truncation is {self.truncation}; traces keep the router's {KEPT} most likely experts")
         for name in ("top1_weight", "weight_decay", "warmup"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 0")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if not (self.validation > 0 and self.held_out >= 0 and self.validation + self.held_out < 1):
             raise ValueError(
-                f"validation is {self.validation} and held_out {self.held_out}; expected shares that leave documents "
+                f"validation is {self.validation} and held_out {self.held_out}, expected shares that leave documents "
                 "to train on"
             )
         if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds is {self.seconds}; expected more than 0, or None for no limit")
+            raise ValueError(f"seconds is {self.seconds}, expected more than 0, or None for no limit")
 
 
 def truncated_distillation(
@@ -78,15 +76,15 @@ def truncated_distillation(
 
     Args:
         student: [n, layers, experts] float32 logits.
-        teacher: [n, layers, kept] logits of `candidates`, most likely first (a constant shift does not matter).
+        teacher: [n, layers, kept] logits of ``candidates``, most likely first (a constant shift does not matter).
         candidates: [n, layers, kept] integer experts.
-        truncation: T; more than `kept` means all that are kept.
+        truncation: T; more than ``kept`` means all that are kept.
 
     Returns:
         A scalar: the mean over tokens and layers of the summed absolute difference (between 0 and 2).
     """
     if truncation < 1:
-        raise ValueError(f"truncation is {truncation}; expected at least 1 expert")
+        raise ValueError(f"truncation is {truncation}, expected at least 1 expert")
     candidates = candidates[..., :truncation].long()
     wanted = (teacher[..., :truncation].float() / temperature).softmax(dim=-1)
     given = (student.gather(-1, candidates) / temperature).softmax(dim=-1)
@@ -97,22 +95,3 @@ def predictor_loss(student: Tensor, trace: Trace, options: TrainingOptions) -> T
     """TKD(T) + lambda * CE with the router's first choice, for student logits [N, layers, experts]."""
     distilled = truncated_distillation(student, trace.logits, trace.candidates, options.truncation, options.temperature)
     return distilled + options.top1_weight * F.cross_entropy(student.flatten(0, 1), trace.top1.flatten())
-
-
-TRAIN, VALIDATION, HELD_OUT = 0, 1, 2
-
-
-def split_of(document: Tensor, options: TrainingOptions) -> Tensor:
-    """[n] int64: TRAIN, VALIDATION or HELD_OUT of each document; depends on its number and the seed alone.
-
-    Negative numbers are documents that were given as held out.
-    """
-    parts = []
-    for number in document.tolist():
-        digest = hashlib.sha256(f"{options.seed}:{number}".encode()).digest()
-        place = int.from_bytes(digest[:8], "little") / 2**64
-        if number < 0 or place < options.held_out:
-            parts.append(HELD_OUT)
-        else:
-            parts.append(VALIDATION if place < options.held_out + options.validation else TRAIN)
-    return torch.tensor(parts, dtype=torch.int64)

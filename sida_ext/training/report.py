@@ -7,23 +7,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sida_ext.files import written_whole
+
 REPORT_FILE = "report.json"
 PICTURE_FILE = "report.png"
 
 
 def write_report(path: str | os.PathLike[str], report: dict[str, Any]) -> None:
-    """Writes PATH/report.json and PATH/report.png, each under a temporary name first.
+    """Write PATH/report.json and PATH/report.png, each whole or not at all.
 
     Args:
         path: folder of the predictor.
-        report: must hold `held_out` with the summaries of "predictor" and "token_table" (see `Evaluation.summary`).
-            With `confident`, what `routing_curve` gives, its curves are drawn too; a decoder's report has none, as its
-            table never replaces the router.
+        report: must hold ``held_out`` with the summaries of "predictor" and "token_table" (``Evaluation.summary``).
+            With ``confident``, what ``routing_curve`` gives, its curves are drawn too; a decoder's report has none, as
+            its table never replaces the router.
     """
     folder = Path(path)
-    temporary = folder / f".{REPORT_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, folder / REPORT_FILE)
+    with written_whole(folder / REPORT_FILE, sync=True) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
     _draw(report, folder)
 
 
@@ -59,9 +60,8 @@ def _draw(report: dict[str, Any], folder: Path) -> None:
     trust.legend(fontsize=8)
     if "confident" in report:
         _draw_confident(report["confident"], axes[2])
-    temporary = folder / f".{os.getpid()}.{PICTURE_FILE}"
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, folder / PICTURE_FILE)
+    with written_whole(folder / PICTURE_FILE) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def _draw_confident(curve: list[dict[str, Any]], routed: Any) -> None:

@@ -76,7 +76,7 @@ def routing_curve(
     Args:
         predictor: a Predictor of the model's encoder.
         model: plain or with swapped experts.
-        traces: of held-out text; the first `sentences` sentences are run.
+        traces: of held-out text; the first ``sentences`` sentences are run.
         thresholds: probabilities from which the table decides; 0 is routing="predicted", above 1 the router, which the
             last must be.
 
@@ -90,7 +90,7 @@ def routing_curve(
         - transfers_saved: the share of the router's such transfers that this threshold avoids.
     """
     if not thresholds or not thresholds[-1] > 1:
-        raise ValueError(f"thresholds are {thresholds}; expected the last to be above 1: the router, to compare with")
+        raise ValueError(f"thresholds are {thresholds}, expected the last to be above 1: the router, to compare with")
     facts = stack_facts(model)
     whole: Any = model
     classifies = isinstance(getattr(model, "classifier", None), nn.Module)

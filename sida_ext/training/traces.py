@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sida_ext.files import written_whole
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.moe_facts import check_tokens, stack_facts
 
@@ -51,7 +52,7 @@ class Trace:
         return self.length.numel()
 
     def select(self, rows: Tensor) -> Trace:
-        """The sentences `rows` [n], in that order."""
+        """The sentences ``rows`` [n], in that order."""
         start = (self.length.cumsum(0) - self.length)[rows]
         length = self.length[rows]
         first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
@@ -66,7 +67,7 @@ class Trace:
         )
 
     def padded(self) -> tuple[Tensor, Tensor]:
-        """input_ids [rows, S] and bool mask [rows, S]; `mask` selects exactly the N tokens, in order."""
+        """input_ids [rows, S] and bool mask [rows, S]; ``mask`` selects exactly the N tokens, in order."""
         longest = int(self.length.max()) if self.rows else 0
         mask = torch.arange(longest)[None] < self.length[:, None]
         input_ids = torch.zeros(mask.shape, dtype=torch.int64)
@@ -79,7 +80,7 @@ class Trace:
         return predictor(input_ids, mask.long())[mask]
 
     def table_of(self, predictor: Any, top_k: int) -> HashTable:
-        """The predictor's table for these sentences, padded as `padded` has it."""
+        """The predictor's table for these sentences, padded as ``padded`` has it."""
         input_ids, mask = self.padded()
         return predictor.predict(input_ids, mask.long(), top_k=top_k)
 
@@ -91,14 +92,14 @@ class Trace:
 def collect_traces(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], keep: int = KEPT, stack: str = "encoder"
 ) -> Iterator[Trace]:
-    """Runs the stack over batches and yields one Trace for each; nothing else is held.
+    """Run the stack over batches and yield one Trace for each; nothing else is held.
 
-    Works on a plain transformers model and on one with swapped experts: both record `router_logits`. The model runs in
-    eval mode (no jitter, no dropout) and its mode is restored.
+    Works on a plain transformers model and on one with swapped experts: both record ``router_logits``. The model
+    runs in eval mode (no jitter, no dropout) and its mode is restored.
 
     Args:
         model: holds a Switch encoder.
-        batches: dicts with `input_ids` [B, S] and optionally `attention_mask` [B, S] and `document` [B].
+        batches: dicts with ``input_ids`` [B, S] and optionally ``attention_mask`` [B, S] and ``document`` [B].
         keep: candidates kept for each token and layer; at most the number of experts are.
         stack: only "encoder": a decoder's routing depends on what the encoder read, see decoder_traces.
 
@@ -106,9 +107,9 @@ def collect_traces(
         ValueError: an unknown token, a mask of another shape, or router logits that are NaN or infinite.
     """
     if stack != "encoder":
-        raise ValueError(f"stack is {stack!r}; expected 'encoder'; collect_decoder_traces traces a decoder")
+        raise ValueError(f"stack is {stack!r}, expected 'encoder'; collect_decoder_traces traces a decoder")
     if keep < 1:
-        raise ValueError(f"keep is {keep}; expected at least 1 candidate")
+        raise ValueError(f"keep is {keep}, expected at least 1 candidate")
     facts = stack_facts(model, stack)
     keep = min(keep, facts.experts)
     device = facts.embedding.device
@@ -153,7 +154,7 @@ def kept_choices(
     Args:
         recorded: each MoE layer's router logits [B, S, experts], as transformers records them.
         real: [B, S] bool, the tokens that are kept.
-        layers: MoE layers of the stack, named `stack`.
+        layers: MoE layers of the stack, named ``stack``.
         keep: candidates kept for each token and layer.
 
     Raises:
@@ -197,7 +198,7 @@ class TraceStore:
             self._state = json.loads(index.read_text())
             if self._state.get("identity") != dict(identity):
                 raise ValueError(
-                    f"{self.folder} holds traces of {self._state.get('identity')}; expected {dict(identity)}; "
+                    f"{self.folder} holds traces of {self._state.get('identity')}, expected {dict(identity)}; "
                     "delete the folder or name another"
                 )
         else:
@@ -219,7 +220,7 @@ class TraceStore:
         return sum(shard["tokens"] for shard in self._state["shards"])
 
     def skip(self, batches: Iterator[Mapping[str, Tensor]]) -> None:
-        """Takes the batches whose traces are on disk from `batches`, and checks that they are the same.
+        """Take the batches whose traces are on disk from ``batches``, and check that they are the same.
 
         Raises:
             ValueError: they are not, or there are fewer, or the store is complete and there are more.
@@ -239,7 +240,7 @@ class TraceStore:
             raise ValueError(f"{self.folder} holds traces of fewer texts than given; {advice}")
 
     def extend(self, traces: Iterable[Trace], shard_tokens: int | None = None) -> Generator[int, None, None]:
-        """Writes traces into shards of about `shard_tokens` tokens; yields the tokens of each trace."""
+        """Write traces into shards of about ``shard_tokens`` tokens; yield the tokens of each trace."""
         shard_tokens = shard_tokens or SHARD_TOKENS
         pending: list[Trace] = []
         waiting = 0
@@ -268,12 +269,11 @@ class TraceStore:
 
     def _write_shard(self, traces: list[Trace]) -> None:
         name = f"{len(self._state['shards']):05d}.safetensors"
-        temporary = self.folder / f".{name}.tmp"
         joined = join_traces(traces)
         for trace in traces:
             self._note(trace.input_ids, trace.length, trace.document)
-        save_file(joined.tensors(), temporary)
-        os.replace(temporary, self.folder / name)
+        with written_whole(self.folder / name, sync=True) as partial:
+            save_file(joined.tensors(), partial)
         self._state["shards"].append({"file": name, "tokens": joined.input_ids.numel()})
         self._state["batches"] += len(traces)
         self._state["digest"] = self._digest.hexdigest()
@@ -284,9 +284,8 @@ class TraceStore:
             self._digest.update(tensor.long().numpy().tobytes())
 
     def _write_index(self) -> None:
-        temporary = self.folder / f".{self._INDEX}.tmp"
-        temporary.write_text(json.dumps(self._state))
-        os.replace(temporary, self.folder / self._INDEX)
+        with written_whole(self.folder / self._INDEX, sync=True) as partial:
+            partial.write_text(json.dumps(self._state))
 
 
 def join_traces(traces: list[Trace]) -> Trace:

@@ -13,28 +13,33 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from sida_ext.files import written_whole
 from sida_ext.prediction.calibration import fit_temperature
 from sida_ext.prediction.hash_predictor import HashPredictor
+from sida_ext.progress import Bar, log, progress_bar
 from sida_ext.training.objective import TrainingOptions, predictor_loss
+from sida_ext.training.split import SplitPart
 from sida_ext.training.traces import Trace
 
+# The first steps of a run are slower than those to come; so many of them are left out of what is said of its length.
+WARM_STEPS, TIMED_STEPS = 2, 8
+# How long a run goes without leaving a predictor that can be served with.
+EARLY_SECONDS = 120.0
 
-class TracePart(Protocol):
-    """One part of the split: called, it streams its shards that have rows; `shard(n)` is one of `len()` shards."""
 
-    def __call__(self) -> Iterator[Trace]: ...
-
-    def __len__(self) -> int: ...
-
-    def shard(self, number: int) -> Trace: ...
+def _clock(seconds: float) -> str:
+    """``14:05 (in 23 min)``."""
+    end = time.localtime(time.time() + seconds)
+    day = "" if end.tm_yday == time.localtime().tm_yday else time.strftime("%d %b, ", end)
+    left = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    return f"{day}{time.strftime('%H:%M', end)} (in {left if seconds < 5400 else f'{seconds / 3600:.1f} h'})"
 
 
 class Trainer:
@@ -46,6 +51,8 @@ class Trainer:
         options: see TrainingOptions.
         checkpoint: path of the checkpoint file, without ending.
         save_every: seconds between checkpoints.
+        early: folder of the best predictor so far, written after each pass, and before the first one is done every two
+            minutes; None: nothing is written.
 
     Raises:
         ValueError: an empty part, or a checkpoint of other options.
@@ -54,15 +61,16 @@ class Trainer:
     def __init__(
         self,
         predictor: HashPredictor,
-        train: TracePart,
-        validation: TracePart,
+        train: SplitPart,
+        validation: SplitPart,
         options: TrainingOptions,
         checkpoint: str | os.PathLike[str],
         save_every: float = 30.0,
+        early: str | os.PathLike[str] | None = None,
     ) -> None:
         self.predictor, self.train, self.validation, self.options = predictor, train, validation, options
         self.file = Path(checkpoint).with_suffix(".safetensors")
-        self.save_every = save_every
+        self.save_every, self.early = save_every, early
         self.rows = [train.shard(number).rows for number in range(len(train))]
         if not any(self.rows):
             raise ValueError("no document is left to train on; give more texts")
@@ -80,27 +88,49 @@ class Trainer:
         self.running_loss = 0.0
         self.best: dict[str, Tensor] = {}
         self._interrupted = False
+        self._times: list[float] = []  # when each of the first steps of this process ended
+        self._warmup = options.warmup
         if self.file.is_file():
             self._load()
 
     def run(self, progress: bool = True) -> list[dict[str, float]]:
-        """Trains until done. Ctrl-C lets the running step end, writes a checkpoint and raises KeyboardInterrupt.
+        """Train until done. Ctrl-C lets the running step end, writes a checkpoint and raises KeyboardInterrupt.
 
         Returns:
             One entry for each epoch: train_loss, validation_loss, seconds.
         """
-        total = self.options.epochs * self.steps_per_epoch
-        bar = tqdm(
-            total=total, initial=self.epoch * self.steps_per_epoch + self.step, desc="training", disable=not progress
-        )
-        with self._deferred_interrupt():
-            try:
-                while not self._done():
-                    self._run_epoch(bar)
-                    self._stop_if_interrupted()
-            finally:
-                bar.close()
+        with (
+            self._deferred_interrupt(),
+            progress_bar("training", self._steps, done=self._number, shown=progress) as bar,
+        ):
+            while not self._done():
+                self._run_epoch(bar)
+                self._stop_if_interrupted()
         return self.history
+
+    @property
+    def _steps(self) -> int:
+        """Of the whole run, if neither time nor patience ends it."""
+        return self.options.epochs * self.steps_per_epoch
+
+    @property
+    def _number(self) -> int:
+        """Of the step that comes next, over all epochs."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def plan(self, seconds: float) -> str:
+        """What the run will take, where a step takes so many seconds: one sentence, for people."""
+        left = self._steps - self._number
+        said = f"{self.steps_per_epoch} steps in a pass, at most {self.options.epochs} passes; {seconds:.2f} s a step"
+        whole = left * seconds
+        limit = None if self.options.seconds is None else max(self.options.seconds - self.seconds, 0.0)
+        if limit is not None and limit < whole:
+            fit = int(limit / seconds)
+            return (
+                f"{said}: {fit} of {left} steps fit in the time given, and the learning rate falls to its end in that "
+                f"time; the end is at {_clock(limit)}"
+            )
+        return f"{said}: the end is at {_clock(whole)}, or earlier when held-out text no longer improves"
 
     def finish(self) -> HashPredictor:
         """The predictor with its best weights, rounded for storage, calibrated on the validation part, in eval mode."""
@@ -116,7 +146,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _deferred_interrupt(self) -> Iterator[None]:
-        """Turns Ctrl-C into a flag that is read between steps: a step that was cut in half could not be resumed."""
+        """Turn Ctrl-C into a flag that is read between steps: a step that was cut in half could not be resumed."""
         self._interrupted = False
         if threading.current_thread() is not threading.main_thread():
             yield  # Only the main thread receives signals.
@@ -146,18 +176,21 @@ class Trainer:
         losses = [entry["validation_loss"] for entry in self.history]
         return self.step == 0 and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.options.patience
 
-    def _run_epoch(self, bar: Any) -> None:
+    def _run_epoch(self, bar: Bar) -> None:
         self.predictor.train()
-        saved = last = time.perf_counter()
+        saved = last = kept = time.perf_counter()
         for trace in self._batches():
             loss = self._learn(trace)
             self.running_loss += loss
             self.step += 1
             now = time.perf_counter()
             self.seconds, last = self.seconds + now - last, now
-            bar.update()
-            bar.set_postfix(epoch=self.epoch + 1, loss=f"{loss:.4f}", refresh=False)
+            self._say_plan(now)
+            bar.advance(note=f"pass {self.epoch + 1}, loss {loss:.4f}")
             self._stop_if_interrupted()
+            if not self.best and now - kept > EARLY_SECONDS:
+                self._write_early()
+                kept = time.perf_counter()
             if now - saved > self.save_every:
                 self._save()
                 saved = time.perf_counter()
@@ -176,9 +209,27 @@ class Trainer:
         }
         if all(entry["validation_loss"] < before["validation_loss"] for before in self.history):
             self.best = {name: t.detach().clone() for name, t in self.predictor.state_dict().items()}
+            self._write_early()
         self.history.append(entry)
         self.epoch, self.step, self.running_loss = self.epoch + 1, 0, 0.0
         self._save()
+
+    def _say_plan(self, now: float) -> None:
+        """Time the first steps of this process, and say once what they mean for the run."""
+        self._times.append(now)
+        if len(self._times) == WARM_STEPS + TIMED_STEPS + 1:
+            step = (self._times[-1] - self._times[WARM_STEPS]) / TIMED_STEPS
+            log.info("training: %s", self.plan(step))
+            if self.options.seconds is not None:
+                # A run of few steps must not spend them all on warming up.
+                steps = self._number + int(self.options.seconds / step)
+                self._warmup = min(self.options.warmup, max(1, steps // 10))
+
+    def _write_early(self) -> None:
+        """Leave the predictor as it is now where it can be served from, its weights not yet rounded nor calibrated."""
+        if self.early is not None:
+            self.predictor.save_pretrained(self.early)
+            log.info("training: the best predictor so far is in %s", os.fspath(self.early))
 
     def _batches(self) -> Iterator[Trace]:
         """This epoch's batches from the current step on; their order depends on seed and epoch alone."""
@@ -206,9 +257,9 @@ class Trainer:
         return [batches[n] for n in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _learn(self, trace: Trace) -> float:
-        number = self.epoch * self.steps_per_epoch + self.step
-        warm = min(1.0, (number + 1) / max(self.options.warmup, 1))
-        done = number / (self.options.epochs * self.steps_per_epoch)
+        number = self._number
+        warm = min(1.0, (number + 1) / max(self._warmup, 1))
+        done = number / self._steps
         if self.options.seconds is not None:
             done = max(done, self.seconds / self.options.seconds)
         for group in self.optimizer.param_groups:
@@ -245,11 +296,10 @@ class Trainer:
             "history": self.history,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.file.with_suffix(".tmp")
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(state)}
-        )
-        os.replace(temporary, self.file)
+        with written_whole(self.file, sync=True) as partial:
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, {"state": json.dumps(state)}
+            )
 
     def _load(self) -> None:
         with safe_open(self.file, "pt") as opened:

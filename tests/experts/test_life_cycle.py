@@ -343,7 +343,7 @@ def test_the_store_is_complete_after_an_interrupted_pack(folder, tmp_path):
     done = script(
         folder,
         f"""
-from sida_ext.experts.store import pack
+from sida_ext.models.packing import pack
 def stop(done, total):
     if done == 5:
         os.kill(os.getpid(), signal.SIGINT)
@@ -359,7 +359,7 @@ except KeyboardInterrupt:
 
 def test_what_a_killed_pack_left_goes_with_the_next_one(folder, tmp_path):
     body = f"""
-from sida_ext.experts.store import pack
+from sida_ext.models.packing import pack
 def stop(done, total):
     if done == 5:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
 
 from sida_ext import _C, StoreError, ops
-from sida_ext.experts.checkpoint import Checkpoint
-from sida_ext.experts.store import ensure_store, open_store, pack, quantize_rows, write_store
+from sida_ext.experts.cache import ensure_store
+from sida_ext.experts.source import ExpertWeights
+from sida_ext.experts.store import open_store, quantize_rows, write_store
+from sida_ext.models.packing import pack, source_of
 from tests.support.reference import build, small_config
 
 
@@ -77,15 +80,12 @@ class RandomExperts:
     """Gated experts with biases, of no checkpoint."""
 
     layers, num_experts, d_model, d_ff, gated, biased = ["a.mlp", "b.mlp"], 3, 24, 40, True, True
-    fingerprint, name = "0" * 32, "random"
+    family, layout, top_k, activation, gate = "random", "none", (2,), "silu", "act(gate) * up"
+    fingerprint, name = "0" * 64, "random"
 
-    def expert(self, layer: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def expert(self, layer: int, index: int) -> ExpertWeights:
         random = torch.Generator().manual_seed(10 * layer + index)
-        return torch.randn(80, 24, generator=random), torch.randn(24, 40, generator=random)
-
-    def biases(self, layer: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        random = torch.Generator().manual_seed(100 + 10 * layer + index)
-        return torch.randn(80, generator=random), torch.randn(24, generator=random)
+        return ExpertWeights(*(torch.randn(*shape, generator=random) for shape in ((80, 24), (24, 40), (80,), (24,))))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -101,9 +101,9 @@ def test_biases_arrive_and_are_computed_with(tmp_path, dtype):
     for layer in range(2):
         for index in range(3):
             record = read(path, layer, index)
-            wi_bias, wo_bias = source.biases(layer, index)
-            assert torch.equal(part(record, fmt.wi_bias_offset, 1, 80, torch.float32)[0], wi_bias)
-            assert torch.equal(part(record, fmt.wo_bias_offset, 1, 24, torch.float32)[0], wo_bias)
+            expert = source.expert(layer, index)
+            assert torch.equal(part(record, fmt.wi_bias_offset, 1, 80, torch.float32)[0], expert.wi_bias)
+            assert torch.equal(part(record, fmt.wo_bias_offset, 1, 24, torch.float32)[0], expert.wo_bias)
     engine = _C.TransferEngine(
         store,
         slots=2,
@@ -121,8 +121,9 @@ def test_biases_arrive_and_are_computed_with(tmp_path, dtype):
         x, index, gate = torch.randn(7, 24), torch.randint(0, 3, (7, 2)), torch.rand(7, 2)
         found = ops.moe_layer(x, index, gate, handle)
         experts = [source.expert(1, i) for i in range(3)]
-        wi, wo = (torch.stack([expert[i] for expert in experts]) for i in range(2))
-        biases = [torch.stack([source.biases(1, e)[i] for e in range(3)]) for i in range(2)]
+        wi, wo, *biases = (
+            torch.stack([getattr(expert, name) for expert in experts]) for name in ("wi", "wo", "wi_bias", "wo_bias")
+        )
         scales = {}
         if dtype == "int8":
             quantised = [[quantize_rows(m) for m in matrices] for matrices in (wi, wo)]
@@ -151,12 +152,8 @@ def test_a_store_without_biases_stays_readable_by_older_versions(store):
 def test_an_expert_of_another_shape_is_refused(tmp_path, field):
     class Wrong(RandomExperts):
         def expert(self, layer, index):
-            wi, wo = super().expert(layer, index)
-            return (wi[:-1] if field == "wi" else wi), (wo[:, :-1] if field == "wo" else wo)
-
-        def biases(self, layer, index):
-            wi_bias, wo_bias = super().biases(layer, index)
-            return (wi_bias[1:] if field == "wi_bias" else wi_bias), (wo_bias[1:] if field == "wo_bias" else wo_bias)
+            right = super().expert(layer, index)
+            return replace(right, **{field: getattr(right, field)[..., :-1]})
 
     with pytest.raises(ValueError, match=rf"a\.mlp expert 0: {field} is torch.float32 of shape .* expected a float"):
         write_store(Wrong(), tmp_path / "x.sida", "float32")
@@ -285,13 +282,16 @@ def test_checkpoints_that_cannot_be_packed(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         pack(empty, tmp_path / "x.sida")
     shutil.copy(checkpoint / "config.json", empty)
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"finds no weights there: .*no file named model\.safetensors"):
         pack(empty, tmp_path / "x.sida")
     weights = load_file(checkpoint / "model.safetensors")
     wi = "encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight"
     for change, message in (
         ({wi: None}, "expert_3.wi.weight is missing"),
-        ({wi: torch.zeros(3, 3)}, r"expert_3.wi.weight has shape \(3, 3\), expected \(40, 24\)"),
+        (
+            {wi: torch.zeros(3, 3)},
+            r"expert_3.wi.weight is torch.float32 of shape \(3, 3\), expected .* of shape \(40, 24\)",
+        ),
         ({wi: torch.zeros(40, 24, dtype=torch.int64)}, "expected a floating-point type"),
         ({wi: torch.full((40, 24), float("nan"))}, "wi holds NaN"),
         ({wi.replace("wi.weight", "wi.bias"): torch.zeros(40)}, "wi.bias is an expert parameter"),
@@ -353,7 +353,7 @@ def test_the_cache_packs_once_for_two_callers(checkpoint, tmp_path):
     packed: list[int] = []
 
     def work():
-        with Checkpoint.open(checkpoint) as source:
+        with source_of(checkpoint) as source:
             ensure_store(
                 source,
                 "bfloat16",
@@ -373,7 +373,7 @@ def test_the_cache_packs_once_for_two_callers(checkpoint, tmp_path):
 
 def test_a_damaged_store_in_the_cache_is_packed_again_and_said(checkpoint, tmp_path):
     said: list[str] = []
-    with Checkpoint.open(checkpoint) as source:
+    with source_of(checkpoint) as source:
         path = ensure_store(source, "bfloat16", tmp_path)
         os.truncate(path, 10000)
         assert ensure_store(source, "bfloat16", tmp_path, say=said.append) == path
@@ -383,7 +383,7 @@ def test_a_damaged_store_in_the_cache_is_packed_again_and_said(checkpoint, tmp_p
 
 def test_another_checkpoint_has_another_fingerprint(checkpoint, tmp_path):
     build(SwitchTransformersForConditionalGeneration, small_config(), seed=1).save_pretrained(tmp_path / "other")
-    with Checkpoint.open(checkpoint) as one, Checkpoint.open(tmp_path / "other") as other:
+    with source_of(checkpoint) as one, source_of(tmp_path / "other") as other:
         assert one.fingerprint != other.fingerprint
 
 
@@ -393,5 +393,5 @@ def test_encoder_only_checkpoint(tmp_path):
 
 
 def test_unknown_dtype(checkpoint, tmp_path):
-    with Checkpoint.open(checkpoint) as source, pytest.raises(ValueError, match="dtype is 'int4', expected one of"):
+    with source_of(checkpoint) as source, pytest.raises(ValueError, match="dtype is 'int4', expected one of"):
         write_store(source, tmp_path / "x.sida", "int4")

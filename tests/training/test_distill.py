@@ -30,7 +30,7 @@ from sida_ext.training.distill import (
     truncated_distillation,
 )
 from sida_ext.training.evaluation import evaluate
-from sida_ext.training.objective import HELD_OUT, TRAIN, VALIDATION, split_of
+from sida_ext.training.split import HELD_OUT, TRAIN, VALIDATION, split_of
 from sida_ext.training.traces import TraceStore, join_traces
 
 VOCABULARY, EXPERTS, LAYERS = 40, 5, 2
