@@ -17,7 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sida_ext.files import written_whole
+from sida_ext.models.tokenizer import tokenizer_of
 from sida_ext.progress import console, progress_bar, show_log
+from sida_ext.serving.command import serve
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
@@ -30,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(serve)
 
 
 @app.command()
@@ -136,7 +139,7 @@ def train(
     try:
         (train_decoder_predictor if decoder else train_predictor)(
             loaded,
-            _tokenizer_of(model),
+            tokenizer_of(model),
             lines,
             out,
             TrainingOptions(
@@ -199,7 +202,7 @@ def plan(
     loaded = from_pretrained(model, expert_memory="auto", store=store)
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
-        given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
+        given = _tokenized(tokenizer_of(model), lines, batch_size, max_length)
         with progress_bar("routing") as bar:
 
             def counted() -> Iterator[dict[str, Any]]:
@@ -219,17 +222,6 @@ def plan(
         rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *POLICIES)]
         table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
     Console().print(table)
-
-
-def _tokenizer_of(model: str) -> Any:
-    """The tokenizer of a checkpoint. Where its files are missing, transformers makes one that knows no word."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    words = {word for word, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids}
-    if words <= {"\u2581"}:  # the sign that stands for a space
-        raise ValueError(f"{model} has no tokenizer: every word would be unknown; save it beside the model")
-    return tokenizer
 
 
 def _tokenized(tokenizer: Any, lines: list[str], batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
@@ -288,7 +280,7 @@ def run(
     try:
         if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
             raise ValueError("sida run takes encoders and classifiers; for generate() use the Python interface")
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         pad = tokenizer.pad_token_id or 0
 

@@ -22,7 +22,7 @@ struct LayerCounters {
   double stall_seconds = 0;          // waits with nothing to compute
 };
 
-// One expert as it stands now.
+// One expert as it stands now. Python reads the places as numbers.
 struct ExpertStanding {
   enum class Place : uint8_t { absent, arriving, here, in_use };
   Place place = Place::absent;

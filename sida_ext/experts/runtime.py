@@ -20,7 +20,7 @@ from sida_ext.experts.cuda import cuda_blocking, host_slots, resolve_device
 from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.read_plan import ReadPlan, read_plan
 from sida_ext.experts.record import StoredExpert, stored_expert
-from sida_ext.experts.stats import PLACES, ExpertStanding, Stats
+from sida_ext.experts.stats import LayerStanding, Stats
 from sida_ext.experts.store import StoreHeader, open_store
 from sida_ext.experts.timeline import Event, write_chrome_trace
 
@@ -263,13 +263,13 @@ class Runtime(ServingState):
         """Counters since the start or the last :meth:`reset_stats`; see :class:`sida_ext.experts.stats.Stats`."""
         return Stats.from_engine(self._engine.stats(), self.header.layers)
 
-    def residency(self) -> list[list[ExpertStanding]]:
-        """Where every expert is at this moment: ``[MoE layer][expert]``, layers as in ``header.layers``."""
+    def standings(self) -> list[LayerStanding]:
+        """Where every expert is at this moment, layer by layer as in ``header.layers``."""
         places, raw = self._engine.standings()
         demands = memoryview(raw).cast("q")
         experts = self.header.num_experts
         return [
-            [ExpertStanding(PLACES[places[at]], demands[at]) for at in range(first, first + experts)]
+            LayerStanding(places[first : first + experts], demands[first : first + experts].tolist())
             for first in range(0, len(places), experts)
         ]
 

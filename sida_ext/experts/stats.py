@@ -6,22 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-__all__ = ["PLACES", "ExpertStanding", "LayerStats", "Stats"]
+__all__ = ["LayerStanding", "LayerStats", "Stats"]
 
 
-PLACES = ("absent", "arriving", "here", "in use")
-
-
-class ExpertStanding(NamedTuple):
-    """One expert at a moment.
+class LayerStanding(NamedTuple):
+    """The experts of one MoE layer at a moment.
 
     Args:
-        place: ``"absent"``, ``"arriving"``, ``"here"`` or ``"in use"`` (a layer computes from it).
-        demands: layers that have wanted it since the start.
+        places: a byte an expert: 0 on disk alone, 1 arriving, 2 in memory, 3 in memory and computed from.
+        demands: how often each was wanted since the start.
     """
 
-    place: str
-    demands: int
+    places: bytes
+    demands: list[int]
 
 
 @dataclass(frozen=True)

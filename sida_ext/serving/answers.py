@@ -15,10 +15,19 @@ from starlette.types import Receive, Scope, Send
 
 from sida_ext.serving.driver import Work
 from sida_ext.serving.generation import Delta, Sampling, TokenLogprob
-from sida_ext.serving.protocol import ChatRequest, CompletionRequest, Problem
-from sida_ext.serving.service import Answers, ClientLeft, Service
+from sida_ext.serving.protocol import ChatRequest, CompletionRequest, RequestError
+from sida_ext.serving.service import Answers, ClientLeftError, Service
 
-__all__ = ["ChatShape", "CompletionShape", "EventStream", "encode_event", "generation_work", "stream", "tokens_of", "whole"]
+__all__ = [
+    "ChatShape",
+    "CompletionShape",
+    "EventStream",
+    "encode_event",
+    "generation_work",
+    "stream",
+    "tokens_of",
+    "whole",
+]
 
 log = logging.getLogger("sida_ext.serving")
 
@@ -47,31 +56,32 @@ def tokens_of(service: Service, given: str | list[str] | list[int] | list[list[i
     """Token ids of each prompt.
 
     Raises:
-        Problem: an empty or too long one, an id that the model does not have.
+        RequestError: an empty or too long one, an id that the model does not have.
     """
     model = service.model
-    prompts: Sequence[Any]
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        prompts = [given]
-    else:
-        prompts = given
+    single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    prompts: Sequence[Any] = [given] if single else given
     if not prompts:
-        raise Problem(400, f"{field!r} is empty, expected at least one text", field)
+        raise RequestError(400, f"{field!r} is empty, expected at least one text", field)
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     found = []
     for prompt in prompts:
         ids = list(model.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
         if not ids:
-            raise Problem(400, f"{field!r} holds a text of no token", field)
+            raise RequestError(400, f"{field!r} holds a text of no token", field)
         wrong = next((number for number in ids if not 0 <= number < vocabulary), None)
         if wrong is not None:
-            raise Problem(400, f"{field!r} holds the token {wrong}, expected 0 to {vocabulary - 1}", field)
+            raise RequestError(400, f"{field!r} holds the token {wrong}, expected 0 to {vocabulary - 1}", field)
         found.append(ids)
     return found
 
 
 def generation_work(
-    service: Service, prompts: Sequence[list[int]], body: CompletionRequest | ChatRequest, new: int | None, logprobs: int | None
+    service: Service,
+    prompts: Sequence[list[int]],
+    body: CompletionRequest | ChatRequest,
+    new: int | None,
+    logprobs: int | None,
 ) -> list[Work]:
     """The rows of a generation: ``n`` for each prompt.
 
@@ -79,20 +89,24 @@ def generation_work(
         new: tokens asked for; None: as many as fit, at the most ``settings.default_tokens``.
 
     Raises:
-        Problem: the model does not generate; too many rows; too many tokens.
+        RequestError: the model does not generate; too many rows; too many tokens.
     """
     model, settings = service.model, service.settings
     if not model.generates:
-        raise Problem(400, f"{model.name} does not generate text; it classifies: POST /classify", code="not_supported")
+        raise RequestError(
+            400, f"{model.name} does not generate text (see /classify)", code="not_supported"
+        )
     rows = len(prompts) * body.n
     if rows > settings.choices:
-        raise Problem(400, f"{len(prompts)} prompts and n = {body.n} make {rows} rows, expected at most {settings.choices}", "n")
+        raise RequestError(
+            400, f"{len(prompts)} prompts and n = {body.n} make {rows} rows, expected at most {settings.choices}", "n"
+        )
     seed = body.seed if body.seed is not None else secrets.randbits(63)
-    work = []
+    work: list[Work] = []
     for ids in prompts:
         used = 1 if model.seq2seq else len(ids)
         if len(ids) >= model.context:
-            raise Problem(
+            raise RequestError(
                 400,
                 f"the prompt has {len(ids)} tokens; the model's context is {model.context}, prompt and answer together",
                 "prompt" if isinstance(body, CompletionRequest) else "messages",
@@ -100,9 +114,11 @@ def generation_work(
             )
         room = min(model.context - used, service.limits.tokens - len(ids))
         if room < 1:
-            raise Problem(400, f"the prompt has {len(ids)} tokens; the server takes {service.limits.tokens}", code="too_long")
+            raise RequestError(
+                400, f"the prompt has {len(ids)} tokens; the server takes {service.limits.tokens}", code="too_long"
+            )
         if new is not None and new > room:
-            raise Problem(
+            raise RequestError(
                 400,
                 f"max_tokens is {new}; beside a prompt of {len(ids)} tokens {room} are possible",
                 "max_tokens",
@@ -177,7 +193,10 @@ class ChatShape:
 
         return {
             "content": [
-                {**named(token.text, token.logprob), "top_logprobs": [named(text, value) for _, text, value in token.top]}
+                {
+                    **named(token.text, token.logprob),
+                    "top_logprobs": [named(text, value) for _, text, value in token.top],
+                }
                 for token in tokens
             ]
         }
@@ -193,7 +212,12 @@ def _usage(prompt: int, written: int) -> dict[str, int]:
 
 
 async def whole(
-    service: Service, request: Request, work: list[Work], deadline: float, shape: CompletionShape | ChatShape, prompt: int
+    service: Service,
+    request: Request,
+    work: list[Work],
+    deadline: float,
+    shape: CompletionShape | ChatShape,
+    prompt: int,
 ) -> dict[str, Any]:
     """The whole answer of a generation."""
     begin = time.perf_counter()
@@ -226,7 +250,7 @@ async def stream(
     an event with it, and ``[DONE]``.
 
     Raises:
-        Problem: the request cannot be taken; nothing was sent yet.
+        RequestError: the request cannot be taken; nothing was sent yet.
     """
     job = service.run(request, work, deadline)
     answers = await job.__aenter__()
@@ -237,13 +261,13 @@ async def stream(
         try:
             async for event in _pieces(service, answers, head, shape, len(work), begin, prompt, usage):
                 yield event
-        except Problem as problem:
+        except RequestError as problem:
             yield encode_event(problem.body())
-        except ClientLeft:
+        except ClientLeftError:
             return
         except Exception:
             log.exception("a stream failed")
-            yield encode_event(Problem(500, "the stream failed; the server's log says why").body())
+            yield encode_event(RequestError(500, "the stream failed; the server's log says why").body())
         finally:
             await job.__aexit__(None, None, None)
         yield b"data: [DONE]\n\n"

@@ -26,9 +26,8 @@ class SwitchedAttention:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._configs = list(
-            {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values()
-        )
+        configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+        self._configs = list({id(config): config for config in configs}.values())
         names = {config._attn_implementation for config in self._configs} - {None}
         if len(names) != 1:
             raise ValueError(f"the model's attention implementations are {sorted(map(str, names))}, expected one")

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sida_ext.progress import console
+
 __all__ = ["serve"]
 
 
@@ -23,9 +25,13 @@ def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; default: the folder's name or the id.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: the folder's name or the id.")
+    ] = None,
     expert_memory: Annotated[str, typer.Option(help="Budget: 2GiB, 25%, auto or bytes.")] = "auto",
-    expert_dtype: Annotated[str, typer.Option(help="Of the experts: bfloat16, float32, float16, int8, ...")] = "bfloat16",
+    expert_dtype: Annotated[
+        str, typer.Option(help="Of the experts: bfloat16, float32, float16, int8, ...")
+    ] = "bfloat16",
     dtype: Annotated[str | None, typer.Option(help="Of everything else; default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     host_memory: Annotated[str | None, typer.Option(help="Pinned pool of a GPU machine.")] = None,
@@ -36,12 +42,18 @@ def serve(
     rows: Annotated[int, typer.Option(min=1, help="Rows that run at once.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Rows that wait at the most; then 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all running rows together.")] = 65_536,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of a prompt and its answer; default: the model's.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a prompt and its answer; default: the model's.")
+    ] = None,
     patience: Annotated[int, typer.Option(min=0, help="How often a waiting row may be overtaken.")] = 8,
     deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds for running requests after SIGTERM or Ctrl-C.")] = 30.0,
-    api_key_file: Annotated[Path | None, typer.Option(help="A file of keys, one a line, that only its owner reads.")] = None,
-    cors_origin: Annotated[list[str] | None, typer.Option(help="An origin whose pages may call; may be repeated.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file of keys, one a line, that only its owner reads.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may call; may be repeated.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
     """Serve a model over HTTP: completions, chat, embeddings, classification, metrics and a page."""
@@ -50,18 +62,18 @@ def serve(
 
         from sida_ext.serving.server import create_app
     except ImportError as error:
-        raise ImportError(f"sida serve needs {error.name}, which is not installed: pip install 'sida_ext[serve]'") from error
-    from rich.console import Console
-
+        raise ImportError(
+            f"sida serve needs {error.name}, which is not installed: pip install 'sida_ext[serve]'"
+        ) from error
     from sida_ext import from_pretrained
-    from sida_ext.prediction.protocol import find_predictor
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.models.tokenizer import tokenizer_of
+    from sida_ext.prediction.protocol import find_predictor, split_predictors
     from sida_ext.serving.model import ServedModel
     from sida_ext.serving.scheduler import Limits
     from sida_ext.serving.service import Service
     from sida_ext.serving.settings import ServerSettings, read_keys
-    from sida_ext.serving.tokenizers import tokenizer_of
 
-    console = Console(stderr=True)
     settings = ServerSettings(
         deadline=deadline,
         drain=drain,
@@ -83,10 +95,12 @@ def serve(
             store=store,
             routing=routing,
             confidence=confidence,
-            predictor=None if predictor is None else (lambda made: find_predictor(predictor, made)),
-            say=lambda text: console.print(text, markup=False),
             **options,
         )
+        if predictor is not None:
+            runtime_of(loaded).predictor, runtime_of(loaded).decoder_predictor = split_predictors(
+                find_predictor(predictor, loaded)
+            )
         served = ServedModel(loaded, tokenizer, name or _served_name(model), context=context, rows=rows)
         for note in served.notes:
             console.print(f"note: {note}", markup=False)

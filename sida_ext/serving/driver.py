@@ -18,14 +18,14 @@ from torch import Tensor
 
 from sida_ext.serving.generation import Delta, Sampling, Writer, choose
 from sida_ext.serving.model import ServedModel
-from sida_ext.serving.protocol import Problem
-from sida_ext.serving.scheduler import Item, Limits, QueueFull, Scheduler, Step
+from sida_ext.serving.protocol import RequestError
+from sida_ext.serving.scheduler import Item, Limits, QueueFullError, Scheduler, Step
 
 __all__ = ["Driver", "Job", "Work"]
 
 log = logging.getLogger("sida_ext.serving")
 
-Answer = Delta | list[float] | Problem
+Answer = Delta | list[float] | RequestError
 
 
 @dataclass
@@ -106,6 +106,10 @@ class Driver:
         self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
     def waiting(self) -> int:
         return self._scheduler.waiting
 
@@ -117,12 +121,12 @@ class Driver:
         """Queue all rows of a request.
 
         Raises:
-            Problem: 429 if the queue is full, 503 if the server is closing.
+            RequestError: 429 if the queue is full, 503 if the server is closing.
         """
         experts = [self.model.predicted(work.ids) for work in job.work] if self.limits.patience else []
         with self._changed:
             if self._closing:
-                raise Problem(503, "the server is shutting down", code="shutting_down", retry_after=5)
+                raise RequestError(503, "the server is shutting down", code="shutting_down", retry_after=5)
             items = []
             for place, work in enumerate(job.work):
                 number = next(self._numbers)
@@ -133,9 +137,9 @@ class Driver:
                 items.append(item)
             try:
                 self._scheduler.submit(items)
-            except QueueFull as error:
+            except QueueFullError as error:
                 wait = max(1, round(self._step_seconds * 64))
-                raise Problem(429, f"{error}; try again later", code="queue_full", retry_after=wait) from error
+                raise RequestError(429, f"{error}; try again later", code="queue_full", retry_after=wait) from error
             for place, (item, work) in enumerate(zip(items, job.work, strict=True)):
                 self._rows[item.id] = _Running(job, place, work)
             job.ids = [item.id for item in items]
@@ -158,7 +162,7 @@ class Driver:
 
     def cut(self) -> None:
         """End every row that is left with an error."""
-        problem = Problem(503, "the server was shut down before the answer was complete", code="shutting_down")
+        problem = RequestError(503, "the server was shut down before the answer was complete", code="shutting_down")
         with self._changed:
             rows, self._rows = self._rows, {}
             for number, running in rows.items():
@@ -196,7 +200,7 @@ class Driver:
                 self._drop_left()
             begin = time.perf_counter()
             for running in expired:
-                self._over(running, Problem(504, "the request's deadline has passed", code="deadline"))
+                self._over(running, RequestError(504, "the request's deadline has passed", code="deadline"))
             self._decode(going)
             self._join(joining)
             self._count(step, time.perf_counter() - begin)
@@ -236,7 +240,7 @@ class Driver:
         if running.row is not None:
             self.model.drop(running.row)
             running.row = None
-        if isinstance(answer, Problem):
+        if isinstance(answer, RequestError):
             self.counts.failed_rows += answer.status == 500
         self._answer(running, answer)
 
@@ -251,7 +255,7 @@ class Driver:
         log.error("row %d failed", number, exc_info=error)
         self._leave(
             number,
-            Problem(
+            RequestError(
                 500,
                 f"the model could not be computed ({type(error).__name__}); the server's log says why (row {number})",
                 code="computation_failed",

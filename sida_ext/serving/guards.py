@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sida_ext.serving.metrics import ServerMetrics
-from sida_ext.serving.protocol import Problem
+from sida_ext.serving.protocol import RequestError
 from sida_ext.serving.settings import ServerSettings
 
 __all__ = ["Guards", "send_problem"]
@@ -18,7 +18,7 @@ __all__ = ["Guards", "send_problem"]
 OPEN = frozenset({"/", "/health"})  # the page asks for a key itself
 
 
-async def send_problem(send: Send, problem: Problem) -> None:
+async def send_problem(send: Send, problem: RequestError) -> None:
     """Answer with an error."""
     body = json.dumps(problem.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -32,7 +32,7 @@ async def send_problem(send: Send, problem: Problem) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class _TooLarge(Exception):
+class _TooLargeError(Exception):
     pass
 
 
@@ -45,7 +45,9 @@ class Guards:
         endpoints: paths that are told apart in the metrics.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics, endpoints: Iterable[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics, endpoints: Iterable[str]
+    ) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.endpoints = frozenset(endpoints)
 
@@ -74,10 +76,10 @@ class Guards:
         headers = dict(scope["headers"])
         preflight = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         if self.settings.keys and scope["path"] not in OPEN and not preflight and not self._allowed(headers):
-            await send_problem(send, Problem(401, "the API key is missing or wrong", code="invalid_api_key"))
+            await send_problem(send, RequestError(401, "the API key is missing or wrong", code="invalid_api_key"))
             return
         limit = self.settings.body_bytes
-        too_large = Problem(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        too_large = RequestError(413, f"the body is larger than {limit} bytes", code="body_too_large")
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > limit:
             await send_problem(send, too_large)
@@ -91,7 +93,7 @@ class Guards:
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
                 if taken > limit:
-                    raise _TooLarge
+                    raise _TooLargeError
             return message
 
         async def watched(message: Message) -> None:
@@ -101,7 +103,7 @@ class Guards:
 
         try:
             await self.app(scope, measured, watched)
-        except _TooLarge:
+        except _TooLargeError:
             if not started:
                 await send_problem(send, too_large)
 

@@ -1,6 +1,6 @@
 """One step of many rows through a transformers model, each row with the bits that it has alone.
 
-The rows' new tokens run through the model as one batch of one token each, so that embeddings, norms, dense matrices and,
+The new tokens run through the model as one batch of one token each, so that embeddings, norms, dense matrices and,
 above all, the experts are shared. What would mix rows of different lengths, attention, is computed over each row's own
 keys and values by the very function that the model uses alone; a matrix product whose kernel depends on the number of
 rows is computed row by row (:mod:`sida_ext.serving.row_exact`). Outside of such a step the model is as it was.
@@ -118,7 +118,7 @@ class JoinedModel:
                 output = self.model(input_ids=given, position_ids=positions, cache=step.cache, use_cache=True)
         if step.attended != self._own.layers:
             raise RuntimeError(
-                f"{step.attended} of {self._own.layers} attention layers came through transformers' attention interface; "
+                f"{step.attended} of {self._own.layers} attention layers came through transformers' interface; "
                 "serve this model with --rows 1"
             )
         self.split_products += exact.split
@@ -139,7 +139,8 @@ def _states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     for layer in cache.layers:
         if type(layer) is not DynamicLayer:
             raise RuntimeError(f"a cache layer is {type(layer).__name__}, expected DynamicLayer; serve with --rows 1")
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+    layers: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 class _OwnCache(DynamicCache):

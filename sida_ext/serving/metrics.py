@@ -16,6 +16,7 @@ from sida_ext.serving.driver import Driver
 __all__ = ["ServerMetrics"]
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_DIGITS = bytes(b"0123"[place] if place < 4 else 63 for place in range(256))
 
 
 class _DriverCollector(Collector):
@@ -102,8 +103,8 @@ class ServerMetrics:
             "memory_budget": runtime.expert_memory,
             "experts_bytes": runtime.header.experts_bytes,
             "layers": [
-                {"name": layer.name, "experts": states, "wanted": layer.unique, "hits": layer.hits}
-                for layer, states in zip(stats.layers, runtime.residency(), strict=True)
+                {"name": layer.name, "places": standing.places.translate(_DIGITS).decode(), "demands": standing.demands}
+                for layer, standing in zip(stats.layers, runtime.standings(), strict=True)
             ],
         }
         return found

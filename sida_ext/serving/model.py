@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class ServedModel:
         self.generates = bool(model.can_generate())
         self.classifies = type(model).__name__.endswith("ForSequenceClassification")
         self.context = context if context is not None else _context_of(config, tokenizer)
+        self.created = int(time.time())
         self.labels = [str(config.id2label[index]) for index in range(config.num_labels)] if self.classifies else []
         self.notes: list[str] = []
         self.joined: JoinedModel | None = None
@@ -203,7 +205,10 @@ class ServedModel:
         table = predictor.predict(torch.tensor([list(ids)]))
         best = table.expert_index[0, :, :, 0]  # [tokens, layers]
         return frozenset(
-            (layer, expert) for layer in range(best.shape[1]) for expert in best[:, layer].unique().tolist() if expert >= 0
+            (layer, expert)
+            for layer in range(best.shape[1])
+            for expert in best[:, layer].unique().tolist()
+            if expert >= 0
         )
 
 

@@ -14,7 +14,7 @@ __all__ = [
     "ClassifyRequest",
     "CompletionRequest",
     "EmbeddingRequest",
-    "Problem",
+    "RequestError",
     "ScoreRequest",
 ]
 
@@ -45,7 +45,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Problem(Exception):
+class RequestError(Exception):
     """What is wrong with a request, as it is answered.
 
     Args:
@@ -57,7 +57,12 @@ class Problem(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after

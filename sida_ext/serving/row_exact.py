@@ -19,7 +19,36 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["RowExact", "attention_joins", "linear_joins"]
 
 # Row counts at which kernels are known to change, and their neighbours.
-_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 200, 256, 257, 500)
+_COUNTS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    12,
+    15,
+    16,
+    17,
+    24,
+    31,
+    32,
+    33,
+    48,
+    63,
+    64,
+    65,
+    100,
+    127,
+    128,
+    129,
+    200,
+    256,
+    257,
+    500,
+)
 _LARGE_WEIGHT = 64 << 20  # bytes; a larger weight is not made a second time, and is probed with its own numbers
 _verdicts: dict[tuple[Any, ...], bool] = {}
 
@@ -127,9 +156,7 @@ class RowExact(TorchFunctionMode):
         if input.dim() == 3 and input.shape[:2] == (count, longest):
             cut = [input[row : row + 1, :length].clone() for row, length in enumerate(self.lengths)]
         elif input.dim() == 2 and input.shape[0] == count * longest:
-            cut = [
-                input[row * longest : row * longest + length].clone() for row, length in enumerate(self.lengths)
-            ]
+            cut = [input[row * longest : row * longest + length].clone() for row, length in enumerate(self.lengths)]
         else:
             raise RuntimeError(
                 f"a matrix product of input {tuple(input.shape)} in a step of {count} rows of {longest} tokens: its "

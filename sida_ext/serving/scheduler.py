@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-__all__ = ["Item", "Limits", "QueueFull", "Scheduler", "Step"]
+__all__ = ["Item", "Limits", "QueueFullError", "Scheduler", "Step"]
 
 Experts = frozenset[tuple[int, int]]  # (MoE layer, expert)
 
@@ -69,7 +69,7 @@ class Step:
     rows: list[int] = field(default_factory=list)  # these take one more token
 
 
-class QueueFull(RuntimeError):
+class QueueFullError(RuntimeError):
     """As many rows wait as may."""
 
 
@@ -99,10 +99,10 @@ class Scheduler:
         return len(self._running) < self.limits.rows and any(item.experts for item in self._waiting.values())
 
     def submit(self, items: Collection[Item]) -> None:
-        """Rows that wait from now on: all of them or, with QueueFull, none.
+        """Rows that wait from now on: all of them or, with QueueFullError, none.
 
         Raises:
-            QueueFull: the queue has no room for all.
+            QueueFullError: the queue has no room for all.
             ValueError: one can never run.
         """
         for item in items:
@@ -111,7 +111,9 @@ class Scheduler:
             if item.id in self._waiting or item.id in self._running:
                 raise ValueError(f"row {item.id} is there already")
         if len(self._waiting) + len(items) > self.limits.queue:
-            raise QueueFull(f"{len(self._waiting)} rows wait, {len(items)} more do not fit into {self.limits.queue}")
+            raise QueueFullError(
+                f"{len(self._waiting)} rows wait, {len(items)} more exceed {self.limits.queue}"
+            )
         for item in items:
             self._waiting[item.id] = item
 

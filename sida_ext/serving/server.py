@@ -36,10 +36,10 @@ from sida_ext.serving.protocol import (
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
-    Problem,
+    RequestError,
     ScoreRequest,
 )
-from sida_ext.serving.service import ClientLeft, Service
+from sida_ext.serving.service import ClientLeftError, Service
 
 __all__ = ["create_app"]
 
@@ -76,18 +76,18 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _answer(problem: Problem) -> Response:
+def _answer(problem: RequestError) -> Response:
     headers = {} if problem.retry_after is None else {"retry-after": str(problem.retry_after)}
     return JSONResponse(problem.body(), problem.status, headers)
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(Problem)
-    async def problem(request: Request, error: Problem) -> Response:
+    @app.exception_handler(RequestError)
+    async def problem(request: Request, error: RequestError) -> Response:
         return _answer(error)
 
-    @app.exception_handler(ClientLeft)
-    async def left(request: Request, error: ClientLeft) -> Response:
+    @app.exception_handler(ClientLeftError)
+    async def left(request: Request, error: ClientLeftError) -> Response:
         return Response(status_code=499)  # nobody reads it; it is what the metrics count
 
     @app.exception_handler(RequestValidationError)
@@ -95,28 +95,30 @@ def _add_errors(app: FastAPI) -> None:
         found = error.errors()[0]
         place = [str(part) for part in found["loc"] if part != "body"]
         if found["type"] == "json_invalid":
-            return _answer(Problem(400, f"the body is no JSON: {found.get('ctx', {}).get('error', found['msg'])}"))
+            return _answer(RequestError(400, f"the body is no JSON: {found.get('ctx', {}).get('error', found['msg'])}"))
         if not place and "application/json" not in request.headers.get("content-type", ""):
-            return _answer(Problem(400, "expected a JSON body: send the header Content-Type: application/json"))
+            return _answer(RequestError(400, "expected a JSON body: send the header Content-Type: application/json"))
         name = ".".join(place) or None
         message = found["msg"].removeprefix("Value error, ")
-        return _answer(Problem(400, f"{name}: {message}" if name else message, place[0] if place else None))
+        return _answer(RequestError(400, f"{name}: {message}" if name else message, place[0] if place else None))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
-            return _answer(Problem(404, f"there is no {request.url.path} here", code="unknown_url"))
-        return _answer(Problem(error.status_code, str(error.detail)))
+            return _answer(RequestError(404, f"there is no {request.url.path} here", code="unknown_url"))
+        return _answer(RequestError(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
-        return _answer(Problem(500, "the server failed; its log says why", code="internal_error"))
+        return _answer(RequestError(500, "the server failed; its log says why", code="internal_error"))
 
 
 def _check(service: Service, request: Request, model: str | None) -> float:
     """The request's deadline in seconds, once its model is known to be served."""
     if model is not None and model != service.model.name:
-        raise Problem(404, f"the model {model!r} is not served here, only {service.model.name!r}", "model", "model_not_found")
+        raise RequestError(
+            404, f"the model {model!r} is not served here, only {service.model.name!r}", "model", "model_not_found"
+        )
     asked = request.headers.get(DEADLINE_HEADER)
     if asked is None:
         return service.settings.deadline
@@ -125,8 +127,9 @@ def _check(service: Service, request: Request, model: str | None) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 < seconds <= service.settings.deadline:
-        raise Problem(
-            400, f"{DEADLINE_HEADER} is {asked!r}, expected seconds, more than 0 and at most {service.settings.deadline:g}"
+        raise RequestError(
+            400,
+            f"{DEADLINE_HEADER} is {asked!r}, expected seconds, more than 0 and at most {service.settings.deadline:g}",
         )
     return seconds
 
@@ -141,7 +144,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         prompt: int,
     ) -> Any:
         if body.stream_options is not None and not body.stream:
-            raise Problem(400, "stream_options is given without \"stream\": true", "stream_options")
+            raise RequestError(400, 'stream_options is given without "stream": true', "stream_options")
         if not body.stream:
             return JSONResponse(await whole(service, request, work, deadline, shape, prompt))
         usage = body.stream_options is not None and body.stream_options.include_usage
@@ -151,7 +154,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(request: Request, body: CompletionRequest) -> Any:
         deadline = _check(service, request, body.model)
         prompts = tokens_of(service, body.prompt, "prompt")
-        work = generation_work(service, prompts, body, 16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+        work = generation_work(
+            service, prompts, body, 16 if body.max_tokens is None else body.max_tokens, body.logprobs
+        )
         shape = CompletionShape(len(work))
         return await answered(request, body, shape, work, deadline, sum(map(len, prompts)))
 
@@ -160,7 +165,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         deadline = _check(service, request, body.model)
         tokenizer = service.model.tokenizer
         if getattr(tokenizer, "chat_template", None) is None:
-            raise Problem(
+            raise RequestError(
                 400,
                 f"the tokenizer of {service.model.name} has no chat template; use /v1/completions",
                 "messages",
@@ -174,7 +179,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
                 return_dict=False,
             )
         except (TemplateError, ValueError, TypeError) as error:
-            raise Problem(400, f"the chat template refuses these messages: {error}", "messages") from error
+            raise RequestError(400, f"the chat template refuses these messages: {error}", "messages") from error
         new = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         work = generation_work(service, [list(ids)], body, new, logprobs)
@@ -197,11 +202,11 @@ def _model_card(service: Service) -> dict[str, Any]:
 def _add_once(app: FastAPI, service: Service) -> None:
     async def rows(request: Request, work: list[Work], deadline: float) -> list[list[float]]:
         if len(work) > service.settings.choices:
-            raise Problem(400, f"{len(work)} texts in a request, expected at most {service.settings.choices}")
+            raise RequestError(400, f"{len(work)} texts in a request, expected at most {service.settings.choices}")
         for part in work:
             tokens = len(part.ids) + len(part.continuation)
             if tokens > min(service.model.context, service.limits.tokens):
-                raise Problem(
+                raise RequestError(
                     400,
                     f"a text has {tokens} tokens, expected at most {min(service.model.context, service.limits.tokens)}",
                     code="context_length_exceeded",
@@ -226,7 +231,9 @@ def _add_once(app: FastAPI, service: Service) -> None:
     async def classify(request: Request, body: ClassifyRequest) -> Any:
         deadline = _check(service, request, body.model)
         if not service.model.classifies:
-            raise Problem(400, f"{service.model.name} does not classify: it has no classification head", code="not_supported")
+            raise RequestError(
+                400, f"{service.model.name} does not classify: it has no classification head", code="not_supported"
+            )
         texts = tokens_of(service, body.input, "input")
         found = await rows(request, [Work("classify", ids) for ids in texts], deadline)
         labels = service.model.labels
@@ -240,14 +247,14 @@ def _add_once(app: FastAPI, service: Service) -> None:
     async def score(request: Request, body: ScoreRequest) -> Any:
         deadline = _check(service, request, body.model)
         if not service.model.generates:
-            raise Problem(400, f"{service.model.name} gives text no probability: it does not generate", code="not_supported")
+            raise RequestError(
+                400, f"{service.model.name} gives text no probability: it does not generate", code="not_supported"
+            )
         prompt = tokens_of(service, body.prompt, "prompt")[0]
         tokenizer = service.model.tokenizer
-        continuations = [
-            list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in body.continuations
-        ]
+        continuations = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in body.continuations]
         if not all(continuations):
-            raise Problem(400, "'continuations' holds a text of no token", "continuations")
+            raise RequestError(400, "'continuations' holds a text of no token", "continuations")
         found = await rows(request, [Work("score", prompt, None, ids) for ids in continuations], deadline)
         data = [
             {
@@ -289,7 +296,9 @@ def _add_watching(app: FastAPI, service: Service) -> None:
         driver = service.driver
         if not driver.alive:
             return JSONResponse({"status": "the driver has ended"}, 503)
-        return JSONResponse({"status": "ok", "model": service.model.name, "queue": driver.waiting, "running": driver.running})
+        return JSONResponse(
+            {"status": "ok", "model": service.model.name, "queue": driver.waiting, "running": driver.running}
+        )
 
     @app.get("/metrics")
     async def metrics() -> Response:

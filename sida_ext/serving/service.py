@@ -14,16 +14,16 @@ from starlette.requests import Request
 from sida_ext.serving.driver import Answer, Driver, Job, Work
 from sida_ext.serving.metrics import ServerMetrics
 from sida_ext.serving.model import ServedModel
-from sida_ext.serving.protocol import Problem
+from sida_ext.serving.protocol import RequestError
 from sida_ext.serving.scheduler import Limits
 from sida_ext.serving.settings import ServerSettings
 
-__all__ = ["Answers", "ClientLeft", "Service"]
+__all__ = ["Answers", "ClientLeftError", "Service"]
 
 log = logging.getLogger("sida_ext.serving")
 
 
-class ClientLeft(Exception):
+class ClientLeftError(Exception):
     """The client has closed the connection."""
 
 
@@ -48,13 +48,13 @@ class Answers:
         """(row, answer) until all rows are over.
 
         Raises:
-            Problem: what a row ended with. ClientLeft.
+            RequestError: what a row ended with. ClientLeftError.
         """
         while self._open:
             row, answer = await self._queue.get()
             if answer is None:
-                raise ClientLeft
-            if isinstance(answer, Problem):
+                raise ClientLeftError
+            if isinstance(answer, RequestError):
                 raise answer
             yield row, answer
             if getattr(answer, "finish", "over") is not None:
@@ -119,7 +119,7 @@ class Service:
         """Submit a job; inside the block its answers are read; afterwards nothing of it runs any more.
 
         Raises:
-            Problem: the queue is full, or the server is shutting down.
+            RequestError: the queue is full, or the server is shutting down.
         """
         answers = Answers(len(work))
         job = Job(work, time.monotonic() + deadline, answers.tell)
