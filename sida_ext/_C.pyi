@@ -10,6 +10,7 @@ Wanted = Sequence[tuple[int, Sequence[int]]]  # (MoE layer, distinct experts), m
 torch_version: str
 cuda_built: bool
 store_prologue_bytes: int
+largest_dimension: int  # of an expert's d_model and d_ff
 
 class ExpertFormat:
     def __init__(self, d_model: int, d_ff: int, dtype: str, gated: bool = ..., biased: bool = ...) -> None: ...

@@ -30,10 +30,10 @@ namespace sida {
 namespace {
 
 DType dtype_from(const std::string& name) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8}) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8, DType::int4, DType::mxfp4}) {
     if (name == dtype_name(dtype)) return dtype;
   }
-  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16, float16 or int8");
+  fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16, float16, int8, int4 or mxfp4");
 }
 
 using WithoutLock = py::call_guard<py::gil_scoped_release>;
@@ -295,8 +295,11 @@ void bind_cuda(py::module_& m) {
       [](std::shared_ptr<CudaServing> serving, int32_t index, int32_t num_experts, const std::string& activation) {
         const Activation function = checked_activation(serving->engine(), activation);
         const ExpertFormat& format = serving->engine().format();
-        if (format.biased || function == Activation::swiglu_oai) {
-          fail(ErrorKind::invalid, "the experts have ", format.biased ? "biases" : "the activation swiglu_oai",
+        if (format.biased || function == Activation::swiglu_oai || is_grouped(format.dtype)) {
+          fail(ErrorKind::invalid, "the experts have ",
+               is_grouped(format.dtype) ? dtype_name(format.dtype)
+               : format.biased          ? "biases"
+                                        : "the activation swiglu_oai",
                ", for which there are no CUDA kernels; load the model with device='cpu'");
         }
         return register_layer({serving->shared_engine(), index, num_experts, function, serving});
@@ -324,6 +327,11 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ExpertFormat>(m, "ExpertFormat")
       .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated, bool biased) {
+             for (const auto& [name, size] : {std::pair{"d_model", d_model}, {"d_ff", d_ff}}) {
+               if (ExpertFormat::is_dimension(size)) continue;
+               fail(ErrorKind::invalid, "ExpertFormat: ", name, " is ", size, ", expected 1 to ",
+                    ExpertFormat::largest_dimension);
+             }
              return ExpertFormat{d_model, d_ff, dtype_from(dtype), gated, biased};
            }),
            py::arg("d_model"), py::arg("d_ff"), py::arg("dtype"), py::arg("gated") = false, py::arg("biased") = false)
@@ -338,6 +346,7 @@ PYBIND11_MODULE(_C, m) {
         return "ExpertFormat(" + py::str(to_dict(format)).cast<std::string>() + ")";
       });
 
+  m.attr("largest_dimension") = ExpertFormat::largest_dimension;
   m.attr("store_prologue_bytes") = store_prologue_bytes;
   m.def("store_prologue", &prologue, py::arg("header"));
   m.def("record_checksum", &checksum_of, py::arg("record"));

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "base/dtype.h"
 #include "bindings/python_errors.h"
@@ -47,7 +48,7 @@ inline DType dtype_of(const Tensor& tensor, const char* op, const char* name, bo
       [[fallthrough]];
     default:
       TORCH_CHECK_TYPE(false, op, ": ", name, " has dtype ", tensor.scalar_type(), ", expected float32, bfloat16",
-                       weights ? ", float16 or int8" : " or float16");
+                       weights ? ", float16, int8 or uint8 (4 bits)" : " or float16");
   }
 }
 
@@ -94,37 +95,63 @@ inline Tensor checked_index(const Tensor& index, int64_t limit, const char* op, 
   return wide.to(at::kInt);
 }
 
-// One scale for each row of an int8 matrix; none for the other types.
-inline const float* checked_scale(const std::optional<Tensor>& scale, const Tensor& weight, DType dtype, const char* op,
-                                  const char* name, const Tensor& x, int64_t* slot_stride) {
-  *slot_stride = 0;
-  if (dtype != DType::i8) {
+// The type of weights. uint8 weights are pairs of 4-bit values, whose kind the type of their scales tells.
+inline DType weight_dtype(const Tensor& weight, const std::optional<Tensor>& scale, const char* op, const char* name) {
+  if (weight.scalar_type() != at::kByte) return dtype_of(weight, op, name, /*weights=*/true);
+  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype uint8, pairs of 4-bit values, and needs ", name,
+                    "_scale: float16 for int4, uint8 for mxfp4");
+  const auto type = scale->scalar_type();
+  TORCH_CHECK_TYPE(type == at::kHalf || type == at::kByte, op, ": ", name, "_scale has dtype ", type,
+                   ", expected float16 (int4) or uint8 (mxfp4) with weights of dtype uint8");
+  return type == at::kHalf ? DType::int4 : DType::mxfp4;
+}
+
+// How many elements of its tensor a row of `columns` weights takes, in words for an error.
+inline std::pair<int64_t, const char*> stored_columns(DType dtype, int64_t columns, const char* plain,
+                                                      const char* grouped) {
+  return is_grouped(dtype) ? std::pair{row_bytes(dtype, columns), grouped} : std::pair{columns, plain};
+}
+
+// The scales of weights [slots, rows, ...], `columns` columns wide: one for each row of an int8 matrix, one for each
+// group of a 4-bit one, none for the other types.
+inline void set_scale(ExpertMatrix& matrix, const std::optional<Tensor>& scale, const Tensor& weight, DType dtype,
+                      int64_t columns, const char* op, const char* name) {
+  if (dtype != DType::i8 && !is_grouped(dtype)) {
     TORCH_CHECK_VALUE(!scale.has_value(), op, ": ", name, "_scale was given, but ", name, " has dtype ",
-                      weight.scalar_type(), "; scales go with int8 weights only");
-    return nullptr;
+                      weight.scalar_type(), "; scales go with int8 and 4-bit weights only");
+    return;
   }
+  std::vector<int64_t> shape{weight.size(0), weight.size(1)};
+  if (is_grouped(dtype)) shape.push_back(groups_of(columns));
   TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype int8 and needs ", name,
-                    "_scale, a float32 tensor of shape [", weight.size(0), ", ", weight.size(1), "]");
-  TORCH_CHECK_TYPE(scale->scalar_type() == at::kFloat, op, ": ", name, "_scale has dtype ", scale->scalar_type(),
-                   ", expected float32");
-  check_device(*scale, x, op, name);
-  TORCH_CHECK_VALUE(scale->dim() == 2 && scale->size(0) == weight.size(0) && scale->size(1) == weight.size(1), op, ": ",
-                    name, "_scale has shape ", scale->sizes(), ", expected [", weight.size(0), ", ", weight.size(1),
-                    "]");
-  TORCH_CHECK_VALUE(scale->size(1) <= 1 || scale->stride(1) == 1, op, ": rows of ", name,
-                    "_scale are not contiguous (stride ", scale->stride(1), "), expected stride 1");
-  *slot_stride = scale->stride(0);
-  return scale->const_data_ptr<float>();
+                    "_scale, a float32 tensor of shape ", at::IntArrayRef(shape));
+  const auto type = dtype == DType::i8 ? at::kFloat : dtype == DType::int4 ? at::kHalf : at::kByte;
+  TORCH_CHECK_TYPE(scale->scalar_type() == type, op, ": ", name, "_scale has dtype ", scale->scalar_type(),
+                   ", expected ", type);
+  TORCH_CHECK_VALUE(scale->device() == weight.device(), op, ": ", name, "_scale is on ", scale->device(), ", expected ",
+                    weight.device(), ", the device of x");
+  TORCH_CHECK_VALUE(scale->sizes() == at::IntArrayRef(shape), op, ": ", name, "_scale has shape ", scale->sizes(),
+                    ", expected ", at::IntArrayRef(shape));
+  TORCH_CHECK_VALUE(scale->size(-1) <= 1 || scale->stride(-1) == 1, op, ": rows of ", name,
+                    "_scale are not contiguous (stride ", scale->stride(-1), "), expected stride 1");
+  if (dtype == DType::i8) {
+    matrix.scale = scale->const_data_ptr<float>();
+    matrix.scale_slot_stride = scale->stride(0);
+  } else {
+    matrix.group_scale = scale->const_data_ptr();
+    matrix.group_scale_slot_stride = scale->stride(0);
+    matrix.group_scale_row_stride = scale->stride(1);
+  }
 }
 
 // One bias for each row, or none.
 inline void set_bias(ExpertMatrix& matrix, const std::optional<Tensor>& bias, const Tensor& weight, const char* op,
-                     const char* name, const Tensor& x) {
+                     const char* name) {
   if (!bias.has_value()) return;
   TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": ", name, "_bias has dtype ", bias->scalar_type(),
                    ", expected float32");
-  TORCH_CHECK_VALUE(bias->device() == x.device(), op, ": ", name, "_bias is on ", bias->device(), ", expected ",
-                    x.device(), ", the device of x");
+  TORCH_CHECK_VALUE(bias->device() == weight.device(), op, ": ", name, "_bias is on ", bias->device(), ", expected ",
+                    weight.device(), ", the device of x");
   TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == weight.size(0) && bias->size(1) == weight.size(1), op, ": ",
                     name, "_bias has shape ", bias->sizes(), ", expected [", weight.size(0), ", ", weight.size(1), "]");
   TORCH_CHECK_VALUE(bias->size(1) <= 1 || bias->stride(1) == 1, op, ": rows of ", name,
@@ -178,39 +205,56 @@ inline void set_tokens(MoeFfnArgs& args, const Tensor& x, const Tokens& tokens, 
   }
 }
 
-// Types and shapes of the weights of moe_ffn.
-inline void check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, const Tensor& slot_of_expert, bool gated,
-                          const char* op) {
-  dtype_of(wi, op, "wi", /*weights=*/true);
+// Types and shapes of the weights of moe_ffn; the type of both.
+inline DType check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, const Tensor& slot_of_expert,
+                           const std::optional<Tensor>& wi_scale, const std::optional<Tensor>& wo_scale, bool gated,
+                           const char* op) {
+  const DType dtype = weight_dtype(wi, wi_scale, op, "wi");
   TORCH_CHECK_TYPE(wo.scalar_type() == wi.scalar_type(), op, ": wo has dtype ", wo.scalar_type(), ", expected ",
                    wi.scalar_type(), ", the dtype of wi");
+  const DType wo_dtype = weight_dtype(wo, wo_scale, op, "wo");
+  TORCH_CHECK_TYPE(wo_dtype == dtype, op, ": wo is ", dtype_name(wo_dtype), " (by the dtype of wo_scale), expected ",
+                   dtype_name(dtype), ", as wi");
   check_device(wi, x, op, "wi");
   check_device(wo, x, op, "wo");
   check_device(slot_of_expert, x, op, "slot_of_expert");
   check_dims(wi, 3, op, "wi", "[slots, d_ff (gated: 2 * d_ff), d_model]");
   check_dims(wo, 3, op, "wo", "[slots, d_model, d_ff]");
-  check_size(wi, 2, x.size(1), op, "wi", "d_model, as in x");
+  const auto [wi_columns, wi_meaning] =
+      stored_columns(dtype, x.size(1), "d_model, as in x", "16 for each 32 columns of x");
+  check_size(wi, 2, wi_columns, op, "wi", wi_meaning);
   check_size(wo, 1, x.size(1), op, "wo", "d_model, as in x");
   check_size(wo, 0, wi.size(0), op, "wo", "slots, as in wi");
-  check_size(wi, 1, wo.size(2) * (gated ? 2 : 1), op, "wi", gated ? "2 * d_ff, d_ff as in wo" : "d_ff, as in wo");
+  if (is_grouped(dtype)) {
+    TORCH_CHECK_VALUE(!gated || wi.size(1) % 2 == 0, op, ": wi has shape ", wi.sizes(), ", expected an even number of ",
+                      "rows for a gated activation, gate and up");
+    const int64_t d_ff = wi.size(1) / (gated ? 2 : 1);
+    check_size(wo, 2, row_bytes(dtype, d_ff), op, "wo",
+               gated ? "16 for each 32 of half the rows of wi" : "16 for each 32 rows of wi");
+  } else {
+    check_size(wi, 1, wo.size(2) * (gated ? 2 : 1), op, "wi", gated ? "2 * d_ff, d_ff as in wo" : "d_ff, as in wo");
+  }
   check_rows(wi, op, "wi");
   check_rows(wo, op, "wo");
   TORCH_CHECK_TYPE(slot_of_expert.scalar_type() == at::kInt, op, ": slot_of_expert has dtype ",
                    slot_of_expert.scalar_type(), ", expected int32");
+  return dtype;
 }
 
-inline void set_weights(MoeFfnArgs& args, const Tensor& x, const Tensor& wi, const Tensor& wo,
+inline void set_weights(MoeFfnArgs& args, DType dtype, const Tensor& wi, const Tensor& wo,
                         const std::optional<Tensor>& wi_scale, const std::optional<Tensor>& wo_scale,
-                        const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias, const char* op) {
-  args.d_ff = wo.size(2);
+                        const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias, bool gated,
+                        const char* op) {
+  args.d_ff = wi.size(1) / (gated ? 2 : 1);
+  args.gated = gated;
   args.num_slots = wi.size(0);
-  args.w_dtype = dtype_of(wi, op, "wi", /*weights=*/true);
+  args.w_dtype = dtype;
   args.wi = {wi.const_data_ptr(), wi.stride(0), wi.stride(1), nullptr, 0};
   args.wo = {wo.const_data_ptr(), wo.stride(0), wo.stride(1), nullptr, 0};
-  args.wi.scale = checked_scale(wi_scale, wi, args.w_dtype, op, "wi", x, &args.wi.scale_slot_stride);
-  args.wo.scale = checked_scale(wo_scale, wo, args.w_dtype, op, "wo", x, &args.wo.scale_slot_stride);
-  set_bias(args.wi, wi_bias, wi, op, "wi", x);
-  set_bias(args.wo, wo_bias, wo, op, "wo", x);
+  set_scale(args.wi, wi_scale, wi, dtype, args.d_model, op, "wi");
+  set_scale(args.wo, wo_scale, wo, dtype, args.d_ff, op, "wo");
+  set_bias(args.wi, wi_bias, wi, op, "wi");
+  set_bias(args.wo, wo_bias, wo, op, "wo");
 }
 
 }  // namespace sida

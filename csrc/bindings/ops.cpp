@@ -71,17 +71,16 @@ Tensor moe_ffn_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& ga
                     "', expected 'error' or 'skip'");
   check_dims(slot_of_expert, 1, op, "slot_of_expert", "[experts]");
   const Tokens tokens = checked_tokens(x, expert_index, gate, slot_of_expert.size(0), op);
-  check_weights(x, wi, wo, slot_of_expert, gated, op);
+  const DType w_dtype = check_weights(x, wi, wo, slot_of_expert, wi_scale, wo_scale, gated, op);
   const Tensor slots = checked_index(slot_of_expert, wi.size(0), op, "slot_of_expert", "slots of wi");
 
   MoeFfnArgs args{};
   Tensor out, partials;
   set_tokens(args, x, tokens, out, partials);
   args.num_experts = slots.size(0);
-  set_weights(args, x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, op);
+  set_weights(args, w_dtype, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, gated, op);
   args.slot_of_expert = slots.const_data_ptr<int32_t>();
   args.activation = function;
-  args.gated = gated;
   if (missing == "error") {
     for (int64_t i = 0; i < args.tokens * args.top_k; ++i) {
       const int32_t expert = args.expert_index[i];
@@ -139,6 +138,31 @@ class ScopedDemand {
   DemandId id_;
 };
 
+// The matrices of experts whose records lie one after the other from `base` on.
+void set_record_matrices(MoeFfnArgs& args, const ExpertFormat& format, const std::byte* base) {
+  const auto matrix = [&](int64_t offset, int64_t stride, int64_t scale_offset, int64_t groups, int64_t bias_offset) {
+    ExpertMatrix made{base + offset, format.record_bytes() / element_bytes(format.dtype), stride, nullptr, 0};
+    if (format.dtype == DType::i8) {
+      made.scale = reinterpret_cast<const float*>(base + scale_offset);
+      made.scale_slot_stride = format.record_bytes() / 4;
+    } else if (is_grouped(format.dtype)) {
+      made.group_scale = base + scale_offset;
+      made.group_scale_slot_stride = format.record_bytes() / group_scale_bytes(format.dtype);
+      made.group_scale_row_stride = groups;
+    }
+    if (format.biased) {
+      made.bias = reinterpret_cast<const float*>(base + bias_offset);
+      made.bias_slot_stride = format.record_bytes() / 4;
+    }
+    return made;
+  };
+  const int64_t element = element_bytes(format.dtype);
+  args.wi = matrix(format.wi_offset(), format.wi_row_bytes() / element, format.wi_scale_offset(),
+                   groups_of(format.d_model), format.wi_bias_offset());
+  args.wo = matrix(format.wo_offset(), format.wo_row_bytes() / element, format.wo_scale_offset(),
+                   groups_of(format.d_ff), format.wo_bias_offset());
+}
+
 Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t handle) {
   constexpr const char* op = "moe_layer";
   return with_python_errors([&] {
@@ -153,26 +177,13 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
     MoeFfnArgs args{};
     Tensor out, partials;
     set_tokens(args, x, tokens, out, partials);
-    const auto* base = static_cast<const std::byte*>(engine.slot_base());
-    const int64_t element = element_bytes(format.dtype);
-    const auto scale_at = [&](int64_t offset) {
-      return format.dtype == DType::i8 ? reinterpret_cast<const float*>(base + offset) : nullptr;
-    };
     args.d_ff = format.d_ff;
     args.num_experts = layer->num_experts;
     args.num_slots = engine.capacity();
     args.w_dtype = format.dtype;
-    args.wi = {base + format.wi_offset(), format.record_bytes() / element, format.d_model,
-               scale_at(format.wi_scale_offset()), format.record_bytes() / 4};
-    args.wo = {base + format.wo_offset(), format.record_bytes() / element, format.d_ff,
-               scale_at(format.wo_scale_offset()), format.record_bytes() / 4};
-    if (format.biased) {
-      args.wi.bias = reinterpret_cast<const float*>(base + format.wi_bias_offset());
-      args.wo.bias = reinterpret_cast<const float*>(base + format.wo_bias_offset());
-      args.wi.bias_slot_stride = args.wo.bias_slot_stride = format.record_bytes() / 4;
-    }
     args.activation = layer->activation;
     args.gated = format.gated;
+    set_record_matrices(args, format, static_cast<const std::byte*>(engine.slot_base()));
 
     std::vector<int32_t> slot_of_expert(layer->num_experts, -1);
     std::vector<int32_t> wanted;

@@ -155,7 +155,10 @@ Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& g
     check_device(expert_index, x, op, "expert_index");
     check_device(gate, x, op, "gate");
     const DType dtype = check_tokens(x, expert_index, gate, op);
-    check_weights(x, wi, wo, slot_of_expert, gated, op);
+    TORCH_CHECK_NOT_IMPLEMENTED(wi.scalar_type() != at::kByte, op,
+                                ": the CUDA kernels know no 4-bit weights; expected ",
+                                "float32, bfloat16, float16 or int8 there, or move the arguments to the CPU");
+    const DType w_dtype = check_weights(x, wi, wo, slot_of_expert, wi_scale, wo_scale, gated, op);
     const OnDevice here(x);
     const Tokens tokens{narrowed_index(expert_index, op, "expert_index"), gate.contiguous(), dtype};
     const Tensor slots = slot_of_expert.contiguous();
@@ -163,10 +166,9 @@ Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& g
     Tensor out, partials;
     set_tokens(args, x, tokens, out, partials);
     args.num_experts = slots.size(0);
-    set_weights(args, x, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, op);
+    set_weights(args, w_dtype, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, gated, op);
     args.slot_of_expert = slots.const_data_ptr<int32_t>();
     args.activation = function;
-    args.gated = gated;
     if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return out;
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);

@@ -50,19 +50,23 @@ struct ParallelFor {
 // A batch of expert matrices, one for each slot. Rows are contiguous; slots and rows may be strided.
 struct ExpertMatrix {
   const void* data;
-  int64_t slot_stride;           // elements between the first elements of two slots
-  int64_t row_stride;            // elements between two rows
+  int64_t slot_stride;           // elements (int4, mxfp4: pairs of them) between the first elements of two slots
+  int64_t row_stride;            // the same between two rows
   const float* scale;            // int8 only: [slots, rows], one factor for each row; else null
   int64_t scale_slot_stride;     // elements between the scales of two slots
   const float* bias = nullptr;   // [slots, rows], added to a row's product; null: none
   int64_t bias_slot_stride = 0;  // elements between the biases of two slots
+  // int4 and mxfp4 only, one scale for each group of 32 columns: [slots, rows, ceil(columns / 32)] of float16 or of
+  // bytes.
+  const void* group_scale = nullptr;
+  int64_t group_scale_slot_stride = 0, group_scale_row_stride = 0;  // scales
 };
 
 struct MoeFfnArgs {
   int64_t tokens, top_k, d_model, d_ff;  // d_ff: width of the hidden layer (gated: wi has 2 * d_ff rows, gate first)
   int64_t num_experts, num_slots;
   DType x_dtype;                  // f32, bf16 or f16; out has the same
-  DType w_dtype;                  // f32, bf16, f16 or i8
+  DType w_dtype;                  // any
   const void* x;                  // [tokens, d_model], rows contiguous
   int64_t x_row_stride;           // elements
   const int32_t* expert_index;    // [tokens, top_k] contiguous; -1: no expert, contributes 0

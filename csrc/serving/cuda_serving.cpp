@@ -143,7 +143,7 @@ CudaServing::Staging& CudaServing::take_staging(int64_t count) {
   for (const auto& one : staging_) {
     if (one->taken || one->capacity < count) continue;
     ++held;
-    bool free = one->readers == nullptr || planted == ServingPlant::staging_reused;
+    bool free = one->readers == nullptr;
     if (!free && oldest == nullptr) {
       // In order of use, for put_back() moves them to the end: if the oldest is not free, none is.
       oldest = one.get();
@@ -194,9 +194,7 @@ std::vector<int32_t> CudaServing::fetch_indices(const int32_t* indices, int64_t 
   if (staging.event == nullptr) check(runtime_.event_create(&staging.event, false), "creating an event");
   check(runtime_.copy_to_host(staging.memory, indices, bytes, stream), "fetching a layer's expert indices");
   check(runtime_.event_record(staging.event, stream), "recording a fetch");
-  if (planted != ServingPlant::index_unwaited) {
-    check(runtime_.event_synchronize(staging.event), "the work before a layer's expert indices");
-  }
+  check(runtime_.event_synchronize(staging.event), "the work before a layer's expert indices");
   runtime_.host_read(fetched.data(), staging.memory, bytes);
   return fetched;
 }
@@ -234,7 +232,6 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
   std::vector<int32_t> table(static_cast<size_t>(args.num_experts), -1);
   const auto table_bytes = table.size() * sizeof(int32_t);
   CudaSlots& slots = slots_->slots();
-  const Stream kernels = planted == ServingPlant::default_stream ? nullptr : layer.stream;
 
   const DemandId demand = engine_->demand(layer.layer, layer.experts, layer.batch);
   const AtEnd finish([&] { engine_->finish(demand); });
@@ -244,17 +241,13 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
     slots_->check_healthy();
     const int64_t begin = Trace::now_ns();
     for (size_t i = 0; i < wave.experts.size(); ++i) table[static_cast<size_t>(wave.experts[i])] = wave.slots[i];
-    if (planted == ServingPlant::released_early) engine_->release(demand, wave);
     Staging& staging = take_staging(args.num_experts);
     std::shared_ptr<const CudaSlots::Readers> readers;
     {
-      const Stream behind = planted == ServingPlant::other_stream_read ? nullptr : layer.stream;
       const AtEnd order_after([&] {
         // A launch or a record failed: what was launched all the same reads the slots, and the copy its staging buffer.
         try {
-          if (readers == nullptr && planted != ServingPlant::no_after_read) {
-            readers = slots.after_read(behind, wave.slots);
-          }
+          if (readers == nullptr) readers = slots.after_read(layer.stream, wave.slots);
           put_back(staging, readers);
         } catch (const Error& error) {
           // Nothing can be ordered behind those kernels any more. The buffer stays taken, and no lane fills a slot
@@ -265,16 +258,15 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
       runtime_.host_write(staging.memory, table.data(), table_bytes);
       check(runtime_.copy_to_device(layer.slot_table, staging.memory, table_bytes, layer.stream),
             "copying a layer's slot numbers");
-      if (planted != ServingPlant::no_before_read) slots.before_read(layer.stream, wave.slots);
-      if (planted == ServingPlant::after_read_early) readers = slots.after_read(layer.stream, wave.slots);
-      launch(args, kernels);
-      if (readers == nullptr && planted != ServingPlant::no_after_read) readers = slots.after_read(behind, wave.slots);
+      slots.before_read(layer.stream, wave.slots);
+      launch(args, layer.stream);
+      readers = slots.after_read(layer.stream, wave.slots);
     }
     if (options_.blocking) wait_for_wave(layer.layer, wave, *readers);
     engine_->trace().record({TraceEvent::Kind::compute, 0, layer.layer, static_cast<int32_t>(wave.experts.size()),
                              layer.batch, begin, Trace::now_ns()});
     for (const int32_t expert : wave.experts) table[static_cast<size_t>(expert)] = -1;
-    if (planted != ServingPlant::released_early) engine_->release(demand, wave);
+    engine_->release(demand, wave);
   }
 }
 

@@ -51,19 +51,6 @@ struct LayerForward {
   std::function<bool()> interrupted;  // as TransferEngine::next_wave
 };
 
-// Deliberate mistakes for the tests with the recording runtime; none unless a test says so.
-enum class ServingPlant {
-  none,
-  no_before_read,     // kernels do not wait for copies at all
-  no_after_read,      // slots are released without an event behind the kernels
-  after_read_early,   // the event is recorded before the kernels are launched
-  released_early,     // the slots are released before the kernels are launched
-  default_stream,     // kernels go to the default stream
-  other_stream_read,  // the event is recorded on another stream than the kernels'
-  index_unwaited,     // the host reads the experts' indices before they have arrived
-  staging_reused,     // a staging buffer is written again while a copy reads it
-};
-
 // Throws Error(closed) if there is no usable driver or device at all, Error(invalid) if there is no such device or it
 // is too old.
 void check_device(const RuntimeTable& runtime, int device);
@@ -103,8 +90,6 @@ class CudaServing {
 
   // As TransferEngine::close, for both tiers.
   void close();
-
-  inline static ServingPlant planted = ServingPlant::none;
 
  private:
   // Pinned memory for what passes between host and device with every layer.

@@ -131,6 +131,8 @@ class StoreHeader:
             value = fields.get(field)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**48:
                 raise bad(field, value, "a positive integer")
+            if field in ("d_model", "d_ff") and value > _C.largest_dimension:
+                raise bad(field, value, f"at most {_C.largest_dimension}")
             numbers[field] = value
         if not isinstance(fields.get("gated"), bool):
             raise bad("gated", fields.get("gated"), "true or false")

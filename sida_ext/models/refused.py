@@ -37,6 +37,6 @@ def refuse_family(model: nn.Module, has_experts: bool) -> None:
             raise ValueError(f"{type(model).__name__} (model_type {name}) cannot be served: {_REASONS[name]}")
     kind = names[0] if names else "none"
     raise ValueError(
-        f"{type(model).__name__} (model_type {kind}) has no experts modules of transformers' experts interface and is no "
-        "Switch Transformer; there are no experts to serve"
+        f"{type(model).__name__} (model_type {kind}) has no experts modules of transformers' experts interface and is "
+        "no Switch Transformer; there are no experts to serve"
     )

@@ -36,6 +36,9 @@ double stored(double value, DType dtype, void* target, int64_t index) {
       static_cast<int8_t*>(target)[index] = narrow;
       return narrow;
     }
+    case DType::int4:  // no CUDA kernel has them
+    case DType::mxfp4:
+      break;
   }
   return 0;
 }
@@ -50,6 +53,9 @@ double loaded(const void* data, DType dtype, int64_t index) {
       return harness::f16_to_float(static_cast<const uint16_t*>(data)[index]);
     case DType::i8:
       return static_cast<const int8_t*>(data)[index];
+    case DType::int4:
+    case DType::mxfp4:
+      break;
   }
   return 0;
 }

@@ -243,6 +243,7 @@ def test_foreign_file(tmp_path):
         ("version", "1", "'version' is '1', expected a positive integer"),
         ("dtype", "int3", "'dtype' is 'int3', expected one of"),
         ("d_model", -1, "'d_model' is -1"),
+        ("d_model", 2**47, "'d_model' is 140737488355328, expected at most 268435456"),
         ("d_ff", 400, "'record_bytes' is"),
         ("num_experts", 7, "'checksums' is '32 entries', expected 28"),
         ("gated", 1, "'gated' is 1"),

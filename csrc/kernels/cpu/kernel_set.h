@@ -1,6 +1,7 @@
 // The table of kernels for one `Simd`, made by including this after a simd_*.h.
 #pragma once
 
+#include "kernels/cpu/kernel_group.h"
 #include "kernels/cpu/kernel_tile.h"
 #include "kernels/cpu/simd_math.h"
 
@@ -21,7 +22,7 @@ struct KernelSet {
     int64_t first(int64_t i) const { return tokens * i / count; }
   };
 
-  static bool is_paired(DType w_dtype) { return w_dtype == DType::bf16; }
+  static bool is_paired(DType w_dtype) { return w_dtype == DType::bf16 || is_grouped(w_dtype); }
 
   // Two vectors in natural order into the panel's order, and stored.
   static void store_group(float* to, F low, F high, bool paired) {
@@ -72,9 +73,26 @@ struct KernelSet {
     };
   }
 
-  static PanelForm panel_form(DType, DType, int64_t width) { return {(width + group - 1) / group * group, 0}; }
+  static PanelForm panel_form(DType, DType w_dtype, int64_t width) {
+    const int64_t whole = is_grouped(w_dtype) && group < group_columns ? group_columns : group;
+    return {(width + whole - 1) / whole * whole, 0};
+  }
 
-  static void pack(const Pack& args) { gather(args, Tiles(args.panel.tokens), into_panel(args.panel, args.w_dtype)); }
+  // What lies past the groups that gather and activate_into write.
+  static void clear_rest(const Panel& panel, const Tiles& tiles) {
+    const int64_t written = (panel.width + group - 1) / group * group, rest = panel.padded_width - written;
+    if (rest == 0) return;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t first = tiles.first(i), n = tiles.first(i + 1) - first;
+      __builtin_memset(panel.data + first * panel.padded_width + written * n, 0, rest * n * sizeof(float));
+    }
+  }
+
+  static void pack(const Pack& args) {
+    const Tiles tiles(args.panel.tokens);
+    gather(args, tiles, into_panel(args.panel, args.w_dtype));
+    clear_rest(args.panel, tiles);
+  }
 
   // Calls body.operator()<N>() for n tokens in tiles of R rows.
   template <int R, class Body>
@@ -152,8 +170,85 @@ struct KernelSet {
     }
   }
 
+  // stream_rows for int4 and mxfp4, which multiplies rows as they unfold.
+  template <DType dtype, int R>
+  static void stream_groups(const Project& args, const Tiles& tiles, int64_t row) {
+    using G = Group<S, dtype>;
+    const char* const w = static_cast<const char*>(args.w) + row * args.row_bytes;
+    const char* const scales = static_cast<const char*>(args.group_scales) + row * args.scale_row_bytes;
+    const int64_t ahead = row + R < args.rows + args.rows_after ? R * args.row_bytes : 0;
+    const int64_t width = args.x.padded_width;
+    for (int64_t i = 0; i < tiles.count; ++i) {
+      const int64_t token = tiles.first(i), n = tiles.first(i + 1) - token;
+      with_tokens<R>(n, [&]<int N>() {
+        for (int64_t begin = 0; begin < width; begin += S::segment) {
+          const int64_t columns = width - begin < S::segment ? width - begin : S::segment;
+          const int64_t before = begin / group_columns;
+          GroupedRows<S, dtype, R, N>::run_segment(
+              w + before * G::bytes, args.row_bytes, scales + before * G::scale_bytes, args.scale_row_bytes,
+              columns / group_columns, args.x.data + token * width + begin * N, i == 0 ? ahead : 0,
+              args.sums + token * args.sums_stride + row, args.sums_stride, begin == 0);
+        }
+      });
+    }
+  }
+
+  // Rows of a block of unfolded weights, 16 KiB to 256 KiB in all: a block stays in the L2 cache.
+  static constexpr int64_t unfolded_floats = 16 * S::segment;
+
+  // block_rows for int4 and mxfp4, which unfolds a block once for all tiles of tokens.
+  template <DType dtype, int R>
+  static void block_groups(const Project& args, const Tiles& tiles, int64_t first_row, int64_t rows) {
+    using G = Group<S, dtype>;
+    const int64_t width = args.x.padded_width;
+    for (int64_t begin = 0; begin < width; begin += S::segment) {
+      const int64_t columns = width - begin < S::segment ? width - begin : S::segment;
+      const int64_t before = begin / group_columns;
+      unfold_rows<S, dtype>(
+          static_cast<const char*>(args.w) + first_row * args.row_bytes + before * G::bytes, args.row_bytes,
+          static_cast<const char*>(args.group_scales) + first_row * args.scale_row_bytes + before * G::scale_bytes,
+          args.scale_row_bytes, rows, columns / group_columns, args.unfolded);
+      for (int64_t i = 0; i < tiles.count; ++i) {
+        const int64_t token = tiles.first(i), n = tiles.first(i + 1) - token;
+        with_tokens<R>(n, [&]<int N>() {
+          for (int64_t row = 0; row < rows; row += R) {
+            Tile<S, DType::f32, R, N>::run_segment(reinterpret_cast<const char*>(args.unfolded + row * columns),
+                                                   columns * 4, columns, args.x.data + token * width + begin * N,
+                                                   nullptr, 0, args.sums + token * args.sums_stride + first_row + row,
+                                                   args.sums_stride, begin == 0);
+          }
+        });
+      }
+    }
+  }
+
+  template <DType dtype, int R>
+  static void project_groups(const Project& args, const Tiles& tiles) {
+    int64_t row = 0;
+    if (tiles.count > 1) {
+      constexpr int64_t block = 16 / R * R;
+      while (row + R <= args.rows) {
+        const int64_t left = (args.rows - row) / R * R, rows = left < block ? left : block;
+        block_groups<dtype, R>(args, tiles, row, rows);
+        row += rows;
+      }
+    } else {
+      for (; row + R <= args.rows; row += R) stream_groups<dtype, R>(args, tiles, row);
+    }
+    for (; row < args.rows; ++row) stream_groups<dtype, 1>(args, tiles, row);
+  }
+
   template <DType dtype, int R>
   static void project_tiled(const Project& args, const Tiles& tiles) {
+    if constexpr (is_grouped(dtype)) {
+      project_groups<dtype, R>(args, tiles);
+    } else {
+      project_plain<dtype, R>(args, tiles);
+    }
+  }
+
+  template <DType dtype, int R>
+  static void project_plain(const Project& args, const Tiles& tiles) {
     int64_t row = 0;
     if (tiles.count >= R) {
       constexpr int64_t block = (48 + R - 1) / R * R;
@@ -198,6 +293,10 @@ struct KernelSet {
         return project_typed<DType::f16>(args);
       case DType::i8:
         return project_typed<DType::i8>(args);
+      case DType::int4:
+        return project_typed<DType::int4>(args);
+      case DType::mxfp4:
+        return project_typed<DType::mxfp4>(args);
     }
   }
 
@@ -291,7 +390,9 @@ struct KernelSet {
   }
 
   static void activate(const Activate& args) {
-    activate_into(args, Tiles(args.h.tokens), into_panel(args.h, args.w_dtype));
+    const Tiles tiles(args.h.tokens);
+    activate_into(args, tiles, into_panel(args.h, args.w_dtype));
+    if (args.row_begin + args.rows == args.h.width) clear_rest(args.h, tiles);
   }
 
   // Stores the first `count` <= lanes elements of value, rounded to dtype.
@@ -345,8 +446,9 @@ struct KernelSet {
     return total[0];
   }
 
-  static constexpr Kernels table{S::name, group,    S::tile_tokens, common_rows(), panel_form,   pack,
-                                 project, activate, finish,         combine,       multiply_add, chains * S::lanes};
+  static constexpr Kernels table{S::name,    group,        S::tile_tokens,   common_rows(), unfolded_floats,
+                                 panel_form, pack,         project,          activate,      finish,
+                                 combine,    multiply_add, chains * S::lanes};
 };
 
 }  // namespace sida::cpu

@@ -14,9 +14,10 @@ namespace sida::cpu {
 
 // Tokens are held in fp32 panels in the order in which a tile reads them. n tokens of width k form
 // ceil(n / tile_tokens) tiles of nearly equal width N; a tile is [padded k / group][N][group], so tile i begins
-// at float first_token(i) * padded k. Columns past k are zero. Within a group of 2 * lanes elements the order is
-// that in which the weights unfold: natural, or for bfloat16 even elements first (see kernel_tile.h). Kernels that
-// multiply bfloat16 by bfloat16 hold the tokens in panels of their own form (kernel_amx.h, kernel_dot.h).
+// at float first_token(i) * padded k. Columns past k are zero (int4, mxfp4: up to a multiple of 32). Within a group of
+// 2 * lanes elements the order is that in which the weights unfold: natural, or for bfloat16, int4 and mxfp4 even
+// elements first (see kernel_tile.h). Kernels that multiply bfloat16 by bfloat16 hold the tokens in panels of their own
+// form (kernel_amx.h, kernel_dot.h).
 struct Panel {
   float* data;
   int64_t tokens, width;
@@ -44,7 +45,10 @@ struct Project {
   const void* w;      // first row
   int64_t row_bytes;  // from one row to the next
   int64_t rows;
-  int64_t rows_after;  // of the same matrix, that the caller will want next: worth a prefetch
+  int64_t rows_after;        // of the same matrix, that the caller will want next: worth a prefetch
+  const void* group_scales;  // of the first row, for int4 and mxfp4; else null
+  int64_t scale_row_bytes;   // from one row's to the next
+  float* unfolded;           // Kernels::unfolded_floats of memory, for int4 and mxfp4
   Panel x;
   float* sums;
   int64_t sums_stride;
@@ -69,9 +73,10 @@ struct Activate {
 
 struct Kernels {
   const char* name;
-  int64_t group;        // elements of a panel's group
-  int64_t tile_tokens;  // most tokens in a tile
-  int64_t tile_rows;    // a multiple of every tile's rows
+  int64_t group;            // elements of a panel's group
+  int64_t tile_tokens;      // most tokens in a tile
+  int64_t tile_rows;        // a multiple of every tile's rows
+  int64_t unfolded_floats;  // memory of Project::unfolded
   // How a panel of `width` columns must be held to be multiplied with weights of w_dtype; values: x's dtype, or f32 for
   // the hidden layer.
   PanelForm (*panel_form)(DType values, DType w_dtype, int64_t width);

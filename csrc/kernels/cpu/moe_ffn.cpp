@@ -82,7 +82,7 @@ void wait_for(const std::atomic<int64_t>& left) {
 // Sizes and places of the buffers, in floats.
 struct Layout {
   PanelForm x, h;
-  int64_t x_panel, h_panel, sums;  // of one worker
+  int64_t x_panel, h_panel, sums, unfolded;  // of one worker
   int64_t sums_stride;
   int64_t worker;       // all of one worker's
   int64_t split_panel;  // hidden layer of one split block
@@ -126,19 +126,21 @@ class Call {
     layout_.x_panel = round_up(tokens * layout_.x.padded_width, cache_line);
     layout_.h_panel = round_up(tokens * layout_.h.padded_width, cache_line);
     layout_.sums = tokens * layout_.sums_stride;
-    layout_.worker = layout_.x_panel + layout_.h_panel + 2 * layout_.sums;
+    layout_.unfolded = is_grouped(args_.w_dtype) ? kernels_.unfolded_floats : 0;
+    layout_.worker = layout_.x_panel + layout_.h_panel + 2 * layout_.sums + layout_.unfolded;
     layout_.split_panel = layout_.h_panel;
   }
 
   struct Buffers {
-    float *x, *h, *sums, *up_sums;
+    float *x, *h, *sums, *up_sums, *unfolded;
     int64_t packed_block;  // whose tokens are in x; -1: none
   };
 
   void work(int64_t worker) {
     float* const memory = memory_ + worker * layout_.worker;
-    Buffers buffers{memory, memory + layout_.x_panel, memory + layout_.x_panel + layout_.h_panel, nullptr, -1};
+    Buffers buffers{memory, memory + layout_.x_panel, memory + layout_.x_panel + layout_.h_panel, nullptr, nullptr, -1};
     buffers.up_sums = buffers.sums + layout_.sums;
+    buffers.unfolded = buffers.up_sums + layout_.sums;
     const int64_t tasks = static_cast<int64_t>(plan_.tasks.size());
     for (;;) {
       const int64_t i = next_task_.fetch_add(1, std::memory_order_relaxed);
@@ -186,7 +188,28 @@ class Call {
     return {h, block.tokens, args_.d_ff, layout_.h.padded_width, layout_.h.terms};
   }
 
-  int64_t row_bytes(const ExpertMatrix& matrix) const { return matrix.row_stride * element_bytes(args_.w_dtype); }
+  // sums = `rows` rows of a matrix from `first` on times the panel; `after` rows more will be wanted next.
+  void project(const ExpertMatrix& matrix, int32_t slot, int64_t first, int64_t rows, int64_t after, const Panel& panel,
+               float* sums, const Buffers& buffers) const {
+    Project project{args_.w_dtype,
+                    row(matrix, args_.w_dtype, slot, first),
+                    matrix.row_stride * element_bytes(args_.w_dtype),
+                    rows,
+                    after,
+                    nullptr,
+                    0,
+                    buffers.unfolded,
+                    panel,
+                    sums,
+                    layout_.sums_stride};
+    if (is_grouped(args_.w_dtype)) {
+      const int64_t bytes = group_scale_bytes(args_.w_dtype);
+      project.scale_row_bytes = matrix.group_scale_row_stride * bytes;
+      project.group_scales = static_cast<const char*>(matrix.group_scale) +
+                             slot * matrix.group_scale_slot_stride * bytes + first * project.scale_row_bytes;
+    }
+    kernels_.project(project);
+  }
 
   // Rows [begin, end) of the block's hidden layer.
   void up(int64_t index, int64_t begin, int64_t end, float* h, Buffers& buffers) {
@@ -199,12 +222,10 @@ class Call {
     }
     for (int64_t first = begin; first < end; first += rows_at_once) {
       const int64_t rows = std::min(rows_at_once, end - first);
-      const auto project = [&](int64_t wi_row, float* sums) {
-        kernels_.project({args_.w_dtype, row(args_.wi, args_.w_dtype, block.slot, wi_row), row_bytes(args_.wi), rows,
-                          end - first - rows, x, sums, layout_.sums_stride});
-      };
-      project(first, buffers.sums);
-      if (args_.gated) project(args_.d_ff + first, buffers.up_sums);
+      project(args_.wi, block.slot, first, rows, end - first - rows, x, buffers.sums, buffers);
+      if (args_.gated) {
+        project(args_.wi, block.slot, args_.d_ff + first, rows, end - first - rows, x, buffers.up_sums, buffers);
+      }
       kernels_.activate(
           {args_.activation, args_.w_dtype, buffers.sums, args_.gated ? buffers.up_sums : nullptr, layout_.sums_stride,
            scale(args_.wi, block.slot, first), args_.gated ? scale(args_.wi, block.slot, args_.d_ff + first) : nullptr,
@@ -220,8 +241,7 @@ class Call {
     char* const out = args_.top_k == 1 ? static_cast<char*>(args_.out) : reinterpret_cast<char*>(args_.partials);
     for (int64_t first = begin; first < end; first += rows_at_once) {
       const int64_t rows = std::min(rows_at_once, end - first);
-      kernels_.project({args_.w_dtype, row(args_.wo, args_.w_dtype, block.slot, first), row_bytes(args_.wo), rows,
-                        end - first - rows, hidden_panel(block, h), buffers.sums, layout_.sums_stride});
+      project(args_.wo, block.slot, first, rows, end - first - rows, hidden_panel(block, h), buffers.sums, buffers);
       for (int64_t t = 0; t < block.tokens; ++t) {
         const int64_t entry = plan_.entries[block.first + t];
         kernels_.finish(buffers.sums + t * layout_.sums_stride, rows, scale(args_.wo, block.slot, first),

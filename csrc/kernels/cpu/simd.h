@@ -113,6 +113,29 @@ static inline uint16_t narrow_f16(float value) {
   return static_cast<uint16_t>(sign | (rounded >> 13));
 }
 
+// The values of e2m1, twice over: integers.
+static constexpr int8_t doubled_e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// The values of 4-bit integers in two's complement.
+static constexpr int8_t signed_nibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+
+// Simd::unfold_group without instructions for it.
+template <class S, DType dtype>
+[[gnu::always_inline]] static inline void unfold_plain(typename S::F (&weight)[32 / S::lanes], const char* at,
+                                                       typename S::F scale) {
+  constexpr const auto& values = dtype == DType::int4 ? signed_nibbles : doubled_e2m1;
+  const typename S::F unit = dtype == DType::int4 ? scale : scale * 0.5f;
+  for (int pair = 0; pair < 16 / S::lanes; ++pair, at += S::lanes) {
+    typename S::F even{}, odd{};
+    for (int i = 0; i < S::lanes; ++i) {
+      const auto both = static_cast<uint8_t>(at[i]);
+      even[i] = values[both & 15];
+      odd[i] = values[both >> 4];
+    }
+    weight[2 * pair] = even * unit;
+    weight[2 * pair + 1] = odd * unit;
+  }
+}
+
 template <class S>
 [[gnu::always_inline]] static inline typename S::F load_as_float(DType dtype, const void* from) {
   switch (dtype) {

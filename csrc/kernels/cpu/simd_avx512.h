@@ -26,6 +26,10 @@ struct Simd : Simd512Shape {
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
   static void accumulate(F& sum, F a, F b) { asm volatile("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+  // The same with the vector at b.
+  static void accumulate_from(F& sum, F a, const float* b) {
+    asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
+  }
   // The upper 16 bits of each lane.
   static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
   static F load_f16(const void* from) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))); }
@@ -34,6 +38,21 @@ struct Simd : Simd512Shape {
   }
   static F load_i8(const void* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+  }
+  static F broadcast_f16(const void* from) {
+    int16_t one;
+    __builtin_memcpy(&one, from, sizeof(one));
+    return _mm512_cvtph_ps(_mm256_set1_epi16(one));
+  }
+  // A register holds all sixteen values of 4 bits: scaled, it is the table in which the weights are looked up.
+  template <DType dtype>
+  static void unfold_group(F (&weight)[2], const char* at, F scale) {
+    const F values = dtype == DType::int4 ? F{0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1}
+                                          : F{0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    const F scaled = values * scale;
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    weight[0] = _mm512_permutexvar_ps(pairs, scaled);
+    weight[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), scaled);
   }
   // Adds the upper half to the lower one, twice.
   static Float4 fold(F value) {

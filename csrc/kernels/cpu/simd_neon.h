@@ -36,6 +36,8 @@ struct Simd {
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
   static void accumulate(F& sum, F a, F b) { asm volatile("fmla %0.4s, %1.4s, %2.4s" : "+w"(sum) : "w"(a), "w"(b)); }
+  // sum += a * the vector at b
+  static void accumulate_from(F& sum, F a, const float* b) { accumulate(sum, a, load<Simd>(b)); }
   // The upper 16 bits of each lane. By immediates: a tile has no register left for a mask.
   static Types::U upper_halves(Types::U value) {
     asm("bic %0.4s, #255\n\tbic %0.4s, #255, lsl #8" : "+w"(value));
@@ -52,6 +54,28 @@ struct Simd {
     __builtin_memcpy(&four, from, sizeof(four));
     const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+  }
+  static F broadcast_f16(const void* from) {
+    uint16_t one;
+    __builtin_memcpy(&one, from, sizeof(one));
+    return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(one)));
+  }
+  template <DType dtype>
+  static void unfold_group(F (&weight)[8], const char* at, F scale) {
+    const uint8x16_t pairs = vld1q_u8(reinterpret_cast<const uint8_t*>(at));
+    const int8x16_t values = vld1q_s8(dtype == DType::int4 ? signed_nibbles : doubled_e2m1);
+    const int8x16_t even = vqtbl1q_s8(values, vandq_u8(pairs, vdupq_n_u8(15)));
+    const int8x16_t odd = vqtbl1q_s8(values, vshrq_n_u8(pairs, 4));
+    const F unit = dtype == DType::int4 ? scale : scale * 0.5f;
+    const int16x8_t wide[4] = {vmovl_s8(vget_low_s8(even)), vmovl_s8(vget_low_s8(odd)), vmovl_high_s8(even),
+                               vmovl_high_s8(odd)};
+    for (int half = 0; half < 2; ++half) {
+      for (int parity = 0; parity < 2; ++parity) {
+        const int16x8_t eight = wide[2 * half + parity];
+        weight[4 * half + parity] = reinterpret_cast<F>(vcvtq_f32_s32(vmovl_s16(vget_low_s16(eight)))) * unit;
+        weight[4 * half + 2 + parity] = reinterpret_cast<F>(vcvtq_f32_s32(vmovl_high_s16(eight))) * unit;
+      }
+    }
   }
   static Float4 fold(F value) { return value; }
 };

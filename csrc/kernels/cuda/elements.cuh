@@ -37,6 +37,9 @@ __device__ inline float load_element(const void* data, int64_t index, DType dtyp
       return to_float(static_cast<const f16*>(data)[index]);
     case DType::i8:
       return to_float(static_cast<const int8_t*>(data)[index]);
+    case DType::int4:
+    case DType::mxfp4:
+      break;  // refused before a launch
   }
   return 0.0f;
 }
@@ -78,6 +81,9 @@ __device__ inline void load_eight(const void* data, int64_t index, DType dtype, 
         return load_eight_as<f16>(data, index, value);
       case DType::i8:
         return load_eight_as<int8_t>(data, index, value);
+      case DType::int4:
+      case DType::mxfp4:
+        return;  // refused before a launch
     }
   }
 #pragma unroll
@@ -111,7 +117,9 @@ __device__ inline void store_eight(void* data, int64_t index, DType dtype, int c
     case DType::f16:
       return store_eight_as<f16>(data, index, count, vector, value);
     case DType::i8:
-      return;  // no kernel writes int8
+    case DType::int4:
+    case DType::mxfp4:
+      return;  // no kernel writes them
   }
 }
 

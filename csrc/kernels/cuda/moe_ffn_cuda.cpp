@@ -65,6 +65,10 @@ void check_sizes(const MoeFfnArgs& args) {
          ", d_ff ", args.d_ff, ", experts ", args.num_experts, ", slots ", args.num_slots,
          ": expected positive sizes with at most ", largest, " (token, choice) rows; split the batch");
   }
+  if (is_grouped(args.w_dtype)) {
+    fail(ErrorKind::invalid, "cuda::moe_ffn: there are no CUDA kernels for ", dtype_name(args.w_dtype),
+         " weights; expected float32, bfloat16, float16 or int8, or compute them on the CPU");
+  }
   if (args.wi.bias != nullptr || args.wo.bias != nullptr || args.activation == Activation::swiglu_oai) {
     fail(ErrorKind::invalid, "cuda::moe_ffn: there are no CUDA kernels for biases and swiglu_oai; expected experts ",
          "without them, or compute them on the CPU");

@@ -1,0 +1,95 @@
+// Rows of int4 and mxfp4 weights: groups of 32 columns that share a scale.
+//
+// A weight is unfolded to its exact fp32 value, 4 bits times a scale of at most 11, so that a sum is what it is for
+// fp32 weights (kernel_tile.h), in the same order: whether rows are multiplied as they unfold (`GroupedRows`, for few
+// tokens) or unfolded once for many tiles of tokens (`unfold_rows`) does not show in its bits. Only a value beyond fp32
+// differs from its definition: it is infinite.
+//
+// Simd::unfold_group makes the vectors of a group from its 16 bytes: the elements of each panel group of 2 * lanes
+// columns as two vectors, the even ones and the odd ones, as bfloat16 weights unfold.
+#pragma once
+
+#include "kernels/cpu/kernel_tile.h"
+
+namespace sida::cpu {
+
+// 2^(e - 127) for each e, 2^-127 denormal; NaN for 255.
+struct PowersOfTwo {
+  float value[256];
+  constexpr PowersOfTwo() : value() {
+    value[0] = 0x1p-127f;
+    for (int e = 1; e < 255; ++e) value[e] = __builtin_bit_cast(float, static_cast<uint32_t>(e) << 23);
+    value[255] = __builtin_nanf("");
+  }
+};
+static constexpr PowersOfTwo powers_of_two;
+
+template <class S, DType dtype>
+struct Group {
+  using F = typename S::F;
+  static constexpr int vectors = static_cast<int>(group_columns / S::lanes);
+  static constexpr int64_t bytes = group_columns / 2, scale_bytes = group_scale_bytes(dtype);
+
+  [[gnu::always_inline]] static F scale(const char* at) {
+    if constexpr (dtype == DType::int4) {
+      return S::broadcast_f16(at);
+    } else {
+      return broadcast<S>(powers_of_two.value[static_cast<uint8_t>(*at)]);
+    }
+  }
+
+  [[gnu::always_inline]] static void unfold(F (&weight)[vectors], const char* at, const char* scale_at) {
+    S::template unfold_group<dtype>(weight, at, scale(scale_at));
+  }
+};
+
+// Sums of R rows with N tokens while the rows unfold.
+template <class S, DType dtype, int R, int N>
+struct GroupedRows {
+  using G = Group<S, dtype>;
+  using T = Tile<S, DType::f32, R, N>;
+  using F = typename S::F;
+
+  // One segment of `groups` groups. Meanwhile it asks for what lies `ahead` bytes on in each row; 0: nothing.
+  [[gnu::noinline]] static void run_segment(const char* w, int64_t row_bytes, const char* scales,
+                                            int64_t scale_row_bytes, int64_t groups, const float* x, int64_t ahead,
+                                            float* out, int64_t stride, bool first) {
+    T tile{};
+    for (int64_t g = 0; g < groups; ++g) {
+      const bool asks = ahead != 0 && g % 4 == 0;
+      unroll<R>([&](auto r) SIDA_INLINE {
+        F weight[G::vectors];
+        const char* const at = w + r.value * row_bytes;
+        if (asks) __builtin_prefetch(at + ahead, 0, 2);
+        G::unfold(weight, at, scales + r.value * scale_row_bytes);
+        unroll<G::vectors>([&](auto v) SIDA_INLINE {
+          constexpr int64_t offset = v.value / 2 * (2 * S::lanes * N) + v.value % 2 * S::lanes;
+          const F one = S::in_register(weight[v.value]);
+          unroll<N>([&](auto n) SIDA_INLINE {
+            S::accumulate_from(tile.sum[n.value * R + r.value], one, x + offset + n.value * 2 * S::lanes);
+          });
+        });
+      });
+      w += G::bytes;
+      scales += G::scale_bytes;
+      x += group_columns * N;
+    }
+    tile.reduce(out, stride, first);
+  }
+};
+
+// The weights of `rows` rows, `groups` groups each, as fp32 in the panel's order: [rows][groups * 32].
+template <class S, DType dtype>
+[[gnu::noinline]] static void unfold_rows(const char* w, int64_t row_bytes, const char* scales, int64_t scale_row_bytes,
+                                          int64_t rows, int64_t groups, float* out) {
+  using G = Group<S, dtype>;
+  for (int64_t row = 0; row < rows; ++row, w += row_bytes, scales += scale_row_bytes) {
+    for (int64_t g = 0; g < groups; ++g, out += group_columns) {
+      typename S::F weight[G::vectors];
+      G::unfold(weight, w + g * G::bytes, scales + g * G::scale_bytes);
+      for (int v = 0; v < G::vectors; ++v) store<S>(out + v * S::lanes, weight[v]);
+    }
+  }
+}
+
+}  // namespace sida::cpu
