@@ -245,7 +245,7 @@ def swap_experts(
     if options.store is None:
         folder = scratch_folder()
     try:
-        path = Path(options.store) if options.store is not None else Path(folder.name) / "experts.sida"  # type: ignore[union-attr]
+        path = Path(options.store) if options.store is not None else Path(folder.path) / "experts.sida"  # type: ignore[union-attr]
         write_store(family.source(model), path, options.expert_dtype)
         runtime = Runtime(path, options, folder=folder)
         # What the model asks of the kernels is checked before it is touched.
