@@ -110,6 +110,12 @@ class Driver:
         return self._thread.is_alive()
 
     @property
+    def kept(self) -> int:
+        """Rows whose keys and values are still held."""
+        with self._changed:
+            return len(self._rows) + len(self._left)
+
+    @property
     def waiting(self) -> int:
         return self._scheduler.waiting
 

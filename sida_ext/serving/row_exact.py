@@ -155,6 +155,9 @@ class RowExact(TorchFunctionMode):
         count, longest = len(self.lengths), self.longest
         if input.dim() == 3 and input.shape[:2] == (count, longest):
             cut = [input[row : row + 1, :length].clone() for row, length in enumerate(self.lengths)]
+        elif input.dim() == 2 and longest == 1:
+            # An expert's rows, each of another row of the step: alone it would see one.
+            cut = list(input.clone().split(1))
         elif input.dim() == 2 and input.shape[0] == count * longest:
             cut = [input[row * longest : row * longest + length].clone() for row, length in enumerate(self.lengths)]
         else:

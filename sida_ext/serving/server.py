@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import struct
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -100,7 +101,9 @@ def _add_errors(app: FastAPI) -> None:
             return _answer(RequestError(400, "expected a JSON body: send the header Content-Type: application/json"))
         name = ".".join(place) or None
         message = found["msg"].removeprefix("Value error, ")
-        return _answer(RequestError(400, f"{name}: {message}" if name else message, place[0] if place else None))
+        named = re.match(r"the field '(\w+)'", message)
+        param = place[0] if place else named[1] if named else None
+        return _answer(RequestError(400, f"{name}: {message}" if name else message, param))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
