@@ -93,9 +93,7 @@ def generation_work(
     """
     model, settings = service.model, service.settings
     if not model.generates:
-        raise RequestError(
-            400, f"{model.name} does not generate text (see /classify)", code="not_supported"
-        )
+        raise RequestError(400, f"{model.name} does not generate text (see /classify)", code="not_supported")
     rows = len(prompts) * body.n
     if rows > settings.choices:
         raise RequestError(

@@ -32,10 +32,6 @@ async def send_problem(send: Send, problem: RequestError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-class _TooLargeError(Exception):
-    pass
-
-
 class Guards:
     """Measures every request, asks for a key, ends a body that is too large.
 
@@ -85,27 +81,25 @@ class Guards:
             await send_problem(send, too_large)
             return
         taken = 0
-        started = False
+        over = started = False
 
         async def measured() -> Message:
-            nonlocal taken
+            nonlocal taken, over
             message = await receive()
             if message["type"] == "http.request":
                 taken += len(message.get("body", b""))
-                if taken > limit:
-                    raise _TooLargeError
-            return message
+                over |= taken > limit
+            return {"type": "http.disconnect"} if over else message
 
         async def watched(message: Message) -> None:
             nonlocal started
-            started = True
-            await send(message)
+            if not over or started:  # what the application says of a body that was cut is not sent
+                started = True
+                await send(message)
 
-        try:
-            await self.app(scope, measured, watched)
-        except _TooLargeError:
-            if not started:
-                await send_problem(send, too_large)
+        await self.app(scope, measured, watched)
+        if over and not started:
+            await send_problem(send, too_large)
 
     def _allowed(self, headers: dict[bytes, Any]) -> bool:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")

@@ -111,9 +111,7 @@ class Scheduler:
             if item.id in self._waiting or item.id in self._running:
                 raise ValueError(f"row {item.id} is there already")
         if len(self._waiting) + len(items) > self.limits.queue:
-            raise QueueFullError(
-                f"{len(self._waiting)} rows wait, {len(items)} more exceed {self.limits.queue}"
-            )
+            raise QueueFullError(f"{len(self._waiting)} rows wait, {len(items)} more exceed {self.limits.queue}")
         for item in items:
             self._waiting[item.id] = item
 

@@ -41,7 +41,9 @@ def served_here(
     """Serve on a free port of 127.0.0.1 until the block ends."""
     limits = limits or Limits()
     service = Service(ServedModel(model, tokenizer, name, rows=limits.rows), limits, ServerSettings(**settings))
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=5)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

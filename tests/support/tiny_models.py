@@ -11,7 +11,10 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast,
 __all__ = ["VOCABULARY", "tiny_causal", "tiny_tokenizer"]
 
 VOCABULARY = 300
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def tiny_tokenizer(chat: bool = True) -> Any:
