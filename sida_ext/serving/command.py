@@ -6,16 +6,21 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sida_ext.progress import console
+from sida_ext.serving.scheduler import Limits
+from sida_ext.serving.settings import ServerSettings, read_keys
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    from sida_ext.serving.model import ServedModel
+
+__all__ = ["load", "serve", "served_name"]
 
 
-def _served_name(model: str) -> str:
+def served_name(model: str) -> str:
     """A folder's own name, or the hub id: no path of the machine."""
     path = Path(model)
     return path.resolve().name if path.exists() else model
@@ -57,23 +62,6 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
 ) -> None:
     """Serve a model over HTTP: completions, chat, embeddings, classification, metrics and a page."""
-    try:
-        import uvicorn
-
-        from sida_ext.serving.server import create_app
-    except ImportError as error:
-        raise ImportError(
-            f"sida serve needs {error.name}, which is not installed: pip install 'sida_ext[serve]'"
-        ) from error
-    from sida_ext import from_pretrained
-    from sida_ext.experts.runtime import runtime_of
-    from sida_ext.models.tokenizer import tokenizer_of
-    from sida_ext.prediction.protocol import find_predictor, split_predictors
-    from sida_ext.serving.model import ServedModel
-    from sida_ext.serving.scheduler import Limits
-    from sida_ext.serving.service import Service
-    from sida_ext.serving.settings import ServerSettings, read_keys
-
     settings = ServerSettings(
         deadline=deadline,
         drain=drain,
@@ -83,11 +71,13 @@ def serve(
     limits = Limits(rows=rows, queue=queue, tokens=max_tokens, patience=patience)
     if host not in ("127.0.0.1", "::1", "localhost") and not settings.keys:
         console.print(f"note: everybody who can reach {host} may use this server; --api-key-file asks for a key")
-    with _bound(host, port) as listener:  # before minutes of loading, and refused at once if the port is taken
-        options: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-        tokenizer = tokenizer_of(model)
-        loaded = from_pretrained(
+    with _bound(host, port) as listener:  # before minutes of loading: a port that is taken is said at once
+        served = load(
             model,
+            name=name,
+            context=context,
+            rows=rows,
+            predictor=predictor,
             device=device,
             expert_memory=expert_memory,
             host_memory=host_memory,
@@ -95,34 +85,59 @@ def serve(
             store=store,
             routing=routing,
             confidence=confidence,
-            **options,
+            **({"dtype": dtype} if dtype is not None else {}),
         )
-        if predictor is not None:
-            runtime_of(loaded).predictor, runtime_of(loaded).decoder_predictor = split_predictors(
-                find_predictor(predictor, loaded)
-            )
-        served = ServedModel(loaded, tokenizer, name or _served_name(model), context=context, rows=rows)
-        for note in served.notes:
-            console.print(f"note: {note}", markup=False)
-        service = Service(served, limits, settings)
-        server = _server(uvicorn)(
-            uvicorn.Config(
-                create_app(service),
-                log_level="info" if verbose else "warning",
-                timeout_graceful_shutdown=round(drain) + 5,
-                server_header=False,
-            ),
-            service.drain,
+        _run(served, limits, settings, listener, verbose)
+
+
+def load(
+    model: str, *, name: str | None, context: int | None, rows: int, predictor: str | None, **options: Any
+) -> ServedModel:
+    """Load what is served; ``options`` go to :func:`sida_ext.from_pretrained`."""
+    from sida_ext.experts.runtime import runtime_of
+    from sida_ext.models.swap import from_pretrained
+    from sida_ext.models.tokenizer import tokenizer_of
+    from sida_ext.prediction.protocol import find_predictor, split_predictors
+    from sida_ext.serving.model import ServedModel
+
+    tokenizer = tokenizer_of(model)
+    loaded = from_pretrained(model, **options)
+    if predictor is not None:
+        runtime_of(loaded).predictor, runtime_of(loaded).decoder_predictor = split_predictors(
+            find_predictor(predictor, loaded)
         )
-        at = listener.getsockname()
-        console.print(f"serving {served.name} at http://{at[0]}:{at[1]}", markup=False)
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            pass  # uvicorn raises the signal again once everything has ended
-        finally:
-            if served.runtime is not None:
-                served.runtime.close()
+    served = ServedModel(loaded, tokenizer, name or served_name(model), context=context, rows=rows)
+    for note in served.notes:
+        console.print(f"note: {note}", markup=False)
+    return served
+
+
+def _run(served: ServedModel, limits: Limits, settings: ServerSettings, listener: socket.socket, verbose: bool) -> None:
+    try:
+        import uvicorn
+
+        from sida_ext.serving.server import create_app
+        from sida_ext.serving.service import Service
+    except ImportError as error:
+        raise ImportError(
+            f"sida serve needs {error.name}, which is not installed: pip install 'sida_ext[serve]'"
+        ) from error
+    service = Service(served, limits, settings)
+    config = uvicorn.Config(
+        create_app(service),
+        log_level="info" if verbose else "warning",
+        timeout_graceful_shutdown=round(settings.drain) + 5,
+        server_header=False,
+    )
+    address, port = listener.getsockname()[:2]
+    console.print(f"serving {served.name} at http://{address}:{port}", markup=False, highlight=False)
+    try:
+        _server(uvicorn)(config, service.drain).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass  # uvicorn raises the signal again once everything has ended
+    finally:
+        if served.runtime is not None:
+            served.runtime.close()
 
 
 def _bound(host: str, port: int) -> socket.socket:

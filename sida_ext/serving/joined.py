@@ -24,7 +24,7 @@ from sida_ext.serving.rows import KvPool, Part, Place
 __all__ = ["JoinedModel", "Row", "joins"]
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A generation's place in the pools; ``cross`` for an encoder-decoder."""
 
