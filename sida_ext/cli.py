@@ -18,6 +18,7 @@ from rich.table import Table
 from sida_ext.files import written_whole
 from sida_ext.planning.command import plan
 from sida_ext.progress import console, progress_bar, show_log
+from sida_ext.serving.command import serve
 from sida_ext.texts import read_pairs, read_texts, tokenizer_of
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(serve)
 
 
 @app.command()

@@ -122,6 +122,23 @@ py::dict stats_of(const TransferEngine& engine) {
   return fields;
 }
 
+// Two strings of [layers * experts]: places as bytes, demands as int64 in the machine's order.
+py::tuple standings_of(const TransferEngine& engine) {
+  std::vector<ExpertStanding> standings;
+  {
+    const py::gil_scoped_release released;
+    standings = engine.standings();
+  }
+  std::string places;
+  std::vector<int64_t> demands;
+  for (const ExpertStanding& expert : standings) {
+    places.push_back(static_cast<char>(expert.place));
+    demands.push_back(expert.demands);
+  }
+  return py::make_tuple(py::bytes(places),
+                        py::bytes(reinterpret_cast<const char*>(demands.data()), demands.size() * sizeof(int64_t)));
+}
+
 using Wanted = std::vector<std::pair<int32_t, std::vector<int32_t>>>;
 
 AnnouncedBatch batch_from(const Wanted& wanted) {
@@ -376,6 +393,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("capacity", &TransferEngine::capacity)
       .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
       .def("stats", &stats_of)
+      .def("standings", &standings_of)
       .def("reset_stats", &TransferEngine::reset_stats, WithoutLock())
       .def(
           "set_trace", [](TransferEngine& engine, bool on) { engine.trace().set_on(on); }, py::arg("on"))

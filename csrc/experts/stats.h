@@ -22,6 +22,13 @@ struct LayerCounters {
   double stall_seconds = 0;          // waits with nothing to compute
 };
 
+// One expert as it stands now. Python reads the places as numbers.
+struct ExpertStanding {
+  enum class Place : uint8_t { absent, arriving, here, in_use };
+  Place place = Place::absent;
+  int64_t demands = 0;  // that have wanted it since the start
+};
+
 struct EngineStats {
   std::vector<LayerCounters> layers;
   std::vector<std::vector<float>> stalls;  // the latest waits of each layer, seconds, at most 4096
