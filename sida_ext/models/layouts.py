@@ -214,6 +214,7 @@ class ExpertLayout:
         for name, recipes in self.recipes.items():
             for recipe in recipes.values():
                 self._check(self.modules[name], recipe)
+            self._check_neighbours(name, collected)
 
     @property
     def keys(self) -> set[str]:
@@ -351,6 +352,23 @@ class ExpertLayout:
                 + (f"; expert {missing[0]} is missing" if missing else "")
                 + (f"; expert {extra[0]} is too many" if extra else "")
             )
+
+    def _check_neighbours(
+        self, name: str, collected: Mapping[str, tuple[dict[str, list[str]], WeightConverter | None]]
+    ) -> None:
+        """What stands beside the experts, the router above all, is of the configuration's shapes too: told before
+        anything is packed, not when the rest of the model is loaded."""
+        block = name.rpartition(".")[0] + "."
+        for target, (sources, rule) in collected.items():
+            if rule is not None or not target.startswith(block) or target.startswith(f"{name}."):
+                continue
+            key = next(iter(sources.values()))[0]
+            expected = tuple(self.model.get_parameter_or_buffer(target).shape)
+            if self.files.shape(key) != expected and self.files.dtype(key).itemsize > 1:
+                raise ValueError(
+                    f"{key} has shape {self.files.shape(key)}, expected {expected} by config.json, beside the "
+                    f"{self.modules[name].num_experts} experts of {name}; it is of another model than the weights"
+                )
 
     def _described(self, recipe: Recipe) -> str:
         keys = recipe.keys
