@@ -182,7 +182,7 @@ def _run(recipe: Recipe, collected: dict[str, list[Tensor]], model: Any, config:
     for name, made in result.items():
         full = name if prefix is None else f"{prefix}{name}{suffix}"
         if full == recipe.target or name == recipe.target:
-            return made[0] if isinstance(made, list) else made
+            return (made[0] if isinstance(made, list) else made).detach()
     raise ValueError(f"transformers' rule for {recipe.target} makes {sorted(result)}, not that; update sida_ext")
 
 
@@ -383,12 +383,13 @@ class ExpertLayout:
         """
         module, recipes = self.modules[name], self.recipes[name]
         experts = int(module.num_experts)  # type: ignore[arg-type]
-        parts = {
-            role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
-            for role, recipe in recipes.items()
-            if roles is None or role in roles
-        }
-        return canonical(module, parts)
+        with torch.no_grad():
+            parts = {
+                role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
+                for role, recipe in recipes.items()
+                if roles is None or role in roles
+            }
+            return canonical(module, parts)
 
     def _form(self, key: str) -> str:
         return f"{self.files.dtype(key)} of shape {self.files.shape(key)}"

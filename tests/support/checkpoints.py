@@ -20,7 +20,7 @@ __all__ = ["assert_experts_are", "edit_config", "edit_weights", "expected_expert
 def expected_expert(module: Any, index: int) -> dict[str, Tensor]:
     """The parts of one expert by what transformers' forward does with the module's parameters, not by our code: the
     rows of a product with the identity, gate and up told apart by the module's own flag."""
-    eye = {side: torch.eye(size) for side, size in zip("io", _sizes(module), strict=True)}
+    eye = {side: torch.eye(size, dtype=module.down_proj.dtype) for side, size in zip("io", _sizes(module), strict=True)}
     up = (module.gate_up_proj if module.has_gate else module.up_proj)[index].detach()
     down = module.down_proj[index].detach()
     wi = (eye["i"] @ up if module.is_transposed else nn.functional.linear(eye["i"], up)).T
