@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         TokenTablePredictor,
     )
     from sida_ext.serving.pipeline import stream
-    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, stream_by_tokens
+    from sida_ext.serving.schedule import stream_by_tokens
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens
 
     __version__: str
 
@@ -70,7 +71,8 @@ _HOME = {
     "precision": ("get_precision", "precisions", "set_precision"),
     "prediction.protocol": ("DecoderPredictor", "HashPredictor", "HashTable", "Predictor", "TokenTablePredictor"),
     "serving.pipeline": ("stream",),
-    "serving.schedule": ("TokenBatch", "batches_by_tokens", "stream_by_tokens"),
+    "serving.schedule": ("stream_by_tokens",),
+    "serving.token_batches": ("TokenBatch", "batches_by_tokens"),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -85,7 +87,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"sida_ext.{_HOME_OF[name]}"), name)
     else:
         try:
-            # A room or a module of the package: ``sida_ext.experts.metrics`` needs no import of its own.
+            # A room of the package, as if it had been imported with it.
             value = importlib.import_module(f"sida_ext.{name}")
         except ModuleNotFoundError as error:
             if error.name != f"sida_ext.{name}":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -21,7 +20,7 @@ from sida_ext.progress import console, progress_bar, show_log
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
-    from sida_ext.serving.schedule import OrderSavings
+    from sida_ext.serving.savings import OrderSavings
 
 app = typer.Typer(
     name="sida",
@@ -190,16 +189,25 @@ def plan(
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
 ) -> None:
     """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
+    import torch
+
     from sida_ext import from_pretrained
+    from sida_ext.batching import windows
+    from sida_ext.experts.options import EVICTIONS
     from sida_ext.experts.runtime import runtime_of
-    from sida_ext.planning.hit_rates import POLICIES, compare, record_routing
+    from sida_ext.planning.hit_rates import compare, record_routing
     from sida_ext.prediction.protocol import find_predictor
+    from sida_ext.serving.token_batches import TokenBatch
 
     lines = read_texts(texts)
     loaded = from_pretrained(model, expert_memory="auto", store=store)
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
-        given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
+        tokenizer = _tokenizer_of(model)
+        sentences = enumerate(
+            torch.tensor(tokenizer(line, truncation=True, max_length=max_length)["input_ids"]) for line in lines
+        )
+        given = (TokenBatch(part, tokenizer.pad_token_id or 0) for part in windows(sentences, batch_size))
         with progress_bar("routing") as bar:
 
             def counted() -> Iterator[dict[str, Any]]:
@@ -213,10 +221,10 @@ def plan(
     rows = compare(routing, [share / 100 for share in range(10, 100, 10)], lookahead)
     named = "perfect tables" if predictor is None else escape(predictor)
     table = Table(title=f"hit rates, {named}, lookahead {lookahead}")
-    for column in ("budget", "experts", "OPT", *POLICIES):
+    for column in ("budget", "experts", "OPT", *EVICTIONS):
         table.add_column(column, justify="right")
     for row in rows:
-        rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *POLICIES)]
+        rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *EVICTIONS)]
         table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
     Console().print(table)
 
@@ -230,14 +238,6 @@ def _tokenizer_of(model: str) -> Any:
     if words <= {"\u2581"}:  # the sign that stands for a space
         raise ValueError(f"{model} has no tokenizer: every word would be unknown; save it beside the model")
     return tokenizer
-
-
-def _tokenized(tokenizer: Any, lines: list[str], batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(lines), batch_size):
-        batch = tokenizer(
-            lines[start : start + batch_size], return_tensors="pt", padding=True, truncation=True, max_length=max_length
-        )
-        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
 @app.command()
@@ -266,9 +266,11 @@ def run(
     import torch
 
     from sida_ext import from_pretrained, stream
+    from sida_ext.batching import windows
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.prediction.protocol import find_predictor
-    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
+    from sida_ext.serving.savings import watch_order
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
 
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
@@ -296,15 +298,11 @@ def run(
             for line in lines:
                 yield tokenizer(line, truncation=True, max_length=max_length)["input_ids"]
 
-        def of_size(size: int) -> Iterator[TokenBatch]:
-            rows = enumerate(torch.tensor(ids) for ids in encoded())
-            while part := list(itertools.islice(rows, size)):
-                yield TokenBatch(part, pad)
-
         formed: list[TokenBatch] = []
 
         def batches() -> Iterator[TokenBatch]:
-            source = of_size(batch_size or 1)
+            sentences = enumerate(torch.tensor(ids) for ids in encoded())
+            source: Iterator[TokenBatch] = (TokenBatch(part, pad) for part in windows(sentences, batch_size or 1))
             if max_tokens is not None:
                 source = batches_by_tokens(encoded(), max_tokens, pad_token_id=pad)
             for batch in source:

@@ -16,6 +16,7 @@
 #include "bindings/op_checks.h"
 #include "kernels/cuda/moe_ffn_cuda.h"
 #include "serving/cuda_serving.h"
+#include "serving/moe_layer.h"
 
 namespace sida {
 namespace {
@@ -213,6 +214,11 @@ std::tuple<Tensor, Tensor> route_top1_cuda(const Tensor& router_logits, int64_t 
   });
 }
 
+Tensor linear_cuda(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "linear: there is no CUDA kernel; use torch.nn.functional.linear there, or move ",
+                              "the arguments to the CPU");
+}
+
 // To the device of `x` without a wait, by way of pinned memory.
 Tensor uploaded(const Tensor& tensor, const Tensor& x) {
   return tensor.is_cpu() ? tensor.contiguous().pin_memory().to(x.device(), /*non_blocking=*/true) : tensor;
@@ -243,7 +249,7 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     set_tokens(args, x, tokens, out, partials);
     args.num_experts = layer->num_experts;
     args.activation = layer->activation;
-    serving.complete(args);
+    set_slots(args, serving.engine());
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);
     const Tensor slot_table = at::empty({layer->num_experts}, x.options().dtype(at::kInt));
@@ -256,18 +262,12 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     } else {
       chosen = serving.fetch_indices(args.expert_index, rows, here.stream);
     }
-    std::vector<int32_t> wanted;
-    std::vector<bool> seen(static_cast<size_t>(layer->num_experts), false);
     for (size_t i = 0; i < chosen.size(); ++i) {
-      const int32_t expert = chosen[i];
-      TORCH_CHECK_INDEX(expert >= -1 && expert < layer->num_experts, op, ": expert_index holds ", expert,
+      TORCH_CHECK_INDEX(chosen[i] >= -1 && chosen[i] < layer->num_experts, op, ": expert_index holds ", chosen[i],
                         " at flat position ", i, ", expected a value from -1 to ", layer->num_experts - 1,
                         " (experts of the layer)");
-      if (expert >= 0 && !seen[static_cast<size_t>(expert)]) {
-        seen[static_cast<size_t>(expert)] = true;
-        wanted.push_back(expert);
-      }
     }
+    const std::vector<int32_t> wanted = distinct_experts(chosen, layer->num_experts);
     cuda::LayerForward forward{};
     forward.layer = layer->index;
     forward.batch = current_batch();
@@ -289,5 +289,6 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
 TORCH_LIBRARY_IMPL(sida, CUDA, m) {
   m.impl("moe_ffn", &sida::moe_ffn_cuda);
   m.impl("route_top1", &sida::route_top1_cuda);
+  m.impl("linear", &sida::linear_cuda);
   m.impl("moe_layer", &sida::moe_layer_cuda);
 }

@@ -53,6 +53,11 @@ class Quantised:
     columns: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., rows, columns]."""
+        return (*self.values.shape[:-1], self.columns)
+
+    @property
     def dtype(self) -> QuantisedType:
         if self.values.dtype == torch.int8:
             return "int8"

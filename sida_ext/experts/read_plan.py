@@ -104,8 +104,8 @@ def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
 def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> ReadPlan:
     """The plan for a file: remembered from an earlier measurement on this file system and CPU, or measured now.
 
-    Measuring reads the file at random places for about a second, and memory for a fraction of one. It never fails:
-    where it cannot measure, the plan is the default one, and says why.
+    Measuring reads the file at random places for about a second, and memory for a fraction of one. Where it cannot
+    measure, the plan is the default one, and says why.
 
     Args:
         path: an expert store, or another file on the same file system.
@@ -115,8 +115,8 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
     """
     from sida_ext.experts.folders import default_cache
 
-    cache = cache if cache is not None else default_cache() / "read_plans.json"
     try:
+        cache = cache if cache is not None else default_cache() / "read_plans.json"
         bytes_there = path.stat().st_size
         if bytes_there < SMALLEST_STORE_BYTES:
             return default_plan(
@@ -130,7 +130,7 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
         rates, direct = _C.measure_read_rates(str(path), MEASURE_SECONDS)
         plan = choose(rates) if direct else default_plan("the file system has no direct reads to measure")
         plan = replace(plan, memory_rate=_memory_rate())
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home for the cache, no figure of the free memory
         return default_plan(f"measuring failed: {error}")
     try:
         _remember(cache, machine, plan)

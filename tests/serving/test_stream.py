@@ -21,13 +21,6 @@ def batches(count, batch=2, length=9):
     return [{"input_ids": torch.randint(2, 97, (batch + i % 2, length + i), generator=random)} for i in range(count)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder")
-    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def model(folder):
     model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="50%")
