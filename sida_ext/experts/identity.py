@@ -20,7 +20,7 @@ from sida_ext.files import written_whole
 
 __all__ = ["identity_of"]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("sida_ext")
 
 BUFFER = 4 << 20
 # A file may change again within the clock's granularity and keep its times: what changed so recently is not remembered.
