@@ -73,7 +73,7 @@ def _version() -> str:
 
 
 def _memory_rate(threads: int) -> dict[str, object]:
-    from sida_ext import _C
+    from sida_ext._load import _C
     from sida_ext.experts.budget import available_memory, format_bytes
 
     free = available_memory()
@@ -84,7 +84,7 @@ def _memory_rate(threads: int) -> dict[str, object]:
 
 
 def _disk_rate(folder: Path) -> dict[str, object]:
-    from sida_ext import _C
+    from sida_ext._load import _C
     from sida_ext.experts.budget import format_bytes
 
     free = shutil.disk_usage(folder).free

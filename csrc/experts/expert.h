@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "base/rounding.h"
 
 namespace sida {
 
@@ -38,19 +39,17 @@ struct ExpertFormat {
   int64_t wi_scale_bytes() const { return wi_rows() * row_scale_bytes(dtype, d_model); }
   int64_t wo_scale_bytes() const { return d_model * row_scale_bytes(dtype, d_ff); }
   int64_t wi_offset() const { return 0; }
-  int64_t wo_offset() const { return align(wi_bytes(), part_alignment); }
-  int64_t wi_scale_offset() const { return align(wo_offset() + wo_bytes(), part_alignment); }
-  int64_t wo_scale_offset() const { return align(wi_scale_offset() + wi_scale_bytes(), part_alignment); }
-  int64_t wi_bias_offset() const { return align(wo_scale_offset() + wo_scale_bytes(), part_alignment); }
-  int64_t wo_bias_offset() const { return align(wi_bias_offset() + bias_bytes(wi_rows()), part_alignment); }
+  int64_t wo_offset() const { return round_up(wi_bytes(), part_alignment); }
+  int64_t wi_scale_offset() const { return round_up(wo_offset() + wo_bytes(), part_alignment); }
+  int64_t wo_scale_offset() const { return round_up(wi_scale_offset() + wi_scale_bytes(), part_alignment); }
+  int64_t wi_bias_offset() const { return round_up(wo_scale_offset() + wo_scale_bytes(), part_alignment); }
+  int64_t wo_bias_offset() const { return round_up(wi_bias_offset() + bias_bytes(wi_rows()), part_alignment); }
   int64_t used_bytes() const {
     return biased ? wo_bias_offset() + bias_bytes(d_model) : wo_scale_offset() + wo_scale_bytes();
   }
-  int64_t record_bytes() const { return align(used_bytes(), record_alignment); }
+  int64_t record_bytes() const { return round_up(used_bytes(), record_alignment); }
 
   bool operator==(const ExpertFormat&) const = default;
-
-  static constexpr int64_t align(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
 
  private:
   int64_t bias_bytes(int64_t rows) const { return biased ? rows * 4 : 0; }

@@ -4,26 +4,15 @@
 #include <string>
 #include <utility>
 
+#include "base/at_end.h"
 #include "base/error.h"
 #include "experts/tier_source.h"
+#include "serving/moe_layer.h"
 
 namespace sida::cuda {
 namespace {
 
 constexpr int64_t least_staging = 1024;  // numbers: a page
-
-// Runs something when a scope is left, however.
-template <class Body>
-class AtEnd {
- public:
-  explicit AtEnd(Body body) : body_(std::move(body)) {}
-  ~AtEnd() { body_(); }
-  AtEnd(const AtEnd&) = delete;
-  AtEnd& operator=(const AtEnd&) = delete;
-
- private:
-  Body body_;
-};
 
 }  // namespace
 
@@ -199,23 +188,6 @@ std::vector<int32_t> CudaServing::fetch_indices(const int32_t* indices, int64_t 
   return fetched;
 }
 
-void CudaServing::complete(MoeFfnArgs& args) const {
-  const ExpertFormat& format = engine_->format();
-  const auto* base = static_cast<const std::byte*>(engine_->slot_base());
-  const int64_t element = element_bytes(format.dtype);
-  const auto scale_at = [&](int64_t offset) {
-    return format.dtype == DType::i8 ? reinterpret_cast<const float*>(base + offset) : nullptr;
-  };
-  args.d_ff = format.d_ff;
-  args.num_slots = engine_->capacity();
-  args.w_dtype = format.dtype;
-  args.gated = format.gated;
-  args.wi = {base + format.wi_offset(), format.record_bytes() / element, format.d_model,
-             scale_at(format.wi_scale_offset()), format.record_bytes() / 4};
-  args.wo = {base + format.wo_offset(), format.record_bytes() / element, format.d_ff,
-             scale_at(format.wo_scale_offset()), format.record_bytes() / 4};
-}
-
 void CudaServing::wait_for_wave(int32_t layer, const Wave& wave, const CudaSlots::Readers& readers) const {
   const int status = runtime_.event_synchronize(readers.event);
   slots_->check_healthy();  // knows a failed copy's expert
@@ -227,7 +199,7 @@ void CudaServing::wait_for_wave(int32_t layer, const Wave& wave, const CudaSlots
 void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
   use_device(layer.stream, "moe_layer");
   MoeFfnArgs args = layer.args;
-  complete(args);
+  set_slots(args, *engine_);
   args.slot_of_expert = layer.slot_table;
   std::vector<int32_t> table(static_cast<size_t>(args.num_experts), -1);
   const auto table_bytes = table.size() * sizeof(int32_t);

@@ -42,9 +42,9 @@ struct ServingOptions {
 using LaunchWave = std::function<void(const MoeFfnArgs& args, Stream stream)>;
 
 struct LayerForward {
-  int32_t layer = 0;  // among the store's MoE layers
-  BatchId batch = 0;  // that was announced; 0: none
-  MoeFfnArgs args{};  // without d_ff, num_slots, w_dtype, gated, wi, wo and slot_of_expert: complete() sets those
+  int32_t layer = 0;                 // among the store's MoE layers
+  BatchId batch = 0;                 // that was announced; 0: none
+  MoeFfnArgs args{};                 // without d_ff, num_slots, w_dtype, gated, wi, wo and slot_of_expert: set here
   int32_t* slot_table = nullptr;     // device memory for num_experts numbers
   std::span<const int32_t> experts;  // distinct experts of args.expert_index
   Stream stream = nullptr;
@@ -83,8 +83,6 @@ class CudaServing {
 
   // The indices of a layer, fetched from the device: the one thing that the host waits for in the steady state.
   std::vector<int32_t> fetch_indices(const int32_t* indices, int64_t count, Stream stream);
-  // Sets the fields of args that are the store's and the slots'.
-  void complete(MoeFfnArgs& args) const;
   // Demands the experts, launches waves as they are there, releases them. Returns when all are launched.
   void forward(const LayerForward& layer, const LaunchWave& launch);
 

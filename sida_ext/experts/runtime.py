@@ -19,7 +19,8 @@ from sida_ext.experts.budget import format_bytes, parse_memory
 from sida_ext.experts.cuda import cuda_blocking, host_slots, resolve_device
 from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.read_plan import ReadPlan, read_plan
-from sida_ext.experts.record import StoredExpert, stored_expert
+from sida_ext.experts.record import stored_expert
+from sida_ext.experts.source import ExpertWeights
 from sida_ext.experts.stats import Stats
 from sida_ext.experts.store import StoreHeader, open_store
 from sida_ext.experts.timeline import Event, write_chrome_trace
@@ -190,7 +191,7 @@ class Runtime(ServingState):
                 self._handles[name] = _C.register_layer(self._engine, index, experts, activation)
         return self._handles[name]
 
-    def borrow(self, name: str, experts: Sequence[int]) -> Iterator[tuple[int, StoredExpert]]:
+    def borrow(self, name: str, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """The records of distinct experts of a layer as tensors, each until the next is asked for; in the order in
         which they arrive. For what no kernel computes.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sida_ext import ops
+from sida_ext.experts.quantise import Quantised
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import StoreHeader
 from sida_ext.models.gates import gate_formula
@@ -98,12 +99,12 @@ class ServedExperts(ServedLayer):
         wanted = [int(expert) for expert in choices.unique() if expert >= 0]
         for expert, weights in self.runtime.borrow(self.name, wanted):
             rows = (choices == expert).nonzero().squeeze(1)
-            up = _product(hidden_states[rows // top_k].float(), weights.wi, weights.wi_scale, weights.wi_bias)
+            up = _product(hidden_states[rows // top_k].float(), weights.wi, weights.wi_bias)
             if own.has_gate:
                 middle = own._apply_gate(up if own.is_concatenated else _interleaved(up))
             else:
                 middle = own.act_fn(up)
-            down = _product(middle, weights.wo, weights.wo_scale, weights.wo_bias)
+            down = _product(middle, weights.wo, weights.wo_bias)
             out[rows] = own.post_expert_norm(down).float() if _has_norm(own) else down
         weighted = out.view(*expert_index.shape, -1) * gate.unsqueeze(-1)
         total = weighted[:, 0]
@@ -112,8 +113,8 @@ class ServedExperts(ServedLayer):
         return total.to(hidden_states.dtype)
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    values = weight.float() if scale is None else weight.float() * scale.unsqueeze(1)
+def _product(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
+    values = weight.dequantise() if isinstance(weight, Quantised) else weight.float()
     return nn.functional.linear(x, values, bias)
 
 

@@ -28,6 +28,9 @@ if(NOT SIDA_SANITIZE)  # which are slow, and whose own memory grows: there it ru
 endif()
 sida_engine_test(test_residency)
 
+sida_engine_test(test_cpu_serving)
+target_link_libraries(test_cpu_serving PRIVATE sida_serving)
+
 # The two tiers of a GPU machine, over the recording runtime: no toolkit, no kernels.
 sida_engine_test(test_cuda_serving ${PROJECT_SOURCE_DIR}/tests/cuda/recording_runtime.cpp)
 target_include_directories(test_cuda_serving PRIVATE ${PROJECT_SOURCE_DIR}/tests/cuda)

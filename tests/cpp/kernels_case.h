@@ -122,6 +122,9 @@ inline double element(const void* data, DType dtype, int64_t index) {
       return from_f16(half);
     case DType::i8:
       return *reinterpret_cast<const int8_t*>(at);
+    case DType::int4:
+    case DType::mxfp4:  // see grouped_element
+      break;
   }
   return NAN;
 }
@@ -144,7 +147,21 @@ inline void set_element(void* data, DType dtype, int64_t index, float value) {
     case DType::i8:
       *reinterpret_cast<int8_t*>(at) = static_cast<int8_t>(value);
       break;
+    case DType::int4:
+    case DType::mxfp4:
+      fail(ErrorKind::internal, "int4 and mxfp4 are filled by the byte");
   }
+}
+
+// Element `column` of the row of pairs at `row`, with the scales of the row's groups.
+inline double grouped_element(const char* row, const char* scales, DType dtype, int64_t column) {
+  const int both = static_cast<uint8_t>(row[column / 2]), code = column % 2 == 0 ? both & 15 : both >> 4;
+  const char* const scale = scales + column / group_columns * group_scale_bytes(dtype);
+  if (dtype == DType::int4) return (code < 8 ? code : code - 16) * element(scale, DType::f16, 0);
+  const double magnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  const int exponent = static_cast<uint8_t>(*scale);
+  const double value = exponent == 255 ? NAN : std::ldexp(magnitudes[code & 7], exponent - 127);
+  return code & 8 ? -value : value;
 }
 
 // Half a unit in the last place at `value`.
@@ -281,12 +298,17 @@ struct Call {
     std::normal_distribution<float> normal;
     const int64_t wi_rows = s.gated ? 2 * s.d_ff : s.d_ff;
     x_stride = s.d_model + s.row_padding;
-    wi_row = s.d_model + s.row_padding;
-    wo_row = s.d_ff + s.row_padding;
+    const auto stored = [&](int64_t columns) { return row_bytes(s.w_dtype, columns) / element_bytes(s.w_dtype); };
+    wi_row = stored(s.d_model) + s.row_padding;
+    wo_row = stored(s.d_ff) + s.row_padding;
     wi_slot = wi_rows * wi_row + s.slot_padding;
     wo_slot = s.d_model * wo_row + s.slot_padding;
     const auto fill = [&](Guarded& to, DType dtype, int64_t count, float deviation) {
       to = Guarded(count * element_bytes(dtype), s.misalign);
+      if (is_grouped(dtype)) {
+        for (int64_t i = 0; i < count; ++i) to.data()[i] = static_cast<char>(random());
+        return;
+      }
       for (int64_t i = 0; i < count; ++i) {
         const float value = dtype == DType::i8 ? static_cast<float>(static_cast<int>(random() % 255) - 127)
                                                : normal(random) * deviation;
@@ -304,6 +326,21 @@ struct Call {
         set_element(wi_scale.data(), DType::f32, i, 0.001f + 0.0005f * (random() % 8));
       for (int64_t i = 0; i < s.slots * s.d_model; ++i)
         set_element(wo_scale.data(), DType::f32, i, 0.001f + 0.0005f * (random() % 8));
+    }
+    if (is_grouped(s.w_dtype)) {
+      const auto fill_scales = [&](Guarded& to, int64_t rows, int64_t columns) {
+        const int64_t count = s.slots * rows * groups_of(columns);
+        to = Guarded(count * group_scale_bytes(s.w_dtype), s.misalign);
+        for (int64_t i = 0; i < count; ++i) {
+          if (s.w_dtype == DType::int4) {
+            set_element(to.data(), DType::f16, i, normal(random) * 0.25f / std::sqrt(float(columns)));
+          } else {
+            to.data()[i] = static_cast<char>(127 - 2 + random() % 3 - std::ilogb(columns) / 2);
+          }
+        }
+      };
+      fill_scales(wi_scale, wi_rows, s.d_model);
+      fill_scales(wo_scale, s.d_model, s.d_ff);
     }
     if (s.biased) {
       fill(wi_bias, DType::f32, s.slots * wi_rows, 0.5f);
@@ -328,7 +365,10 @@ struct Call {
   }
 
   MoeFfnArgs args() {
-    const auto scales = [](Guarded& of) { return of.bytes() ? reinterpret_cast<const float*>(of.data()) : nullptr; };
+    const auto floats = [](Guarded& of) { return of.bytes() ? reinterpret_cast<const float*>(of.data()) : nullptr; };
+    const auto scales = [&](Guarded& of) { return is_grouped(shape.w_dtype) ? nullptr : floats(of); };
+    const auto groups = [&](Guarded& of) { return is_grouped(shape.w_dtype) ? of.data() : nullptr; };
+    const int64_t wi_groups = groups_of(shape.d_model), wo_groups = groups_of(shape.d_ff);
     const int64_t wi_rows = shape.gated ? 2 * shape.d_ff : shape.d_ff;
     return {shape.tokens,
             shape.top_k,
@@ -342,8 +382,10 @@ struct Call {
             x_stride,
             expert_index.data(),
             gate.data(),
-            {wi.data(), wi_slot, wi_row, scales(wi_scale), wi_rows, scales(wi_bias), wi_rows},
-            {wo.data(), wo_slot, wo_row, scales(wo_scale), shape.d_model, scales(wo_bias), shape.d_model},
+            {wi.data(), wi_slot, wi_row, scales(wi_scale), wi_rows, floats(wi_bias), wi_rows, groups(wi_scale),
+             wi_rows * wi_groups, wi_groups},
+            {wo.data(), wo_slot, wo_row, scales(wo_scale), shape.d_model, floats(wo_bias), shape.d_model,
+             groups(wo_scale), shape.d_model * wo_groups, wo_groups},
             slot_of_expert.data(),
             shape.activation,
             shape.gated,
@@ -371,6 +413,12 @@ struct Call {
 
   double weight(const Guarded& of, const Guarded& scale, int64_t slot, int64_t slot_stride, int64_t row_stride,
                 int64_t rows, int64_t row, int64_t column) const {
+    if (is_grouped(shape.w_dtype)) {
+      const int64_t columns = &of == &wi ? shape.d_model : shape.d_ff;
+      return grouped_element(of.data() + slot * slot_stride + row * row_stride,
+                             scale.data() + (slot * rows + row) * row_scale_bytes(shape.w_dtype, columns),
+                             shape.w_dtype, column);
+    }
     const double value = element(of.data(), shape.w_dtype, slot * slot_stride + row * row_stride + column);
     return shape.w_dtype == DType::i8 ? value * element(scale.data(), DType::f32, slot * rows + row) : value;
   }

@@ -10,7 +10,7 @@ using namespace sida::test;
 namespace {
 
 constexpr DType all_x[] = {DType::f32, DType::bf16, DType::f16};
-constexpr DType all_w[] = {DType::f32, DType::bf16, DType::f16, DType::i8};
+constexpr DType all_w[] = {DType::f32, DType::bf16, DType::f16, DType::i8, DType::int4, DType::mxfp4};
 
 // Every case_share-th of the counts, the largest among them.
 std::vector<int64_t> share_of(std::vector<int64_t> counts) {
@@ -54,7 +54,7 @@ Shape random_shape(std::mt19937_64& random) {
           experts,
           random() % 2 ? experts : upto(experts),
           all_x[random() % 3],
-          all_w[random() % 4],
+          all_w[random() % std::size(all_w)],
           static_cast<Activation>(random() % activation_count),
           random() % 3 == 0};
   if (random() % 3 == 0) s.tokens = upto(150);
@@ -269,6 +269,50 @@ SIDA_TEST(nan_and_infinity_reach_their_own_rows_only) {
         CHECK(std::fabs(found - expected[i]) <= allowed[i]);
     }
     CHECK(special > 100);
+  }
+}
+
+// Weights of one row and one group each, in all codes and with scales at the ends of their range, one by one.
+SIDA_TEST(every_code_of_a_group_is_its_value) {
+  for (const DType w : {DType::int4, DType::mxfp4}) {
+    for (int e = 0; e < 256; ++e) {
+      Call call({3, 1, 32, 1, 1, 1, DType::f32, w, Activation::linear, false}, 3);
+      for (int64_t i = 0; i < 16; ++i) call.wi.data()[i] = static_cast<char>(i | ((15 - i) << 4));
+      uint16_t half = static_cast<uint16_t>(e << 8 | e);  // zero, denormals, infinity, NaN, both signs
+      std::memcpy(call.wi_scale.data(), &half, group_scale_bytes(w));
+      // wo is 1 in its first element; one column of x at a time.
+      std::memset(call.wo.data(), 0, call.wo.bytes());
+      const float one = 1.0f;
+      for (int64_t row = 0; row < 32; ++row) call.wo.data()[row * 16] = w == DType::int4 ? 1 : 2;
+      for (int64_t row = 0; row < 32; ++row) {
+        if (w == DType::int4) {
+          set_element(call.wo_scale.data(), DType::f16, row, one);
+        } else {
+          call.wo_scale.data()[row] = 127;
+        }
+      }
+      for (int64_t t = 0; t < 3; ++t) {
+        call.expert_index[t] = 0;
+        call.gate[t] = one;
+      }
+      for (int64_t column = 0; column < 32; ++column) {
+        for (int64_t i = 0; i < 3 * 32; ++i) set_element(call.x.data(), DType::f32, i, i % 32 == column ? one : 0.0f);
+        call.reset();
+        call.run(1);
+        double expected = grouped_element(call.wi.data(), call.wi_scale.data(), w, column);
+        if (std::fabs(expected) > 3.5e38) expected = std::copysign(INFINITY, expected);
+        // Zeros of x times an infinite or undefined scale are NaN.
+        if (w == DType::int4 ? (half & 0x7c00) == 0x7c00 : e == 255) expected = NAN;
+        const double found = element(call.out.data(), DType::f32, 0);
+        const bool same = std::isnan(expected) ? std::isnan(found) : found == expected;
+        // Another weight of the group may be infinite where this one is finite: 0 times it is NaN.
+        if (!same && !(w == DType::mxfp4 && e >= 253 && std::isnan(found))) {
+          std::ostringstream text;
+          text << dtype_name(w) << " scale " << e << " column " << column << ": " << found << ", expected " << expected;
+          report(__FILE__, __LINE__, text.str());
+        }
+      }
+    }
   }
 }
 

@@ -62,8 +62,11 @@ SIDA_TEST(instruction_and_table_agree) {
 }
 
 SIDA_TEST(every_record_is_read) {
-  for (const ExpertFormat& format : std::vector<ExpertFormat>{
-           {32, 64, DType::f32, false}, {16, 48, DType::i8, true}, {24, 40, DType::bf16, false}}) {
+  for (const ExpertFormat& format : std::vector<ExpertFormat>{{32, 64, DType::f32, false},
+                                                              {16, 48, DType::i8, true},
+                                                              {24, 40, DType::bf16, false},
+                                                              {40, 72, DType::int4, true},
+                                                              {64, 33, DType::mxfp4, false, true}}) {
     const StoreFile file(2, 5, format);
     const auto store = file.open();
     CHECK_EQ(store->header_json(), "{\"made\": \"for a test\"}");

@@ -9,6 +9,7 @@
 #include "cpp/check.h"
 #include "harness/half.h"
 #include "harness/harness.h"
+#include "serving/moe_layer.h"
 
 namespace sida::cuda_test {
 namespace {
@@ -303,7 +304,7 @@ const unsigned char* Forward::layer_forward(CudaServing& serving, int layer, con
   forward.experts = experts;
 
   MoeFfnArgs sized = args;
-  serving.complete(sized);
+  set_slots(sized, serving.engine());
   sized.slot_of_expert = forward.slot_table;
   const auto scratch_bytes = static_cast<size_t>(cuda::workspace_bytes(sized, architecture));
   void* const scratch = harness::global_allocate(scratch_bytes);

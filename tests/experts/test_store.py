@@ -17,8 +17,10 @@ from transformers import SwitchTransformersEncoderModel, SwitchTransformersForCo
 
 from sida_ext import _C, StoreError, ops
 from sida_ext.experts.cache import ensure_store
+from sida_ext.experts.quantise import Quantised, quantise, quantize_rows
 from sida_ext.experts.source import ExpertWeights
-from sida_ext.experts.store import open_store, quantize_rows, write_store
+from sida_ext.experts.store import open_store
+from sida_ext.experts.store_writer import write_store
 from sida_ext.models.packing import pack, source_of
 from tests.support.reference import build, small_config
 
@@ -83,12 +85,12 @@ class RandomExperts:
     family, layout, top_k, activation, gate = "random", "none", (2,), "silu", "act(gate) * up"
     fingerprint, name = "0" * 64, "random"
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
         random = torch.Generator().manual_seed(10 * layer + index)
         return ExpertWeights(*(torch.randn(*shape, generator=random) for shape in ((80, 24), (24, 40), (80,), (24,))))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4", "mxfp4"])
 def test_biases_arrive_and_are_computed_with(tmp_path, dtype):
     source = RandomExperts()
     path = tmp_path / "experts.sida"
@@ -125,12 +127,10 @@ def test_biases_arrive_and_are_computed_with(tmp_path, dtype):
             torch.stack([getattr(expert, name) for expert in experts]) for name in ("wi", "wo", "wi_bias", "wo_bias")
         )
         scales = {}
-        if dtype == "int8":
-            quantised = [[quantize_rows(m) for m in matrices] for matrices in (wi, wo)]
-            wi, wo = (torch.stack([q for q, _ in each]) for each in quantised)
-            scales = {
-                f"{n}_scale": torch.stack([s for _, s in each]) for n, each in zip(("wi", "wo"), quantised, strict=True)
-            }
+        if dtype != "float32":
+            quantised = {"wi": quantise(wi, dtype), "wo": quantise(wo, dtype)}
+            wi, wo = (each.values for each in quantised.values())
+            scales = {f"{name}_scale": each.scale for name, each in quantised.items()}
         slots = torch.arange(3, dtype=torch.int32)
         expected = ops.moe_ffn(
             x, index, gate, wi, wo, slots, activation="swiglu_oai", wi_bias=biases[0], wo_bias=biases[1], **scales
@@ -139,6 +139,51 @@ def test_biases_arrive_and_are_computed_with(tmp_path, dtype):
     finally:
         _C.unregister_layer(handle)
         engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
+def test_the_header_says_how_far_quantising_moved_the_weights(tmp_path, dtype):
+    source = RandomExperts()
+    written = write_store(source, tmp_path / "x.sida", dtype)
+    _, header = open_store(tmp_path / "x.sida")
+    for layer in range(2):
+        experts = [source.expert(layer, index) for index in range(3)]
+        weights = [matrix for expert in experts for matrix in (expert.wi, expert.wo)]
+        error = sum((quantise(w, dtype).dequantise() - w).square().sum() for w in weights)
+        expected = (error / sum(w.square().sum() for w in weights)).sqrt().item()
+        assert header.rounding[layer] == pytest.approx(expected, rel=1e-3)
+        assert written.rounding[layer] == pytest.approx(expected, rel=1e-3)
+    assert write_store(source, tmp_path / "y.sida", "float32").rounding == ()
+
+
+def test_what_is_quantised_already_is_kept_bit_for_bit(tmp_path):
+    random = torch.Generator().manual_seed(3)
+
+    def matrix(rows: int, columns: int) -> Quantised:
+        groups = -(-columns // 32)
+        values = torch.randint(0, 256, (rows, 16 * groups), dtype=torch.uint8, generator=random)
+        return Quantised(values, torch.randint(100, 140, (rows, groups), dtype=torch.uint8, generator=random), columns)
+
+    packed = {(layer, index): (matrix(80, 24), matrix(24, 40)) for layer in range(2) for index in range(3)}
+
+    class Packed(RandomExperts):
+        def expert(self, layer, index, dtype=None):
+            return replace(super().expert(layer, index), **dict(zip(("wi", "wo"), packed[layer, index], strict=True)))
+
+    header = write_store(Packed(), tmp_path / "x.sida", "mxfp4")
+    assert header.rounding == (0.0, 0.0)
+    fmt = header.format()
+    for (layer, index), (wi, wo) in packed.items():
+        record = read(tmp_path / "x.sida", layer, index)
+        for given, rows, offset, scale_offset in (
+            (wi, 80, fmt.wi_offset, fmt.wi_scale_offset),
+            (wo, 24, fmt.wo_offset, fmt.wo_scale_offset),
+        ):
+            assert torch.equal(part(record, offset, rows, given.values.shape[1], torch.uint8), given.values)
+            assert torch.equal(part(record, scale_offset, rows, given.scale.shape[1], torch.uint8), given.scale)
+    write_store(Packed(), tmp_path / "y.sida", "float32")
+    record = read(tmp_path / "y.sida", 1, 2)
+    assert torch.equal(part(record, 0, 80, 24, torch.float32), packed[1, 2][0].dequantise())
 
 
 def test_a_store_without_biases_stays_readable_by_older_versions(store):
@@ -151,7 +196,7 @@ def test_a_store_without_biases_stays_readable_by_older_versions(store):
 @pytest.mark.parametrize("field", ["wi", "wo", "wi_bias", "wo_bias"])
 def test_an_expert_of_another_shape_is_refused(tmp_path, field):
     class Wrong(RandomExperts):
-        def expert(self, layer, index):
+        def expert(self, layer, index, dtype=None):
             right = super().expert(layer, index)
             return replace(right, **{field: getattr(right, field)[..., :-1]})
 
@@ -240,6 +285,8 @@ def test_foreign_file(tmp_path):
     [
         ("version", 3, "format 3, this sida_ext reads up to 2"),
         ("biased", 1, "'biased' is 1"),
+        ("rounding", ["0.1"] * 4, "a number of four digits"),
+        ("rounding", ["1.000e-02"], "a number for each layer"),
         ("version", "1", "'version' is '1', expected a positive integer"),
         ("dtype", "int3", "'dtype' is 'int3', expected one of"),
         ("d_model", -1, "'d_model' is -1"),
@@ -394,5 +441,5 @@ def test_encoder_only_checkpoint(tmp_path):
 
 
 def test_unknown_dtype(checkpoint, tmp_path):
-    with source_of(checkpoint) as source, pytest.raises(ValueError, match="dtype is 'int4', expected one of"):
-        write_store(source, tmp_path / "x.sida", "int4")
+    with source_of(checkpoint) as source, pytest.raises(ValueError, match="dtype is 'int3', expected one of"):
+        write_store(source, tmp_path / "x.sida", "int3")

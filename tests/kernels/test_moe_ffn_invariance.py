@@ -14,25 +14,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sida_ext import _C, ops
-from sida_ext.experts.store import quantize_rows
+from sida_ext.experts.quantise import quantise
 from tests.support.native_build import ROOT
 from tests.support.reference import assert_within
 from tests.support.reference import moe_ffn as reference_moe_ffn
 
 X_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-W_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+W_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, "int4", "mxfp4"]
 
 
-def weights(slots: int, d_model: int, d_ff: int, dtype: torch.dtype, gated: bool, random: torch.Generator) -> dict:
+def weights(
+    slots: int, d_model: int, d_ff: int, dtype: torch.dtype | str, gated: bool, random: torch.Generator
+) -> dict:
     wi = torch.randn(slots, d_ff * (2 if gated else 1), d_model, generator=random) / d_model**0.5
     wo = torch.randn(slots, d_model, d_ff, generator=random) / d_ff**0.5
-    if dtype != torch.int8:
+    if isinstance(dtype, torch.dtype) and dtype != torch.int8:
         return {"wi": wi.to(dtype), "wo": wo.to(dtype)}
     made: dict[str, Tensor] = {}
     for name, weight in (("wi", wi), ("wo", wo)):
-        quantised = [quantize_rows(matrix) for matrix in weight]
-        made[name] = torch.stack([q for q, _ in quantised])
-        made[f"{name}_scale"] = torch.stack([scale for _, scale in quantised])
+        quantised = quantise(weight, dtype if isinstance(dtype, str) else "int8")
+        made[name], made[f"{name}_scale"] = quantised.values, quantised.scale
     return made
 
 
@@ -151,7 +152,7 @@ def test_threads_do_not_matter(threads: int) -> None:
 
 @pytest.mark.parametrize("w_dtype", W_DTYPES, ids=str)
 @pytest.mark.parametrize("x_dtype", X_DTYPES, ids=str)
-def test_a_token_alone_and_in_a_batch_of_4096(x_dtype: torch.dtype, w_dtype: torch.dtype) -> None:
+def test_a_token_alone_and_in_a_batch_of_4096(x_dtype: torch.dtype, w_dtype: torch.dtype | str) -> None:
     case = {
         "tokens": 4096, "top_k": 1, "d_model": 70, "d_ff": 90, "experts": 16, "extra_slots": 0,
         "x_dtype": x_dtype, "w_dtype": w_dtype, "activation": "gelu", "padding": 0, "seed": 1,
@@ -213,7 +214,7 @@ from tests.support.reference import assert_within, moe_ffn
 from sida_ext import _C, ops
 for seed in range(12):
     case = dict(tokens=seed * 3 + 1, top_k=1, d_model=40 + seed, d_ff=61 + 5 * seed, experts=4, extra_slots=0,
-                x_dtype=t.X_DTYPES[seed % 3], w_dtype=t.W_DTYPES[seed % 4], activation="gelu", padding=seed % 2,
+                x_dtype=t.X_DTYPES[seed % 3], w_dtype=t.W_DTYPES[seed % 6], activation="gelu", padding=seed % 2,
                 seed=seed)
     arguments, activation = t.arguments_of(case)
     expected, bound = moe_ffn(**arguments, activation=activation)

@@ -11,12 +11,12 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
 from sida_ext import ops
-from sida_ext.experts.store import quantize_rows
+from sida_ext.experts.quantise import Quantised, quantise
 from tests.support.reference import assert_within
 from tests.support.reference import moe_ffn as reference_moe_ffn
 
 X_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-W_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+W_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, "int4", "mxfp4"]
 ACTIVATIONS = ["relu", "gelu", "gelu_new", "silu"]
 
 
@@ -44,11 +44,10 @@ def layer(
         "gate": torch.rand(tokens, top_k, generator=random),
         "slot_of_expert": torch.randperm(slots, generator=random)[:experts].int(),
     }
-    if w_dtype == torch.int8:
+    if w_dtype == torch.int8 or isinstance(w_dtype, str):
         for name, weight in (("wi", wi), ("wo", wo)):
-            quantised = [quantize_rows(matrix) for matrix in weight]
-            arguments[name] = torch.stack([q for q, _ in quantised])
-            arguments[f"{name}_scale"] = torch.stack([scale for _, scale in quantised])
+            quantised = quantise(weight, w_dtype if isinstance(w_dtype, str) else "int8")
+            arguments[name], arguments[f"{name}_scale"] = quantised.values, quantised.scale
     else:
         arguments |= {"wi": wi.to(w_dtype), "wo": wo.to(w_dtype)}
     return arguments
@@ -71,9 +70,43 @@ def test_every_dtype(x_dtype, w_dtype, top_k):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8, "int4", "mxfp4"], ids=str)
 def test_every_activation(activation, gated, w_dtype):
     check(layer(tokens=9, gated=gated, w_dtype=w_dtype), ("gated-" if gated else "") + activation)
+
+
+@pytest.mark.parametrize("w_dtype", ["int4", "mxfp4"])
+def test_4_bit_slots_may_be_strided_as_in_a_record(w_dtype):
+    arguments = layer(tokens=11, w_dtype=w_dtype, gated=True)
+    expected = ops.moe_ffn(**arguments, activation="gated-silu")
+    for name in ("wi", "wo", "wi_scale", "wo_scale"):
+        tensor = arguments[name]
+        wide = torch.full((tensor.shape[0], tensor[0].numel() + 96), 77, dtype=tensor.dtype)
+        wide[:, : tensor[0].numel()] = tensor.flatten(1)
+        arguments[name] = wide[:, : tensor[0].numel()].unflatten(1, tensor.shape[1:])
+        assert not arguments[name].is_contiguous()
+    assert torch.equal(ops.moe_ffn(**arguments, activation="gated-silu"), expected)
+
+
+def test_4_bit_padding_is_never_used():
+    arguments = layer(tokens=5, d_model=24, d_ff=40, w_dtype="int4")
+    expected = ops.moe_ffn(**arguments)
+    arguments["wi"][..., 12:] = 0x79
+    arguments["wo"][..., 20:] = 0x97
+    assert torch.equal(ops.moe_ffn(**arguments), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_4_bit_weights_give_the_bits_of_bfloat16_ones(tokens):
+    """mxfp4 weights are bfloat16 numbers, and both unfold in one order: there is one result for them."""
+    arguments = layer(tokens=tokens, d_model=96, d_ff=160, w_dtype="mxfp4")
+    wi, wo = (Quantised(arguments[n], arguments[f"{n}_scale"], c).dequantise() for n, c in (("wi", 96), ("wo", 160)))
+    plain = {n: a for n, a in arguments.items() if not n.endswith("_scale")} | {
+        "wi": wi.bfloat16(),
+        "wo": wo.bfloat16(),
+    }
+    assert torch.equal(plain["wi"].float(), wi)
+    assert torch.equal(ops.moe_ffn(**arguments), ops.moe_ffn(**plain))
 
 
 def with_biases(arguments, seed=0):
@@ -240,6 +273,21 @@ BAD = [
     (replaced(wo_bias=torch.zeros(24, 4).t()), ValueError, r"rows of wo_bias are not contiguous"),
     ({**layer(tokens=6, w_dtype=torch.int8), "wi_scale": None}, ValueError, r"needs wi_scale"),
     ({**layer(tokens=6, w_dtype=torch.int8), "wo_scale": torch.ones(4, 23)}, ValueError, r"wo_scale has shape"),
+    ({**layer(tokens=6, w_dtype="int4"), "wi_scale": None}, ValueError, r"wi has dtype uint8.*needs wi_scale: float16"),
+    ({**layer(tokens=6, w_dtype="int4"), "wi_scale": torch.ones(4, 40, 1)}, TypeError, r"wi_scale has dtype Float"),
+    (
+        {**layer(tokens=6, w_dtype="int4"), "wo_scale": torch.ones(4, 24, 1).half()},
+        ValueError,
+        r"expected \[4, 24, 2\]",
+    ),
+    ({**layer(tokens=6, w_dtype="mxfp4"), "wo_scale": torch.ones(4, 24, 2).half()}, TypeError, r"wo is int4 .* mxfp4"),
+    ({**layer(tokens=6, w_dtype="int4"), "x": torch.zeros(6, 33)}, ValueError, r"wi .* expected 32 \(16 for each 32"),
+    ({**layer(tokens=6, w_dtype="int4"), "wo": torch.zeros(4, 24, 16).byte()}, ValueError, r"wo .*32 rows of wi"),
+    (
+        {**layer(tokens=6, w_dtype="int4"), "wo_scale": torch.ones(4, 2, 24).half().transpose(1, 2)},
+        ValueError,
+        r"rows of wo_scale are not contiguous",
+    ),
     (
         {**layer(tokens=6, w_dtype=torch.int8), "wo_scale": torch.ones(4, 24, dtype=torch.float64)},
         TypeError,
@@ -294,7 +342,7 @@ def test_route_top1_refuses_bad_input():
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.int8, "int4", "mxfp4"], ids=str)
 def test_opcheck_moe_ffn(w_dtype, biased):
     arguments = layer(tokens=6, w_dtype=w_dtype)
     if biased:

@@ -9,12 +9,12 @@ import weakref
 
 import pytest
 import torch
-from bench.causal.tiny_families import tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import sida_ext
+from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
 from sida_ext.models.layers import swapped_layers
 from tests.support.reference import assert_within

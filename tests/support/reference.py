@@ -12,6 +12,19 @@ def activate(name: str, hidden: Tensor) -> Tensor:
     return ACT2FN[name](hidden)
 
 
+def unpacked(values: Tensor, scale: Tensor, columns: int) -> Tensor:
+    """int4 (float16 scales) or mxfp4 (exponents) weights in float64, as their formats define them."""
+    codes = torch.stack([values % 16, values // 16], -1).flatten(-2).long()
+    if scale.dtype == torch.float16:
+        numbers, factor = torch.where(codes < 8, codes, codes - 16).double(), scale.double()
+    else:
+        sign, exponent, mantissa = codes // 8, codes // 2 % 4, codes % 2
+        magnitude = torch.where(exponent == 0, mantissa / 2, (1 + mantissa / 2) * 2.0 ** (exponent - 1.0))
+        numbers, factor = (1 - 2 * sign) * magnitude.double(), 2.0 ** (scale.double() - 127)
+        factor[scale == 255] = torch.nan
+    return (numbers * factor.repeat_interleave(32, -1))[..., :columns]
+
+
 def moe_ffn(
     x: Tensor,
     expert_index: Tensor,
@@ -29,6 +42,12 @@ def moe_ffn(
     ``|gate| * (sum |wo| |h| + |bias|)`` plus the same term carried from wi ([T, d_model], before any constant)."""
     gated = activation.startswith("gated-") or activation == "swiglu_oai"
     function = activation.removeprefix("gated-")
+    if wi.dtype == torch.uint8:
+        assert wi_scale is not None
+        assert wo_scale is not None
+        d_ff = wi.shape[1] // (2 if gated else 1)
+        wi, wo = unpacked(wi, wi_scale, x.shape[1]), unpacked(wo, wo_scale, d_ff)
+        wi_scale = wo_scale = None
     x, wi, wo = x.double(), wi.double(), wo.double()
     if wi_scale is not None and wo_scale is not None:
         wi, wo = wi * wi_scale.double()[:, :, None], wo * wo_scale.double()[:, :, None]

@@ -45,13 +45,14 @@ struct Project {
   const void* w;      // first row
   int64_t row_bytes;  // from one row to the next
   int64_t rows;
-  int64_t rows_after;        // of the same matrix, that the caller will want next: worth a prefetch
-  const void* group_scales;  // of the first row, for int4 and mxfp4; else null
-  int64_t scale_row_bytes;   // from one row's to the next
-  float* unfolded;           // Kernels::unfolded_floats of memory, for int4 and mxfp4
+  int64_t rows_after;  // of the same matrix, that the caller will want next: worth a prefetch
   Panel x;
   float* sums;
   int64_t sums_stride;
+  // For int4 and mxfp4 only.
+  const void* group_scales = nullptr;  // of the first row
+  int64_t scale_row_bytes = 0;         // from one row's to the next
+  float* unfolded = nullptr;           // Kernels::unfolded_floats of memory
 };
 
 // Rows [row_begin, row_begin + rows) of h = activation(sums * scale + bias) [* (up_sums * up_scale + up_bias)], for all

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/rounding.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/dispatch_plan.h"
 
@@ -22,10 +23,6 @@ constexpr int64_t max_block_tokens = 32;
 // Rows between two passes over their sums. A multiple of every set's group and tile rows.
 constexpr int64_t rows_at_once = 192;
 constexpr int64_t cache_line = 64;
-
-int64_t round_up(int64_t value, int64_t to) {
-  return (value + to - 1) / to * to;
-}
 
 // Working memory, kept from call to call by each calling thread: fresh pages would cost more than a small call.
 class Scratch {
@@ -196,14 +193,12 @@ class Call {
                     matrix.row_stride * element_bytes(args_.w_dtype),
                     rows,
                     after,
-                    nullptr,
-                    0,
-                    buffers.unfolded,
                     panel,
                     sums,
                     layout_.sums_stride};
     if (is_grouped(args_.w_dtype)) {
       const int64_t bytes = group_scale_bytes(args_.w_dtype);
+      project.unfolded = buffers.unfolded;
       project.scale_row_bytes = matrix.group_scale_row_stride * bytes;
       project.group_scales = static_cast<const char*>(matrix.group_scale) +
                              slot * matrix.group_scale_slot_stride * bytes + first * project.scale_row_bytes;

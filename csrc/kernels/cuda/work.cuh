@@ -2,14 +2,11 @@
 // Weights are the tall operand throughout, so that an expert with one token wastes 15 columns of a tile, not 127 rows.
 #pragma once
 
+#include "base/rounding.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/ptx.cuh"
 
 namespace sida::cuda {
-
-__host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
 
 // Columns of the result that one tile of weight rows gives: a gated tile holds gate and up rows.
 template <int block_w, Phase phase>
