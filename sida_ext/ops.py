@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sida_ext._load import _C  # noqa: F401  (registers the ops)
 
-__all__ = ["moe_ffn", "moe_layer", "route_top1"]
+__all__ = ["linear", "moe_ffn", "moe_layer", "route_top1"]
 
 
 def moe_ffn(
@@ -37,10 +37,12 @@ def moe_ffn(
         expert_index: [T, K] of an integer type; -1: no expert, contributes 0.
         gate: [T, K] float32.
         wi: [S, d_ff, d_model] float32, bfloat16, float16 or int8, rows contiguous, slots may be strided; for a
-            gated activation [S, 2 * d_ff, d_model], gate rows first.
-        wo: [S, d_model, d_ff], dtype of ``wi``.
+            gated activation [S, 2 * d_ff, d_model], gate rows first. Or uint8 [S, d_ff, 16 * ceil(d_model / 32)]: pairs
+            of 4-bit weights, int4 or mxfp4 as the dtype of ``wi_scale`` says (:mod:`sida_ext.experts.quantise`).
+        wo: [S, d_model, d_ff], of the type of ``wi``; 4-bit: [S, d_model, 16 * ceil(d_ff / 32)].
         slot_of_expert: [E] int32, -1: not resident.
-        wi_scale, wo_scale: float32, one factor for each row of ``wi`` and ``wo`` ([S, rows]); int8 only.
+        wi_scale, wo_scale: int8: float32, one factor for each row of ``wi`` and ``wo`` ([S, rows]). 4-bit: one for each
+            32 columns of a row ([S, rows, ceil(columns / 32)]), float16 for int4, uint8 exponents (e8m0) for mxfp4.
         activation: relu, gelu, gelu_new, silu or another element-wise activation of transformers; with ``gated-``
             before it, ``act(gate) * up``. ``"swiglu_oai"`` is GPT-OSS's, gated without a prefix: with ``g = min(gate,
             7)``, ``(clamp(up, -7, 7) + 1) * g * sigmoid(1.702 g)`` (``GptOssExperts`` of transformers, whose gate and
@@ -55,7 +57,7 @@ def moe_ffn(
 
     Raises:
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
-        NotImplementedError: biases or ``"swiglu_oai"`` on a CUDA device.
+        NotImplementedError: biases, ``"swiglu_oai"`` or 4-bit weights on a CUDA device.
     """
     return torch.ops.sida.moe_ffn(
         x,
@@ -92,6 +94,35 @@ def _moe_ffn_fake(
     torch._check(x.dim() == 2 and expert_index.dim() == 2, lambda: "moe_ffn: x and expert_index must have 2 dimensions")
     torch._check(x.shape[0] == expert_index.shape[0], lambda: "moe_ffn: x and expert_index differ in tokens")
     return x.new_empty(x.shape)
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` with weights of any type that :func:`moe_ffn` takes, in its kernels:
+    ``out = x @ weight.T + bias``, summed in fp32 and rounded once to x's dtype.
+
+    Args:
+        x: [..., columns] float32, bfloat16 or float16; copied if its last dimension is not contiguous.
+        weight: [rows, columns] float32, bfloat16, float16 or int8, or uint8 [rows, 16 * ceil(columns / 32)]: pairs of
+            4-bit weights (:mod:`sida_ext.experts.quantise`). Rows contiguous.
+        scale: for int8 float32 [rows]; for uint8 [rows, ceil(columns / 32)], float16: the weights are int4, or uint8:
+            they are mxfp4.
+        bias: [rows] float32.
+
+    Returns:
+        [..., rows] of x's dtype. A row's bits depend on its token alone, not on other tokens or the number of threads.
+
+    Raises:
+        ValueError, TypeError: the message names the argument, the value found and the value expected.
+        NotImplementedError: on a CUDA device; or a backward, as the weights are frozen.
+    """
+    return torch.ops.sida.linear(x, weight, scale, bias)
+
+
+@torch.library.register_fake("sida::linear")
+def _linear_fake(x, weight, scale=None, bias=None):
+    torch._check(x.dim() >= 1, lambda: "linear: x must have a dimension at least")
+    torch._check(weight.dim() == 2, lambda: "linear: weight must have 2 dimensions")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def route_top1(

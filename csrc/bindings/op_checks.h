@@ -96,12 +96,13 @@ inline Tensor checked_index(const Tensor& index, int64_t limit, const char* op, 
 }
 
 // The type of weights. uint8 weights are pairs of 4-bit values, whose kind the type of their scales tells.
-inline DType weight_dtype(const Tensor& weight, const std::optional<Tensor>& scale, const char* op, const char* name) {
+inline DType weight_dtype(const Tensor& weight, const std::optional<Tensor>& scale, const char* op, const char* name,
+                          const char* scale_name) {
   if (weight.scalar_type() != at::kByte) return dtype_of(weight, op, name, /*weights=*/true);
-  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype uint8, pairs of 4-bit values, and needs ", name,
-                    "_scale: float16 for int4, uint8 for mxfp4");
+  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype uint8, pairs of 4-bit values, and needs ",
+                    scale_name, ": float16 for int4, uint8 for mxfp4");
   const auto type = scale->scalar_type();
-  TORCH_CHECK_TYPE(type == at::kHalf || type == at::kByte, op, ": ", name, "_scale has dtype ", type,
+  TORCH_CHECK_TYPE(type == at::kHalf || type == at::kByte, op, ": ", scale_name, " has dtype ", type,
                    ", expected float16 (int4) or uint8 (mxfp4) with weights of dtype uint8");
   return type == at::kHalf ? DType::int4 : DType::mxfp4;
 }
@@ -112,52 +113,52 @@ inline std::pair<int64_t, const char*> stored_columns(DType dtype, int64_t colum
   return is_grouped(dtype) ? std::pair{row_bytes(dtype, columns), grouped} : std::pair{columns, plain};
 }
 
-// The scales of weights [slots, rows, ...], `columns` columns wide: one for each row of an int8 matrix, one for each
-// group of a 4-bit one, none for the other types.
+// The scales of weights [slots, rows, ...] or [rows, ...], `columns` columns wide: one for each row of an int8 matrix,
+// one for each group of a 4-bit one, none for the other types.
 inline void set_scale(ExpertMatrix& matrix, const std::optional<Tensor>& scale, const Tensor& weight, DType dtype,
-                      int64_t columns, const char* op, const char* name) {
+                      int64_t columns, const char* op, const char* name, const char* scale_name) {
   if (dtype != DType::i8 && !is_grouped(dtype)) {
-    TORCH_CHECK_VALUE(!scale.has_value(), op, ": ", name, "_scale was given, but ", name, " has dtype ",
+    TORCH_CHECK_VALUE(!scale.has_value(), op, ": ", scale_name, " was given, but ", name, " has dtype ",
                       weight.scalar_type(), "; scales go with int8 and 4-bit weights only");
     return;
   }
-  std::vector<int64_t> shape{weight.size(0), weight.size(1)};
+  std::vector<int64_t> shape = weight.sizes().slice(0, weight.dim() - 1).vec();
   if (is_grouped(dtype)) shape.push_back(groups_of(columns));
-  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype int8 and needs ", name,
-                    "_scale, a float32 tensor of shape ", at::IntArrayRef(shape));
+  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype int8 and needs ", scale_name,
+                    ", a float32 tensor of shape ", at::IntArrayRef(shape));
   const auto type = dtype == DType::i8 ? at::kFloat : dtype == DType::int4 ? at::kHalf : at::kByte;
-  TORCH_CHECK_TYPE(scale->scalar_type() == type, op, ": ", name, "_scale has dtype ", scale->scalar_type(),
+  TORCH_CHECK_TYPE(scale->scalar_type() == type, op, ": ", scale_name, " has dtype ", scale->scalar_type(),
                    ", expected ", type);
-  TORCH_CHECK_VALUE(scale->device() == weight.device(), op, ": ", name, "_scale is on ", scale->device(), ", expected ",
+  TORCH_CHECK_VALUE(scale->device() == weight.device(), op, ": ", scale_name, " is on ", scale->device(), ", expected ",
                     weight.device(), ", the device of x");
-  TORCH_CHECK_VALUE(scale->sizes() == at::IntArrayRef(shape), op, ": ", name, "_scale has shape ", scale->sizes(),
+  TORCH_CHECK_VALUE(scale->sizes() == at::IntArrayRef(shape), op, ": ", scale_name, " has shape ", scale->sizes(),
                     ", expected ", at::IntArrayRef(shape));
-  TORCH_CHECK_VALUE(scale->size(-1) <= 1 || scale->stride(-1) == 1, op, ": rows of ", name,
-                    "_scale are not contiguous (stride ", scale->stride(-1), "), expected stride 1");
+  TORCH_CHECK_VALUE(scale->size(-1) <= 1 || scale->stride(-1) == 1, op, ": rows of ", scale_name,
+                    " are not contiguous (stride ", scale->stride(-1), "), expected stride 1");
   if (dtype == DType::i8) {
     matrix.scale = scale->const_data_ptr<float>();
-    matrix.scale_slot_stride = scale->stride(0);
+    matrix.scale_slot_stride = weight.dim() == 3 ? scale->stride(0) : 0;
   } else {
     matrix.group_scale = scale->const_data_ptr();
-    matrix.group_scale_slot_stride = scale->stride(0);
-    matrix.group_scale_row_stride = scale->stride(1);
+    matrix.group_scale_slot_stride = weight.dim() == 3 ? scale->stride(0) : 0;
+    matrix.group_scale_row_stride = scale->stride(-2);
   }
 }
 
-// One bias for each row, or none.
+// One bias for each row of weights [slots, rows, ...] or [rows, ...], or none.
 inline void set_bias(ExpertMatrix& matrix, const std::optional<Tensor>& bias, const Tensor& weight, const char* op,
                      const char* name) {
   if (!bias.has_value()) return;
-  TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": ", name, "_bias has dtype ", bias->scalar_type(),
+  const auto shape = weight.sizes().slice(0, weight.dim() - 1);
+  TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": ", name, " has dtype ", bias->scalar_type(),
                    ", expected float32");
-  TORCH_CHECK_VALUE(bias->device() == weight.device(), op, ": ", name, "_bias is on ", bias->device(), ", expected ",
+  TORCH_CHECK_VALUE(bias->device() == weight.device(), op, ": ", name, " is on ", bias->device(), ", expected ",
                     weight.device(), ", the device of x");
-  TORCH_CHECK_VALUE(bias->dim() == 2 && bias->size(0) == weight.size(0) && bias->size(1) == weight.size(1), op, ": ",
-                    name, "_bias has shape ", bias->sizes(), ", expected [", weight.size(0), ", ", weight.size(1), "]");
-  TORCH_CHECK_VALUE(bias->size(1) <= 1 || bias->stride(1) == 1, op, ": rows of ", name,
-                    "_bias are not contiguous (stride ", bias->stride(1), "), expected stride 1");
+  TORCH_CHECK_VALUE(bias->sizes() == shape, op, ": ", name, " has shape ", bias->sizes(), ", expected ", shape);
+  TORCH_CHECK_VALUE(bias->size(-1) <= 1 || bias->stride(-1) == 1, op, ": rows of ", name,
+                    " are not contiguous (stride ", bias->stride(-1), "), expected stride 1");
   matrix.bias = bias->const_data_ptr<float>();
-  matrix.bias_slot_stride = bias->stride(0);
+  matrix.bias_slot_stride = weight.dim() == 3 ? bias->stride(0) : 0;
 }
 
 inline std::pair<Activation, bool> checked_activation(std::string_view name, const char* op) {
@@ -209,10 +210,10 @@ inline void set_tokens(MoeFfnArgs& args, const Tensor& x, const Tokens& tokens, 
 inline DType check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, const Tensor& slot_of_expert,
                            const std::optional<Tensor>& wi_scale, const std::optional<Tensor>& wo_scale, bool gated,
                            const char* op) {
-  const DType dtype = weight_dtype(wi, wi_scale, op, "wi");
+  const DType dtype = weight_dtype(wi, wi_scale, op, "wi", "wi_scale");
   TORCH_CHECK_TYPE(wo.scalar_type() == wi.scalar_type(), op, ": wo has dtype ", wo.scalar_type(), ", expected ",
                    wi.scalar_type(), ", the dtype of wi");
-  const DType wo_dtype = weight_dtype(wo, wo_scale, op, "wo");
+  const DType wo_dtype = weight_dtype(wo, wo_scale, op, "wo", "wo_scale");
   TORCH_CHECK_TYPE(wo_dtype == dtype, op, ": wo is ", dtype_name(wo_dtype), " (by the dtype of wo_scale), expected ",
                    dtype_name(dtype), ", as wi");
   check_device(wi, x, op, "wi");
@@ -251,10 +252,10 @@ inline void set_weights(MoeFfnArgs& args, DType dtype, const Tensor& wi, const T
   args.w_dtype = dtype;
   args.wi = {wi.const_data_ptr(), wi.stride(0), wi.stride(1), nullptr, 0};
   args.wo = {wo.const_data_ptr(), wo.stride(0), wo.stride(1), nullptr, 0};
-  set_scale(args.wi, wi_scale, wi, dtype, args.d_model, op, "wi");
-  set_scale(args.wo, wo_scale, wo, dtype, args.d_ff, op, "wo");
-  set_bias(args.wi, wi_bias, wi, op, "wi");
-  set_bias(args.wo, wo_bias, wo, op, "wo");
+  set_scale(args.wi, wi_scale, wi, dtype, args.d_model, op, "wi", "wi_scale");
+  set_scale(args.wo, wo_scale, wo, dtype, args.d_ff, op, "wo", "wo_scale");
+  set_bias(args.wi, wi_bias, wi, op, "wi_bias");
+  set_bias(args.wo, wo_bias, wo, op, "wo_bias");
 }
 
 }  // namespace sida

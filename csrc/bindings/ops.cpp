@@ -22,6 +22,7 @@
 
 #include "bindings/layers.h"
 #include "bindings/op_checks.h"
+#include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
 #include "serving/cpu_serving.h"
@@ -119,6 +120,41 @@ std::tuple<Tensor, Tensor> route_top1_cpu(const Tensor& router_logits, int64_t c
   return {expert_index, best.to(at::kFloat)};
 }
 
+Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                  const std::optional<Tensor>& bias) {
+  constexpr const char* op = "linear";
+  LinearArgs args{};
+  args.x_dtype = dtype_of(x, op, "x", /*weights=*/false);
+  args.w_dtype = weight_dtype(weight, scale, op, "weight", "scale");
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, op, ": x has shape ", x.sizes(),
+                    ", expected [..., columns] with at least one column");
+  args.columns = x.size(-1);
+  check_device(weight, x, op, "weight");
+  check_dims(weight, 2, op, "weight", "[rows, columns]");
+  const auto [columns, meaning] =
+      stored_columns(args.w_dtype, args.columns, "columns, as in x", "16 for each 32 columns of x");
+  check_size(weight, 1, columns, op, "weight", meaning);
+  check_rows(weight, op, "weight");
+  args.rows = weight.size(0);
+  args.w = {weight.const_data_ptr(), 0, weight.stride(0), nullptr, 0};
+  set_scale(args.w, scale, weight, args.w_dtype, args.columns, op, "weight", "scale");
+  set_bias(args.w, bias, weight, op, "bias");
+
+  const bool is_flat = x.dim() == 2 && (x.size(1) == 1 || x.stride(1) == 1);
+  const Tensor tokens = is_flat ? x : x.reshape({-1, args.columns}).contiguous();
+  args.tokens = tokens.size(0);
+  args.x = tokens.const_data_ptr();
+  args.x_row_stride = args.tokens > 1 ? tokens.stride(0) : args.columns;
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = args.rows;
+  Tensor out = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
+  args.out = out.mutable_data_ptr();
+  return with_python_errors([&] {
+    cpu::linear(args, torch_threads());
+    return out;
+  });
+}
+
 // Runs `body` as a named range of torch's profiler.
 void profiled(const char* name, const std::function<void()>& body) {
   RECORD_USER_SCOPE(name);
@@ -170,9 +206,10 @@ struct NoBackward : torch::autograd::Function<NoBackward<Op>> {
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list) {
-    TORCH_CHECK_NOT_IMPLEMENTED(false, "sida::", Op::name,
-                                " has no backward: offloaded experts are frozen; train the model before its experts "
-                                "are swapped, or run it under torch.no_grad()");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, "sida::", Op::name,
+        " has no backward: swapped weights are frozen; train the model before they are swapped, "
+        "or run it under torch.no_grad()");
   }
 };
 
@@ -208,6 +245,24 @@ Tensor moe_ffn_autograd(const Tensor& x, const Tensor& expert_index, const Tenso
                     missing)};
   };
   return NoBackward<MoeFfn>::apply(at::TensorList({x, gate, wi, wo}), compute)[0];
+}
+
+struct Linear {
+  static constexpr const char* name = "linear";
+};
+
+Tensor linear_autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                       const std::optional<Tensor>& bias) {
+  static const auto op = typed_op<decltype(linear_cpu)>("sida::linear");
+  if (!is_recorded({x, weight}) && !(bias.has_value() && is_recorded({*bias}))) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(x, weight, scale, bias);
+  }
+  const std::function<torch::autograd::variable_list()> compute = [&]() -> torch::autograd::variable_list {
+    return {op.call(x, weight, scale, bias)};
+  };
+  const Tensor third = bias.value_or(weight);
+  return NoBackward<Linear>::apply(at::TensorList({x, weight, third}), compute)[0];
 }
 
 struct MoeLayer {
@@ -254,17 +309,20 @@ TORCH_LIBRARY(sida, m) {
       "Tensor? wi_scale=None, Tensor? wo_scale=None, str activation=\"relu\", *, Tensor? wi_bias=None, "
       "Tensor? wo_bias=None, str missing=\"error\") -> Tensor");
   m.def("route_top1(Tensor router_logits, int capacity, *, ScalarType? probs_dtype=None) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? scale=None, Tensor? bias=None) -> Tensor");
   m.def("moe_layer(Tensor x, Tensor expert_index, Tensor gate, int handle) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sida, CPU, m) {
   m.impl("moe_ffn", &sida::moe_ffn_cpu);
   m.impl("route_top1", &sida::route_top1_cpu);
+  m.impl("linear", &sida::linear_cpu);
   m.impl("moe_layer", &sida::moe_layer_cpu);
 }
 
 TORCH_LIBRARY_IMPL(sida, Autograd, m) {
   m.impl("moe_ffn", &sida::moe_ffn_autograd);
   m.impl("route_top1", &sida::route_top1_autograd);
+  m.impl("linear", &sida::linear_autograd);
   m.impl("moe_layer", &sida::moe_layer_autograd);
 }

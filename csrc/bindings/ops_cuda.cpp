@@ -214,6 +214,11 @@ std::tuple<Tensor, Tensor> route_top1_cuda(const Tensor& router_logits, int64_t 
   });
 }
 
+Tensor linear_cuda(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "linear: there is no CUDA kernel; use torch.nn.functional.linear there, or move ",
+                              "the arguments to the CPU");
+}
+
 // To the device of `x` without a wait, by way of pinned memory.
 Tensor uploaded(const Tensor& tensor, const Tensor& x) {
   return tensor.is_cpu() ? tensor.contiguous().pin_memory().to(x.device(), /*non_blocking=*/true) : tensor;
@@ -284,5 +289,6 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
 TORCH_LIBRARY_IMPL(sida, CUDA, m) {
   m.impl("moe_ffn", &sida::moe_ffn_cuda);
   m.impl("route_top1", &sida::route_top1_cuda);
+  m.impl("linear", &sida::linear_cuda);
   m.impl("moe_layer", &sida::moe_layer_cuda);
 }

@@ -114,8 +114,9 @@ class ServedExperts(ServedLayer):
 
 
 def _product(x: Tensor, weight: Tensor | Quantised, bias: Tensor | None) -> Tensor:
-    values = weight.dequantise() if isinstance(weight, Quantised) else weight.float()
-    return nn.functional.linear(x, values, bias)
+    if isinstance(weight, Quantised):
+        return ops.linear(x, weight.values, weight.scale, bias)
+    return ops.linear(x, weight, None, bias)
 
 
 def _has_norm(module: Any) -> bool:

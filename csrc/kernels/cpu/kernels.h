@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 
 namespace sida::cpu {
@@ -105,8 +106,9 @@ const Kernels* neon_kernels() noexcept;
 // The table of the instruction set and the precision in force; see moe_ffn.h.
 const Kernels& kernels();
 
-// moe_ffn and moe_ffn_combine with a table that is not the one in force.
+// moe_ffn, moe_ffn_combine and linear with a table that is not the one in force.
 void moe_ffn_with(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel);
 void moe_ffn_combine_with(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel);
+void linear_with(const Kernels& kernels, const LinearArgs& args, const ParallelFor& parallel);
 
 }  // namespace sida::cpu

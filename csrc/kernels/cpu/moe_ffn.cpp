@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/rounding.h"
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/dispatch_plan.h"
 
 namespace sida::cpu {
@@ -22,43 +23,6 @@ namespace {
 constexpr int64_t max_block_tokens = 32;
 // Rows between two passes over their sums. A multiple of every set's group and tile rows.
 constexpr int64_t rows_at_once = 192;
-constexpr int64_t cache_line = 64;
-
-// Working memory, kept from call to call by each calling thread: fresh pages would cost more than a small call.
-class Scratch {
- public:
-  float* floats(int64_t count) {
-    if (count > capacity_) {
-      data_.reset(static_cast<float*>(std::aligned_alloc(cache_line, round_up(count * 4, cache_line))));
-      capacity_ = data_ ? count : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* data) const { std::free(data); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t capacity_ = 0;
-};
-
-thread_local Scratch kept_scratch;
-
-// Takes the thread's scratch for one call. A call nested in this one (a thread pool may run other work in a waiting
-// thread) finds none and makes its own.
-class ScopedScratch {
- public:
-  ScopedScratch() : scratch_(std::exchange(kept_scratch, Scratch())) {}
-  ~ScopedScratch() { kept_scratch = std::move(scratch_); }
-  ScopedScratch(const ScopedScratch&) = delete;
-  ScopedScratch& operator=(const ScopedScratch&) = delete;
-  float* floats(int64_t count) { return scratch_.floats(count); }
-
- private:
-  Scratch scratch_;
-};
 
 // Progress of one split block.
 struct Progress {
