@@ -23,8 +23,6 @@ MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 LONGEST = 45
 LONGER = {
     "sida_ext/cli.py:run": 60,
-    "sida_ext/experts/store.py:from_json": 53,
-    "sida_ext/experts/store.py:write_store": 50,
     "sida_ext/training/routing_curve.py:routing_curve": 51,
 }
 
