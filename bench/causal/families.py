@@ -58,6 +58,7 @@ def seam_folders() -> set[str]:
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)  # a diffusion model begins with noise
     output = model(input_ids=ids)
     found = getattr(output, "logits", None)
     return found if found is not None else output[0]
@@ -116,8 +117,9 @@ def page(rows: list[Row], folders: set[str]) -> str:
         "memory, float32, beside transformers' own with eager experts.",
         "",
         f"**{len(run & folders)} of the {len(folders)} folders of `transformers/models` that use the experts seam "
-        "run.** *Difference*: the largest of logits, over the largest logit. *Gate*: the kernel's formula, found by asking "
-        "module and kernel; where no kernel computes it, the module's own function runs between two matrix products.",
+        "run.** *Difference*: the largest of logits, over the largest logit. *Gate*: the kernel's formula, found by "
+        "asking module and kernel; where no kernel computes it, the module's own function runs between two matrix "
+        "products.",
         "",
         "| family | class | runs | difference | gate | layers x experts | how its checkpoint holds experts |",
         "|---|---|---|---|---|---|---|",
@@ -132,8 +134,8 @@ def page(rows: list[Row], folders: set[str]) -> str:
     lines += [
         "",
         "Switch Transformers has a swap of its own. Refused by name, as their experts do not go through the seam: "
-        "NLLB-MoE (transformers' own model runs two of its experts only, whatever the router chooses), DBRX, JetMoe, Llama4, "
-        "LongCat-Flash, Step3.7.",
+        "NLLB-MoE (transformers' own model runs two of its experts only, whatever the router chooses), DBRX, JetMoe, "
+        "Llama4, LongCat-Flash, Step3.7.",
         "",
     ]
     return "\n".join(lines)
