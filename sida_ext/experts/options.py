@@ -31,8 +31,8 @@ class Options:
         expert_memory: the hard budget of expert memory: bytes, ``"2GiB"``, ``"25%"`` of the experts, or ``"auto"``.
         host_memory: the pinned pool between the store and a GPU: bytes, ``"8GiB"``, ``"50%"`` of the experts; None: all
             experts if they fit in half of the memory that is free, else as many, which is said. Not for the CPU.
-        expert_dtype: what experts are packed as at first use: float32, float16, bfloat16 or int8 (one factor for each
-            row). With ``store`` they are what the store holds.
+        expert_dtype: what experts are packed as at first use: float32, float16, bfloat16, int8 (one factor for each
+            row), int4 or mxfp4 (one for each 32 columns). With ``store`` they are what the store holds.
         routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
             ``"confident"``: the table for a token and layer where its probability reaches ``confidence``, the router
