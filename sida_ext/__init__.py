@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sida_ext.models.classification import SwitchTransformersForSequenceClassification
     from sida_ext.models.packing import pack
     from sida_ext.models.swap import from_pretrained, swap_experts
+    from sida_ext.planning.verdict import Plan, plan
     from sida_ext.precision import get_precision, precisions, set_precision
     from sida_ext.prediction.protocol import (
         DecoderPredictor,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
         TokenTablePredictor,
     )
     from sida_ext.serving.pipeline import stream
-    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, stream_by_tokens
+    from sida_ext.serving.schedule import stream_by_tokens
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens
 
     __version__: str
 
@@ -39,6 +41,7 @@ __all__ = [
     "HashTable",
     "LayerStats",
     "Options",
+    "Plan",
     "Predictor",
     "PredictorError",
     "Runtime",
@@ -51,6 +54,7 @@ __all__ = [
     "from_pretrained",
     "get_precision",
     "pack",
+    "plan",
     "precisions",
     "set_precision",
     "stream",
@@ -63,6 +67,7 @@ _HOME = {
     "errors": ("PredictorError", "StoreError"),
     "experts.options": ("Options",),
     "experts.runtime": ("Runtime",),
+    "planning.verdict": ("Plan", "plan"),
     "experts.stats": ("LayerStats", "Stats"),
     "models.classification": ("SwitchTransformersForSequenceClassification",),
     "models.packing": ("pack",),
@@ -70,7 +75,8 @@ _HOME = {
     "precision": ("get_precision", "precisions", "set_precision"),
     "prediction.protocol": ("DecoderPredictor", "HashPredictor", "HashTable", "Predictor", "TokenTablePredictor"),
     "serving.pipeline": ("stream",),
-    "serving.schedule": ("TokenBatch", "batches_by_tokens", "stream_by_tokens"),
+    "serving.schedule": ("stream_by_tokens",),
+    "serving.token_batches": ("TokenBatch", "batches_by_tokens"),
 }
 _HOME_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -85,7 +91,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"sida_ext.{_HOME_OF[name]}"), name)
     else:
         try:
-            # A room or a module of the package: ``sida_ext.experts.metrics`` needs no import of its own.
+            # A room of the package, as if it had been imported with it.
             value = importlib.import_module(f"sida_ext.{name}")
         except ModuleNotFoundError as error:
             if error.name != f"sida_ext.{name}":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -17,11 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from sida_ext.files import written_whole
+from sida_ext.planning.command import plan
 from sida_ext.progress import console, progress_bar, show_log
+from sida_ext.serving.command import serve
+from sida_ext.texts import read_pairs, read_texts, tokenizer_of
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
-    from sida_ext.serving.schedule import OrderSavings
+    from sida_ext.serving.savings import OrderSavings
 
 app = typer.Typer(
     name="sida",
@@ -30,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(serve)
 
 
 @app.command()
@@ -53,47 +56,6 @@ def pack(
     )
     for name, error in zip(header.layers, header.rounding, strict=False):
         print(f"  {name}: weights moved by {100 * error:.2f} % (root of mean squares)")
-
-
-def read_texts(files: list[Path]) -> list[str]:
-    """Texts of text files (one a line) and JSON lines (key ``text``); empty lines are skipped.
-
-    Raises:
-        ValueError: names file and line.
-    """
-    return [text for text, _ in _read_lines(files)]
-
-
-def read_pairs(files: list[Path]) -> list[str | tuple[str, str]]:
-    """As :func:`read_texts`; a text whose JSON object has a ``target`` is a pair of both."""
-    return [text if target is None else (text, target) for text, target in _read_lines(files)]
-
-
-def _read_lines(files: list[Path]) -> list[tuple[str, str | None]]:
-    texts: list[tuple[str, str | None]] = []
-    for path in files:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if path.suffix != ".jsonl":
-                    texts.append((line.strip(), None))
-                    continue
-                try:
-                    found = json.loads(line)
-                    text, target = found["text"], found.get("target")
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}:{number} is {line.strip()[:60]!r}, expected a JSON object with a 'text': {error!r}"
-                    ) from error
-                if not isinstance(text, str):
-                    raise ValueError(f"{path}:{number}: 'text' is {type(text).__name__}, expected a string")
-                if target is not None and not isinstance(target, str):
-                    raise ValueError(f"{path}:{number}: 'target' is {type(target).__name__}, expected a string")
-                texts.append((text, target))
-    if not texts:
-        raise ValueError(f"no text in {', '.join(map(str, files))}")
-    return texts
 
 
 @app.command()
@@ -138,7 +100,7 @@ def train(
     try:
         (train_decoder_predictor if decoder else train_predictor)(
             loaded,
-            _tokenizer_of(model),
+            tokenizer_of(model),
             lines,
             out,
             TrainingOptions(
@@ -181,65 +143,7 @@ def table_advice(held_out: dict[str, Any], out: Path) -> str | None:
     )
 
 
-@app.command()
-def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
-    predictor: Annotated[str | None, typer.Option(help="Folder or entry point; default: perfect tables.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
-    lookahead: Annotated[int, typer.Option(min=1, help="Batches whose tables are known ahead.")] = 4,
-    store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
-) -> None:
-    """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
-    from sida_ext import from_pretrained
-    from sida_ext.experts.runtime import runtime_of
-    from sida_ext.planning.hit_rates import POLICIES, compare, record_routing
-    from sida_ext.prediction.protocol import find_predictor
-
-    lines = read_texts(texts)
-    loaded = from_pretrained(model, expert_memory="auto", store=store)
-    try:
-        chosen = find_predictor(predictor, loaded) if predictor is not None else None
-        given = _tokenized(_tokenizer_of(model), lines, batch_size, max_length)
-        with progress_bar("routing") as bar:
-
-            def counted() -> Iterator[dict[str, Any]]:
-                for number, batch in enumerate(given, 1):
-                    yield batch
-                    bar(min(number * batch_size, len(lines)), len(lines))
-
-            routing = record_routing(loaded, counted(), chosen)
-    finally:
-        runtime_of(loaded).close()
-    rows = compare(routing, [share / 100 for share in range(10, 100, 10)], lookahead)
-    named = "perfect tables" if predictor is None else escape(predictor)
-    table = Table(title=f"hit rates, {named}, lookahead {lookahead}")
-    for column in ("budget", "experts", "OPT", *POLICIES):
-        table.add_column(column, justify="right")
-    for row in rows:
-        rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *POLICIES)]
-        table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
-    Console().print(table)
-
-
-def _tokenizer_of(model: str) -> Any:
-    """The tokenizer of a checkpoint. Where its files are missing, transformers makes one that knows no word."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    words = {word for word, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids}
-    if words <= {"\u2581"}:  # the sign that stands for a space
-        raise ValueError(f"{model} has no tokenizer: every word would be unknown; save it beside the model")
-    return tokenizer
-
-
-def _tokenized(tokenizer: Any, lines: list[str], batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(lines), batch_size):
-        batch = tokenizer(
-            lines[start : start + batch_size], return_tensors="pt", padding=True, truncation=True, max_length=max_length
-        )
-        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+app.command()(plan)
 
 
 @app.command()
@@ -268,9 +172,11 @@ def run(
     import torch
 
     from sida_ext import from_pretrained, stream
+    from sida_ext.batching import windows
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.prediction.protocol import find_predictor
-    from sida_ext.serving.schedule import TokenBatch, batches_by_tokens, rows_of, watch_order
+    from sida_ext.serving.savings import watch_order
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
 
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
@@ -290,7 +196,7 @@ def run(
     try:
         if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
             raise ValueError("sida run takes encoders and classifiers; for generate() use the Python interface")
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         pad = tokenizer.pad_token_id or 0
 
@@ -298,15 +204,11 @@ def run(
             for line in lines:
                 yield tokenizer(line, truncation=True, max_length=max_length)["input_ids"]
 
-        def of_size(size: int) -> Iterator[TokenBatch]:
-            rows = enumerate(torch.tensor(ids) for ids in encoded())
-            while part := list(itertools.islice(rows, size)):
-                yield TokenBatch(part, pad)
-
         formed: list[TokenBatch] = []
 
         def batches() -> Iterator[TokenBatch]:
-            source = of_size(batch_size or 1)
+            sentences = enumerate(torch.tensor(ids) for ids in encoded())
+            source: Iterator[TokenBatch] = (TokenBatch(part, pad) for part in windows(sentences, batch_size or 1))
             if max_tokens is not None:
                 source = batches_by_tokens(encoded(), max_tokens, pad_token_id=pad)
             for batch in source:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 __all__ = ["collect", "show"]
 
+# What is measured with: at most a quarter of what is free, for this is no reason to run out of either.
+MOST_MEMORY = 2 << 30
+MOST_DISK = 1 << 30
+LEAST = 64 << 20  # below it a cache, or the start of the threads, is what would be measured
+
 
 def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
-    """Facts by section. Measuring streams more memory than a cache holds and reads a file of 1 GiB past the page cache;
-    it takes a few seconds. The reads' plan is measured again, and remembered for the next start.
+    """Facts by section. Measuring streams an array of up to 2 GiB and reads a file of up to 1 GiB past the page cache,
+    each at most a quarter of what is free; it takes a few seconds. The reads' plan is measured again, and remembered
+    for the next start.
 
     Args:
         path: folder whose disk is measured; None: the store cache.
@@ -24,6 +31,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     from sida_ext._load import _C, check_build
     from sida_ext.experts.budget import available_memory, format_bytes
     from sida_ext.experts.folders import default_cache
+    from sida_ext.experts.read_plan import folder_plan
 
     build = check_build()
     found: dict[str, Any] = {
@@ -47,13 +55,8 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     if measure:
         folder = path if path is not None else default_cache()
         folder.mkdir(parents=True, exist_ok=True)
-        disk = _C.measure_disk_rate(str(folder))
-        found["measured"] = {
-            "memory bandwidth, GB/s": round(_C.measure_memory_bandwidth(torch.get_num_threads()) / 1e9, 1),
-            f"disk read rate of {folder}, GB/s": round(disk.bytes_per_second / 1e9, 2),
-            "disk read past the page cache": disk.direct,
-        }
-        plan = _measured_plan(folder)
+        found["measured"] = {**_memory_rate(torch.get_num_threads()), **_disk_rate(folder)}
+        plan = folder_plan(folder, again=True)
         found["reads of an expert store there"] = {
             "lanes": plan.lanes,
             "largest read": format_bytes(plan.read_bytes),
@@ -70,22 +73,36 @@ def _version() -> str:
         return "a source tree that was never installed"
 
 
-def _measured_plan(folder: Path) -> Any:
-    """What Runtime would pick for a store in the folder, from a file of our own that is removed again."""
-    import tempfile
+def _memory_rate(threads: int) -> dict[str, object]:
+    from sida_ext._load import _C
+    from sida_ext.experts.budget import available_memory, format_bytes
 
-    from sida_ext.experts.read_plan import SMALLEST_STORE_BYTES, default_plan, read_plan
+    free = available_memory()
+    size = min(free // 4, MOST_MEMORY)
+    if size < LEAST:
+        return {"memory bandwidth": f"not measured: {format_bytes(free)} of memory are free, least {_least()}"}
+    return {"memory bandwidth, GB/s": round(_C.measure_memory_bandwidth(threads, size) / 1e9, 1)}
 
-    piece = os.urandom(1 << 20)
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".read-plan-") as file:
-            for _ in range(SMALLEST_STORE_BYTES >> 20):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            return read_plan(Path(file.name), again=True)
-    except OSError as error:
-        return default_plan(f"no file to measure with: {error}")
+
+def _disk_rate(folder: Path) -> dict[str, object]:
+    from sida_ext._load import _C
+    from sida_ext.experts.budget import format_bytes
+
+    free = shutil.disk_usage(folder).free
+    size = min(free // 4, MOST_DISK)
+    if size < LEAST:
+        return {f"disk read rate of {folder}": f"not measured: {format_bytes(free)} are free there, least {_least()}"}
+    disk = _C.measure_disk_rate(str(folder), size)
+    return {
+        f"disk read rate of {folder}, GB/s": round(disk.bytes_per_second / 1e9, 2),
+        "disk read past the page cache": disk.direct,
+    }
+
+
+def _least() -> str:
+    from sida_ext.experts.budget import format_bytes
+
+    return format_bytes(4 * LEAST)
 
 
 def _cuda_devices() -> dict[str, str]:

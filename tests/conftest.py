@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import SwitchTransformersEncoderModel
+
+from tests.support.reference import build, small_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -31,3 +36,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder with two MoE layers of eight experts, saved as transformers does. Nobody writes into it; a module
+    that needs another model has a ``folder`` of its own."""
+    path = tmp_path_factory.mktemp("encoder")
+    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on more threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

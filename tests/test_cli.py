@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import sida_ext
 from sida_ext.cli import main, read_texts, table_advice
 from sida_ext.info import collect, show
+from tests.support.predictors import ByToken
 from tests.support.reference import build, small_config
 
 WORDS = ["the", "film", "is", "good", "bad", "and", "not", "very", "a", "plot", "with", "no", "end"]
@@ -122,14 +123,8 @@ def test_batches_by_tokens_give_the_same_answers_in_the_same_order(folder, texts
         torch.testing.assert_close(torch.tensor(first["logits"]), torch.tensor(second["logits"]), rtol=0, atol=1e-4)
 
 
-class Fixed:
-    def predict(self, input_ids, attention_mask=None, top_k=1):
-        shape = (*input_ids.shape, 2, 1)
-        return sida_ext.HashTable(torch.zeros(shape, dtype=torch.int64), torch.full(shape, 0.5))
-
-
 def test_the_order_says_what_it_saved(folder, texts, sida_here, monkeypatch):
-    monkeypatch.setattr("sida_ext.prediction.protocol.find_predictor", lambda name, model: Fixed())
+    monkeypatch.setattr("sida_ext.prediction.protocol.find_predictor", lambda name, model: ByToken(1))
     done = sida_here("run", folder, texts, "--predictor", "x", "--order", "overlap", "--expert-memory", "30%")
     assert done.returncode == 0, done.stderr
     assert re.search(r"order overlap: .* to read, .* in the given order, .*%\) saved", done.stdout)

@@ -22,7 +22,8 @@ MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
 # line goes.
 LONGEST = 45
 LONGER = {
-    "sida_ext/cli.py:run": 70,
+    "sida_ext/cli.py:run": 60,
+    "sida_ext/training/routing_curve.py:routing_curve": 51,
 }
 
 # Modules that nothing in the package imports, and why.
@@ -39,6 +40,7 @@ NAMES = [
     "HashTable",
     "LayerStats",
     "Options",
+    "Plan",
     "Predictor",
     "PredictorError",
     "Runtime",
@@ -52,6 +54,7 @@ NAMES = [
     "from_pretrained",
     "get_precision",
     "pack",
+    "plan",
     "precisions",
     "set_precision",
     "stream",
@@ -87,6 +90,12 @@ def imports_of(module: Path) -> set[str]:
 
 def functions(module: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node in ast.walk(tree_of(module)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Of the body, inner functions included; a docstring is none."""
+    count = sum(isinstance(node, ast.stmt) for node in ast.walk(function)) - 1
+    return count - (ast.get_docstring(function) is not None)
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -165,11 +174,7 @@ def test_errors_say_what_was_found_and_then_what_was_expected(module):
                     assert not re.search(r"[;:] expected\b|, but expected\b", text.value), f"{module}:{text.lineno}"
 
 
-# Rewritten by others just now.
-UNDER_WAY = {"sida_ext/models/decoding.py", "sida_ext/experts/checkpoint.py"}
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if str(module) not in UNDER_WAY], ids=str)
+@pytest.mark.parametrize("module", MODULES, ids=str)
 def test_code_in_docstrings_stands_in_double_backticks(module):
     for node in ast.walk(tree_of(module)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -182,11 +187,15 @@ def test_code_in_docstrings_stands_in_double_backticks(module):
 def test_no_function_grows(module):
     """Statements, as ruff's PLR0915 counts them; a ratchet, not a goal."""
     for function in functions(module):
-        # The function itself and its docstring are none.
-        count = sum(isinstance(node, ast.stmt) for node in ast.walk(function)) - 1
-        count -= ast.get_docstring(function) is not None
+        count = statements(function)
         limit = LONGER.get(f"{module}:{function.name}", LONGEST)
         assert count <= limit, f"{module}:{function.lineno} {function.name} has {count} statements, expected {limit}"
+
+
+def test_the_list_of_long_functions_only_shrinks():
+    """A function that was cut leaves it."""
+    long = {f"{m}:{f.name}" for m in MODULES for f in functions(m) if statements(f) > LONGEST}
+    assert set(LONGER) <= long
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)

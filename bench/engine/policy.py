@@ -31,7 +31,8 @@ import transformers
 import sida_ext
 from bench.engine.policy_bound import chances, draw, most_hits
 from examples.corpus import DEMO_MODEL, MAX_TOKENS, load_sentences
-from sida_ext.planning.hit_rates import POLICIES, PlanRow, Routing, compare, record_routing
+from sida_ext.experts.options import EVICTIONS
+from sida_ext.planning.hit_rates import PlanRow, Routing, compare, record_routing
 from sida_ext.prediction.protocol import load_predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,7 +134,7 @@ def judge(rows: list[PlanRow], bound: list[float] | None, perfect: bool) -> list
 def show(
     name: str, rows: list[PlanRow], bound: list[float] | None, needed: list[int | None] | None, perfect: bool
 ) -> None:
-    columns = ("opt", *POLICIES)
+    columns = ("opt", *EVICTIONS)
     rest = "" if bound is None or needed is None else f" {'bound':>8} {'of it':>7} {'bound/OPT':>9} {'97 % from':>9}"
     print(f"\n{name}\n{'budget':>7} {'slots':>6} {' '.join(f'{c:>8}' for c in columns)} {'of OPT':>7}{rest}")
     for i, row in enumerate(rows):

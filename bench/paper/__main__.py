@@ -1,12 +1,12 @@
 """The tables of the SiDA-MoE paper, ours: the published numbers beside those of models trained here.
 
-    python -m bench.paper                   # docs/paper.md, .png and .json; goes on after what is already measured
+    python -m bench.paper                   # docs/paper.md and .png; goes on after what is already measured
     python -m bench.paper --fresh           # measures everything anew: what `make paper` does
     python -m bench.paper --stages language base-8          # some stages; --list names them
     python -m bench.paper --part prepare    # the stages that may share the machine; --part timings: those that may not
     python -m bench.paper --smoke           # a few sentences and small shapes: does it run at all
 
-Each stage's figures are kept in paper.json in the folder of the page, with the seconds that it took; the page is
+Each stage's figures are kept in bench/results/paper.json, with the seconds that it took; the page is
 written from them. The published numbers are those of arXiv 2310.18859 (one A100 with 80 GB, batch 1, Switch-base).
 The models trained here are small, base shapes have random weights, and experts are on a disk and computed on a CPU:
 what can be compared is the shape of a curve and not its height, and a sentence under each table says what differs.
@@ -33,6 +33,7 @@ from bench.paper.base import EPOCHS, SENTENCES, BaseShapes
 from bench.paper.figure import draw
 from bench.paper.tables import page
 from bench.prediction import models as predictor_models
+from sida_ext.files import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,12 +152,13 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--base", nargs="+", type=int, help="numbers of experts of the base shapes; default 8 64 128")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--record", type=Path, default=ROOT / "bench" / "results" / "paper.json")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints, traces and predictors of the base shapes")
     arguments = parser.parse_args(given)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)
-    record = arguments.out / "paper.json"
+    record = arguments.record
     if arguments.fresh:
         record.unlink(missing_ok=True)
         shutil.rmtree(arguments.work, ignore_errors=True)
@@ -193,8 +195,8 @@ def main(given: list[str] | None = None) -> None:
         if record.is_file() and (other := json.loads(record.read_text()))["scale"] == scale_found:
             known = other
         known["stages"][name] = {"seconds": seconds, "data": data}
-        record.with_suffix(".partial").write_text(json.dumps(known, indent=1) + "\n")
-        record.with_suffix(".partial").replace(record)
+        with written_whole(record) as partial:
+            partial.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{name}: {seconds:.0f} s", flush=True)
     missing = [name for name in paper.stages if name not in known["stages"]]
     if missing:

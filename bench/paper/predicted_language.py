@@ -215,7 +215,7 @@ def masked(sentences: int | None, folder: Path, epochs: int = 8, train_sentences
                 if predictor is not None:
                     table = predictor.predict(batch["input_ids"], batch["attention_mask"])
                     state.update(table=table, threshold=threshold, chosen=[])
-                    probability = (table.gate if table.probability is None else table.probability)[..., 0]
+                    probability = table.chance[..., 0]
                     real = batch["attention_mask"].bool()
                     sure, tokens = (
                         sure + float((probability[real] >= threshold).sum()),

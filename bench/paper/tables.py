@@ -241,8 +241,7 @@ def page(found: dict[str, Any], seconds: dict[str, float], stages: list[str], ar
     missing = [name for name in stages if name not in found]
     if missing:
         text += [
-            f"Not measured yet: {', '.join(missing)}. `python -m bench.paper` goes on with what is missing. "
-            "An earlier quick run on the bundled model is in [paper_quick.md](paper_quick.md).",
+            f"Not measured yet: {', '.join(missing)}. `python -m bench.paper` goes on with what is missing.",
             "",
         ]
 

@@ -23,12 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, SwitchTransformersConfig, SwitchTransformersEncoderModel
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
+from bench.prediction.context_net import ContextPredictor
 from examples.corpus import MAX_TOKENS, load_sentences
 from examples.grouped_experts import grouped_experts
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
-from sida_ext.prediction.protocol import HashPredictor, HashTable, Predictor, TokenTablePredictor, load_predictor
+from sida_ext.prediction.protocol import HashTable, Predictor, TokenTablePredictor, load_predictor
 from sida_ext.prediction.shadow_net import shadow_options
 from sida_ext.training.distill import tokenized_batches
 from sida_ext.training.evaluation import cost_share, evaluate
@@ -127,7 +128,7 @@ def compare_variants(model: Any, traces: dict[str, Trace], epochs: int, names: l
         variant, net, given = VARIANTS[name]
         options = TrainingOptions(variant=variant, net=net, epochs=epochs, max_length=MAX_TOKENS, **given)
         with tempfile.TemporaryDirectory() as folder:
-            made = HashPredictor.for_model(model, variant, options.seed, **net)
+            made = ContextPredictor.for_model(model, variant, options.seed, **net)
             trainer = Trainer(made, Memory(traces["train"]), Memory(traces["validation"]), options, Path(folder) / "c")
             trainer.run(progress=False)
             predictor = trainer.finish()
@@ -244,7 +245,7 @@ def predicted_routing(
         for threshold in thresholds:
 
             def choose(layer: int, table: HashTable, threshold: float = threshold) -> tuple[Tensor, Tensor, Tensor]:
-                probability = table.gate if table.probability is None else table.probability
+                probability = table.chance
                 sure = (probability[:, :, layer, 0] >= threshold) & (table.expert_index[:, :, layer, 0] >= 0)
                 return sure, table.expert_index[:, :, layer, 0].long().clamp(min=0), table.gate[:, :, layer, 0]
 
@@ -323,7 +324,7 @@ def cost(model: Any, predictor: Predictor) -> list[str]:
         (f"base-128, shadow of width {sizes['hidden']}", "shadow", sizes),
         ("base-128, paper", "paper", {}),
     ):
-        big = HashPredictor(blocks.shared.weight.detach(), 6, 128, "none", variant, **net).eval()
+        big = ContextPredictor(blocks.shared.weight.detach(), 6, 128, "none", variant, **net).eval()
         add(f"{name} ({big.parameter_count() / 1e6:.1f} M parameters)", cost_share(big, blocks), times=6)
     return lines
 
@@ -378,9 +379,9 @@ def main() -> None:
 
 
 def write(out: Path, sections: dict[str, list[str]], curves: dict[str, Any], seconds: float) -> None:
-    """Replaces the measured sections in docs/predictor_figures.json and renders the Markdown and the picture."""
+    """Replace the measured sections in the record of predictor figures, and render the Markdown and the picture."""
     out.mkdir(exist_ok=True)
-    record = out / "predictor_figures.json"
+    record = ROOT / "bench" / "results" / "predictor_figures.json"
     known = json.loads(record.read_text()) if record.is_file() else {}
     known |= sections
     record.write_text(json.dumps(known, indent=1) + "\n")

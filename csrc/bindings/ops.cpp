@@ -25,6 +25,7 @@
 #include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
+#include "serving/cpu_serving.h"
 
 namespace sida {
 namespace {
@@ -154,49 +155,10 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Ten
   });
 }
 
-// Ends a demand whatever happens to the computation.
-class ScopedDemand {
- public:
-  ScopedDemand(TransferEngine& engine, int32_t layer, const std::vector<int32_t>& experts)
-      : engine_(engine), id_(engine.demand(layer, experts, current_batch())) {}
-  ~ScopedDemand() { engine_.finish(id_); }
-  ScopedDemand(const ScopedDemand&) = delete;
-  ScopedDemand& operator=(const ScopedDemand&) = delete;
-
-  Wave next() {
-    RECORD_USER_SCOPE("sida::demand");
-    return engine_.next_wave(id_, signal_raised);
-  }
-  void release(const Wave& wave) { engine_.release(id_, wave); }
-
- private:
-  TransferEngine& engine_;
-  DemandId id_;
-};
-
-// The matrices of experts whose records lie one after the other from `base` on.
-void set_record_matrices(MoeFfnArgs& args, const ExpertFormat& format, const std::byte* base) {
-  const auto matrix = [&](int64_t offset, int64_t stride, int64_t scale_offset, int64_t groups, int64_t bias_offset) {
-    ExpertMatrix made{base + offset, format.record_bytes() / element_bytes(format.dtype), stride, nullptr, 0};
-    if (format.dtype == DType::i8) {
-      made.scale = reinterpret_cast<const float*>(base + scale_offset);
-      made.scale_slot_stride = format.record_bytes() / 4;
-    } else if (is_grouped(format.dtype)) {
-      made.group_scale = base + scale_offset;
-      made.group_scale_slot_stride = format.record_bytes() / group_scale_bytes(format.dtype);
-      made.group_scale_row_stride = groups;
-    }
-    if (format.biased) {
-      made.bias = reinterpret_cast<const float*>(base + bias_offset);
-      made.bias_slot_stride = format.record_bytes() / 4;
-    }
-    return made;
-  };
-  const int64_t element = element_bytes(format.dtype);
-  args.wi = matrix(format.wi_offset(), format.wi_row_bytes() / element, format.wi_scale_offset(),
-                   groups_of(format.d_model), format.wi_bias_offset());
-  args.wo = matrix(format.wo_offset(), format.wo_row_bytes() / element, format.wo_scale_offset(),
-                   groups_of(format.d_ff), format.wo_bias_offset());
+// Runs `body` as a named range of torch's profiler.
+void profiled(const char* name, const std::function<void()>& body) {
+  RECORD_USER_SCOPE(name);
+  body();
 }
 
 Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t handle) {
@@ -205,49 +167,21 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
     const auto layer = find_layer(handle);
     TORCH_CHECK_VALUE(layer->cuda == nullptr, op,
                       ": x is on cpu, but this layer's experts are computed on a CUDA device");
-    TransferEngine& engine = *layer->engine;
-    const ExpertFormat& format = engine.format();
     const Tokens tokens = checked_tokens(x, expert_index, gate, layer->num_experts, op);
-    check_size(x, 1, format.d_model, op, "x", "d_model of the expert store");
+    check_size(x, 1, layer->engine->format().d_model, op, "x", "d_model of the expert store");
 
-    MoeFfnArgs args{};
+    cpu::LayerForward forward{};
     Tensor out, partials;
-    set_tokens(args, x, tokens, out, partials);
-    args.d_ff = format.d_ff;
-    args.num_experts = layer->num_experts;
-    args.num_slots = engine.capacity();
-    args.w_dtype = format.dtype;
-    args.activation = layer->activation;
-    args.gated = format.gated;
-    set_record_matrices(args, format, static_cast<const std::byte*>(engine.slot_base()));
-
-    std::vector<int32_t> slot_of_expert(layer->num_experts, -1);
-    std::vector<int32_t> wanted;
-    std::vector<bool> seen(layer->num_experts, false);
-    for (int64_t i = 0; i < args.tokens * args.top_k; ++i) {
-      const int32_t expert = args.expert_index[i];
-      if (expert >= 0 && !seen[expert]) {
-        seen[expert] = true;
-        wanted.push_back(expert);
-      }
-    }
-    args.slot_of_expert = slot_of_expert.data();
-
+    set_tokens(forward.args, x, tokens, out, partials);
+    forward.args.num_experts = layer->num_experts;
+    forward.args.activation = layer->activation;
+    forward.layer = layer->index;
+    forward.batch = current_batch();
+    forward.threads = torch_threads();
+    forward.interrupted = signal_raised;
+    forward.profiled = profiled;
     const WithoutGil waits_and_kernels;
-    ScopedDemand demand(engine, layer->index, wanted);
-    for (Wave wave = demand.next(); !wave.experts.empty(); wave = demand.next()) {
-      for (size_t i = 0; i < wave.experts.size(); ++i) slot_of_expert[wave.experts[i]] = wave.slots[i];
-      const int64_t begin = Trace::now_ns();
-      {
-        RECORD_USER_SCOPE("sida::moe_ffn");
-        cpu::moe_ffn(args, torch_threads());
-      }
-      engine.trace().record({TraceEvent::Kind::compute, 0, layer->index, static_cast<int32_t>(wave.experts.size()),
-                             current_batch(), begin, Trace::now_ns()});
-      for (const int32_t expert : wave.experts) slot_of_expert[expert] = -1;
-      demand.release(wave);
-    }
-    if (args.top_k > 1 && args.tokens > 0) cpu::moe_ffn_combine(args, torch_threads());
+    cpu::forward(*layer->engine, forward);
     return out;
   });
 }

@@ -16,6 +16,7 @@
 #include "bindings/op_checks.h"
 #include "kernels/cuda/moe_ffn_cuda.h"
 #include "serving/cuda_serving.h"
+#include "serving/moe_layer.h"
 
 namespace sida {
 namespace {
@@ -248,7 +249,7 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     set_tokens(args, x, tokens, out, partials);
     args.num_experts = layer->num_experts;
     args.activation = layer->activation;
-    serving.complete(args);
+    set_slots(args, serving.engine());
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);
     const Tensor slot_table = at::empty({layer->num_experts}, x.options().dtype(at::kInt));
@@ -261,18 +262,12 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     } else {
       chosen = serving.fetch_indices(args.expert_index, rows, here.stream);
     }
-    std::vector<int32_t> wanted;
-    std::vector<bool> seen(static_cast<size_t>(layer->num_experts), false);
     for (size_t i = 0; i < chosen.size(); ++i) {
-      const int32_t expert = chosen[i];
-      TORCH_CHECK_INDEX(expert >= -1 && expert < layer->num_experts, op, ": expert_index holds ", expert,
+      TORCH_CHECK_INDEX(chosen[i] >= -1 && chosen[i] < layer->num_experts, op, ": expert_index holds ", chosen[i],
                         " at flat position ", i, ", expected a value from -1 to ", layer->num_experts - 1,
                         " (experts of the layer)");
-      if (expert >= 0 && !seen[static_cast<size_t>(expert)]) {
-        seen[static_cast<size_t>(expert)] = true;
-        wanted.push_back(expert);
-      }
     }
+    const std::vector<int32_t> wanted = distinct_experts(chosen, layer->num_experts);
     cuda::LayerForward forward{};
     forward.layer = layer->index;
     forward.batch = current_batch();

@@ -24,13 +24,7 @@ struct CudaDevice::Work final : LaneWork {
        int lanes)
       : lender(std::move(from)), copies(static_cast<size_t>(lanes)), slots(runtime, device, slots, slot_bytes, lanes) {}
 
-  void begin(int) override {
-    if (planted == DevicePlant::captures_spoiled) {
-      slots.use_device();
-    } else {
-      slots.use_device_on_lane();
-    }
-  }
+  void begin(int) override { slots.use_device_on_lane(); }
 
   void run(const LaneJob& job, int lane) override {
     check_healthy();
@@ -39,11 +33,10 @@ struct CudaDevice::Work final : LaneWork {
       return;
     }
     std::deque<Copy>& own = copies[static_cast<size_t>(lane)];
-    const size_t most = lender->holds_all() || planted == DevicePlant::held_while_lending ? ahead : 0;
+    const size_t most = lender->holds_all() ? ahead : 0;
     while (own.size() > most) end_oldest(lane);
     std::unique_ptr<LentRecord> source = lender->lend(job.record);
     slots.fill(job.slot, lane, source->data(), static_cast<size_t>(slots.slot_bytes()));
-    if (planted == DevicePlant::source_returned_early) return;
     own.push_back({job.slot, job.record, std::move(source)});
   }
 

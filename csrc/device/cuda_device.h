@@ -14,14 +14,6 @@
 
 namespace sida::cuda {
 
-// Deliberate mistakes for the tests with the recording runtime; none unless a test says so.
-enum class DevicePlant {
-  none,
-  source_returned_early,  // a lent record goes back while the copy reads it
-  held_while_lending,     // a lane holds a record of a pool that is full while it waits for another
-  captures_spoiled,       // a lane's calls count as made during another thread's capture
-};
-
 class CudaDevice final : public Device {
  public:
   // Throws as CudaSlots.
@@ -43,8 +35,6 @@ class CudaDevice final : public Device {
   // Kernels read slots and no event could be recorded behind them: from now on check_healthy() throws this error, no
   // slot is filled again, and their memory is never given back.
   void condemn(const Error& why);
-
-  inline static DevicePlant planted = DevicePlant::none;
 
  private:
   struct Work;

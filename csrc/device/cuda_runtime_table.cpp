@@ -172,6 +172,12 @@ const RuntimeTable& runtime_table() {
         *capturing = state != cudaStreamCaptureStatusNone;
         return status;
       },
+      .stream_number = [](Stream stream, uint64_t* number) -> int {
+        unsigned long long id = 0;
+        const cudaError_t status = cudaStreamGetId(stream_of(stream), &id);
+        *number = id;
+        return status;
+      },
       .event_create = [](Event* event, bool sleeping) -> int {
         return cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(event),
                                         cudaEventDisableTiming | (sleeping ? cudaEventBlockingSync : 0u));

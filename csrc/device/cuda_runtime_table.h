@@ -46,6 +46,8 @@ struct RuntimeTable {
   int (*stream_create)(Stream* stream, int priority);  // does not synchronise with the default stream
   int (*stream_destroy)(Stream stream);
   int (*stream_capturing)(Stream stream, bool* capturing);  // into a CUDA graph
+  // Of this stream alone in the whole process: a stream made later may have a destroyed one's handle, never its number.
+  int (*stream_number)(Stream stream, uint64_t* number);
   int (*event_create)(Event* event,
                       bool sleeping);  // without timing; whether a thread that waits for it sleeps or spins
   int (*event_destroy)(Event event);

@@ -7,6 +7,12 @@
 #include "base/error.h"
 
 namespace sida::cuda {
+namespace {
+
+// Streams come and go: a program that makes one for each request must not be remembered for ever.
+constexpr size_t most_streams_remembered = 64;
+
+}  // namespace
 
 CudaSlots::CudaSlots(const RuntimeTable& runtime, int device, int64_t slots, int64_t slot_bytes, int lanes)
     : runtime_(runtime), device_(device), slot_bytes_(slot_bytes), lane_count_(lanes) {
@@ -52,6 +58,12 @@ void CudaSlots::check(int status, const char* what) const {
 
 void CudaSlots::check_open(const char* call) const {
   if (!open_) fail(ErrorKind::closed, "CudaSlots::", call, " after close()");
+}
+
+uint64_t CudaSlots::number_of(Stream stream) const {
+  uint64_t number = 0;
+  check(runtime_.stream_number(stream, &number), "asking for a stream's number");
+  return number;
 }
 
 CudaSlots::Slot& CudaSlots::find(int32_t slot, const char* call) {
@@ -115,7 +127,7 @@ int CudaSlots::drop_memory(int32_t slot) {
   const auto [begin, end] = pages_of(slot);
   for (int64_t page = begin; page < end; ++page) {
     int32_t& users = page_users_[static_cast<size_t>(page)];
-    if (planted == SlotPlant::page_given_back ? users == 0 : --users > 0) continue;
+    if (--users > 0) continue;
     users = 0;
     const int status =
         runtime_.unmap_page(static_cast<std::byte*>(base_) + page * static_cast<int64_t>(page_bytes_), page_bytes_);
@@ -135,37 +147,23 @@ void CudaSlots::fill(int32_t slot, int lane, const void* pinned, size_t bytes) {
   }
   if (!own.has_memory) take_memory(slot);
   if (own.filled == nullptr) check(runtime_.event_create(&own.filled, true), "creating an event");
-  const Stream stream = planted == SlotPlant::default_stream ? nullptr : lanes_[static_cast<size_t>(lane)].stream;
+  const Stream stream = lanes_[static_cast<size_t>(lane)].stream;
   if (own.readers.empty()) {
     // Nobody read the last contents, so no reader orders this copy behind another lane's.
-    if (own.lane >= 0 && own.lane != lane && planted != SlotPlant::no_refill_wait) {
+    if (own.lane >= 0 && own.lane != lane) {
       check(runtime_.stream_wait(stream, own.filled), "waiting for the slot's last copy");
     }
-  } else if (planted != SlotPlant::no_reader_wait) {
+  } else {
     // Readers waited for the last copy themselves: behind them is behind it too.
     for (const auto& reader : own.readers) {
       check(runtime_.stream_wait(stream, reader->event), "waiting for the slot's readers");
     }
   }
   own.readers.clear();
-  const Stream record_on =
-      planted == SlotPlant::wrong_lane ? lanes_[(static_cast<size_t>(lane) + 1) % lanes_.size()].stream : stream;
-  if (planted == SlotPlant::filled_too_early) check(runtime_.event_record(own.filled, record_on), "recording a copy");
   check(runtime_.copy_to_device(this->slot(slot), pinned, bytes, stream), "copying an expert");
-  if (planted != SlotPlant::filled_too_early) check(runtime_.event_record(own.filled, record_on), "recording a copy");
-  const uint64_t number = ++lanes_[static_cast<size_t>(lane)].fills;
-  if (planted != SlotPlant::stale_wait || own.lane < 0) own.number = number;
+  check(runtime_.event_record(own.filled, stream), "recording a copy");
+  own.number = ++lanes_[static_cast<size_t>(lane)].fills;
   own.lane = lane;
-}
-
-bool CudaSlots::source_free(int32_t slot) {
-  const std::lock_guard lock(mutex_);
-  const Slot& own = find(slot, "source_free");
-  if (own.lane < 0 || planted == SlotPlant::source_too_early) return true;
-  const int status = runtime_.event_query(own.filled);
-  if (status == RuntimeTable::not_ready) return false;
-  check(status, "a copy");
-  return true;
 }
 
 void CudaSlots::wait_source(int32_t slot) {
@@ -173,7 +171,7 @@ void CudaSlots::wait_source(int32_t slot) {
   {
     const std::lock_guard lock(mutex_);
     const Slot& own = find(slot, "wait_source");
-    if (own.lane < 0 || planted == SlotPlant::source_too_early) return;
+    if (own.lane < 0) return;
     filled = own.filled;
   }
   // If the slot is filled again meanwhile, the newer copy is behind the older one.
@@ -183,7 +181,8 @@ void CudaSlots::wait_source(int32_t slot) {
 void CudaSlots::before_read(Stream stream, std::span<const int32_t> slots) {
   const std::lock_guard lock(mutex_);
   check_open("before_read");
-  std::vector<uint64_t>& waited = waited_[stream];
+  if (waited_.size() >= most_streams_remembered) waited_.clear();  // costs each of them a wait for what it waited for
+  std::vector<uint64_t>& waited = waited_[number_of(stream)];
   waited.resize(lanes_.size(), 0);
   std::vector<const Slot*> newest(lanes_.size(), nullptr);  // that the stream does not wait for yet
   for (const int32_t slot : slots) {
@@ -191,23 +190,18 @@ void CudaSlots::before_read(Stream stream, std::span<const int32_t> slots) {
     if (own.lane < 0) fail(ErrorKind::internal, "CudaSlots::before_read: slot ", slot, " was never filled");
     const auto lane = static_cast<size_t>(own.lane);
     if (own.number <= waited[lane]) continue;
-    const bool newer =
-        newest[lane] == nullptr || (newest[lane]->number < own.number) != (planted == SlotPlant::oldest_of_lane);
-    if (newer) newest[lane] = &own;
+    if (newest[lane] == nullptr || newest[lane]->number < own.number) newest[lane] = &own;
   }
-  bool any = false;
   for (size_t lane = 0; lane < lanes_.size(); ++lane) {
     if (newest[lane] == nullptr) continue;
-    const bool skip = planted == SlotPlant::no_copy_wait || (planted == SlotPlant::one_lane_waited && any);
-    if (!skip) check(runtime_.stream_wait(stream, newest[lane]->filled), "waiting for copies");
-    any = true;
+    check(runtime_.stream_wait(stream, newest[lane]->filled), "waiting for copies");
     waited[lane] = newest[lane]->number;
   }
 }
 
 std::shared_ptr<CudaSlots::Readers> CudaSlots::free_event() {
   for (const auto& event : events_) {
-    if (event.use_count() == 1 || planted == SlotPlant::event_reused) return event;
+    if (event.use_count() == 1) return event;
   }
   auto fresh = std::make_shared<Readers>();
   check(runtime_.event_create(&fresh->event, true), "creating an event");
@@ -218,15 +212,14 @@ std::shared_ptr<CudaSlots::Readers> CudaSlots::free_event() {
 std::shared_ptr<const CudaSlots::Readers> CudaSlots::after_read(Stream stream, std::span<const int32_t> slots) {
   const std::lock_guard lock(mutex_);
   check_open("after_read");
+  const uint64_t number = number_of(stream);
   std::shared_ptr<Readers> behind = free_event();
-  behind->stream = stream;
+  behind->stream = number;
   check(runtime_.event_record(behind->event, stream), "recording the readers");
   for (const int32_t slot : slots) {
     Slot& own = find(slot, "after_read");
     // A later event of the same stream covers the earlier ones.
-    std::erase_if(own.readers, [&](const auto& earlier) {
-      return earlier->stream == stream || planted == SlotPlant::newest_reader_only;
-    });
+    std::erase_if(own.readers, [&](const auto& earlier) { return earlier->stream == number; });
     own.readers.push_back(behind);
   }
   return behind;
@@ -247,9 +240,7 @@ void CudaSlots::give_back(int32_t slot, int32_t count) {
     }
   }
   // Without the lock: callers go on with other slots meanwhile.
-  if (planted != SlotPlant::given_back_early) {
-    for (const Event event : events) check(runtime_.event_synchronize(event), "work on a slot that is given back");
-  }
+  for (const Event event : events) check(runtime_.event_synchronize(event), "work on a slot that is given back");
   const std::lock_guard lock(mutex_);
   for (int32_t i = slot; i < slot + count; ++i) {
     Slot& own = find(i, "give_back");
@@ -273,11 +264,9 @@ void CudaSlots::close() {
     const int status = runtime_.event_synchronize(event);
     if (worst == RuntimeTable::success) worst = status;
   };
-  if (planted != SlotPlant::freed_too_soon) {
-    for (const Slot& slot : slots_) {
-      if (slot.lane >= 0) wait(slot.filled);
-      for (const auto& reader : slot.readers) wait(reader->event);
-    }
+  for (const Slot& slot : slots_) {
+    if (slot.lane >= 0) wait(slot.filled);
+    for (const auto& reader : slot.readers) wait(reader->event);
   }
   release();
   check(worst, "work that was still under way");
@@ -291,9 +280,7 @@ void CudaSlots::release() {
     if (slot.filled != nullptr) runtime_.event_destroy(slot.filled);
   }
   slots_.clear();
-  for (size_t i = planted == SlotPlant::event_leaked ? 1 : 0; i < events_.size(); ++i) {
-    runtime_.event_destroy(events_[i]->event);
-  }
+  for (const auto& readers : events_) runtime_.event_destroy(readers->event);
   events_.clear();
   for (const Lane& lane : lanes_) runtime_.stream_destroy(lane.stream);
   lanes_.clear();

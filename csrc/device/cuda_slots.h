@@ -23,33 +23,12 @@
 
 namespace sida::cuda {
 
-// Deliberate mistakes for the tests with the recording runtime; none unless a test says so.
-enum class SlotPlant {
-  none,
-  no_copy_wait,        // kernels do not wait for the copy
-  no_reader_wait,      // a copy does not wait for the kernels that read the slot
-  newest_reader_only,  // of several streams that read the slot only the last one is waited for
-  filled_too_early,    // the event is recorded before the copy
-  wrong_lane,          // the event is recorded on another lane
-  default_stream,      // the copy goes to the default stream
-  no_refill_wait,      // a copy does not wait for another lane's copy into the same slot
-  stale_wait,          // a stream that waited for the slot once does not wait for its next contents
-  one_lane_waited,     // of the lanes that filled a kernel's slots only one is waited for
-  oldest_of_lane,      // of a lane's copies the oldest is waited for
-  event_reused,        // a readers' event is recorded again while slots still count on it
-  freed_too_soon,      // memory is freed while copies and kernels are under way
-  given_back_early,    // a slot's memory is given back while a kernel reads it
-  page_given_back,     // a page goes with its first slot, though another one on it is in use
-  event_leaked,        // close() forgets an event
-  source_too_early,    // a copy's source is given back before the copy is done
-};
-
 class CudaSlots {
  public:
   // An event behind kernels of one stream; it may be recorded again once nobody holds it any more.
   struct Readers {
     Event event;
-    Stream stream;
+    uint64_t stream;  // its number
   };
 
   // Throws Error(invalid) for sizes below one and Error(internal) with the runtime's reason.
@@ -71,13 +50,12 @@ class CudaSlots {
   void use_device_on_lane() const;
 
   // Queues the copy of `bytes` from pinned host memory into `slot` on `lane`. The source must not change until
-  // source_free(slot), and nobody may begin to read the slot's old contents any more. The first fill of a slot takes
-  // its memory: Error(io) if there is none.
+  // wait_source(slot) has returned, and nobody may begin to read the slot's old contents any more. The first fill of a
+  // slot takes its memory: Error(io) if there is none.
   void fill(int32_t slot, int lane, const void* pinned, size_t bytes);
 
-  // Whether the last fill of `slot` has read its source to the end. Does not wait.
-  bool source_free(int32_t slot);
-  // Waits until it has. Throws Error(internal) if the device reports a failure, of whatever came before.
+  // Waits until the last fill of `slot` has read its source to the end. Throws Error(internal) if the device reports a
+  // failure, of whatever came before.
   void wait_source(int32_t slot);
 
   // Before and after kernels that read `slots` are launched on `stream`, each of which must have been filled.
@@ -94,8 +72,6 @@ class CudaSlots {
   // throws Error(closed).
   void close();
 
-  inline static SlotPlant planted = SlotPlant::none;
-
  private:
   struct Slot {
     Event filled = nullptr;
@@ -111,6 +87,7 @@ class CudaSlots {
 
   void check(int status, const char* what) const;
   void check_open(const char* call) const;
+  uint64_t number_of(Stream stream) const;
   Slot& find(int32_t slot, const char* call);
   std::shared_ptr<Readers> free_event();
   void take_memory(int32_t slot);
@@ -130,7 +107,7 @@ class CudaSlots {
   int64_t pages_ = 0;                // with memory
   std::vector<Lane> lanes_;
   std::vector<Slot> slots_;
-  std::map<Stream, std::vector<uint64_t>> waited_;  // the newest fill of each lane that a stream waits for
+  std::map<uint64_t, std::vector<uint64_t>> waited_;  // by a stream's number: the newest fill of each lane it waits for
   std::vector<std::shared_ptr<Readers>> events_;
 };
 

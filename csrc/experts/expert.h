@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "base/rounding.h"
 
 namespace sida {
 
@@ -21,6 +22,9 @@ struct ExpertKey {
 struct ExpertFormat {
   static constexpr int64_t part_alignment = 64;
   static constexpr int64_t record_alignment = 4096;
+  // Of d_model and d_ff: the bytes of every part, and of a record, are then below 2^61 whatever the type.
+  static constexpr int64_t largest_dimension = int64_t{1} << 28;
+  static constexpr bool is_dimension(int64_t size) { return size >= 1 && size <= largest_dimension; }
 
   int64_t d_model, d_ff;
   DType dtype;
@@ -35,19 +39,17 @@ struct ExpertFormat {
   int64_t wi_scale_bytes() const { return wi_rows() * row_scale_bytes(dtype, d_model); }
   int64_t wo_scale_bytes() const { return d_model * row_scale_bytes(dtype, d_ff); }
   int64_t wi_offset() const { return 0; }
-  int64_t wo_offset() const { return align(wi_bytes(), part_alignment); }
-  int64_t wi_scale_offset() const { return align(wo_offset() + wo_bytes(), part_alignment); }
-  int64_t wo_scale_offset() const { return align(wi_scale_offset() + wi_scale_bytes(), part_alignment); }
-  int64_t wi_bias_offset() const { return align(wo_scale_offset() + wo_scale_bytes(), part_alignment); }
-  int64_t wo_bias_offset() const { return align(wi_bias_offset() + bias_bytes(wi_rows()), part_alignment); }
+  int64_t wo_offset() const { return round_up(wi_bytes(), part_alignment); }
+  int64_t wi_scale_offset() const { return round_up(wo_offset() + wo_bytes(), part_alignment); }
+  int64_t wo_scale_offset() const { return round_up(wi_scale_offset() + wi_scale_bytes(), part_alignment); }
+  int64_t wi_bias_offset() const { return round_up(wo_scale_offset() + wo_scale_bytes(), part_alignment); }
+  int64_t wo_bias_offset() const { return round_up(wi_bias_offset() + bias_bytes(wi_rows()), part_alignment); }
   int64_t used_bytes() const {
     return biased ? wo_bias_offset() + bias_bytes(d_model) : wo_scale_offset() + wo_scale_bytes();
   }
-  int64_t record_bytes() const { return align(used_bytes(), record_alignment); }
+  int64_t record_bytes() const { return round_up(used_bytes(), record_alignment); }
 
   bool operator==(const ExpertFormat&) const = default;
-
-  static constexpr int64_t align(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
 
  private:
   int64_t bias_bytes(int64_t rows) const { return biased ? rows * 4 : 0; }

@@ -9,10 +9,12 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -53,20 +55,67 @@ class Pages {
 
 class File {
  public:
-  File(const std::string& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0600)) {}
+  File(std::string path, int flags) : File(path, ::open(path.c_str(), flags | O_CLOEXEC), errno) {}
   ~File() {
     if (fd_ >= 0) ::close(fd_);
   }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
+
+  // A new file under a name that nothing had before: the folder may be anybody's, with a link under a name that one
+  // could guess.
+  static File make(const std::string& folder) {
+    std::string path = folder + "/.disk-rate-XXXXXX";
+    const int fd = ::mkostemp(path.data(), O_CLOEXEC);
+    if (fd < 0) fail(ErrorKind::io, folder, ": creating a file to measure with failed: ", std::strerror(errno));
+    return {path, fd, 0};
+  }
+  // Past the page cache where the file system can.
+  static std::unique_ptr<File> open_to_read(const std::string& path) {
+    auto direct = std::make_unique<File>(path, O_RDONLY | O_DIRECT);
+    if (direct->is_open()) return direct;
+    if (direct->error_ != EINVAL) fail_with(path, "opening for direct reads", direct->error_);
+    auto cached = std::make_unique<File>(path, O_RDONLY);
+    if (!cached->is_open()) fail_with(path, "opening", cached->error_);
+    cached->direct_ = false;
+    return cached;
+  }
+
   int fd() const { return fd_; }
-  [[noreturn]] void fail_with(const char* doing) const {
-    fail(ErrorKind::io, path_, ": ", doing, " failed: ", std::strerror(errno));
+  bool direct() const { return direct_; }
+  const std::string& path() const { return path_; }
+  [[noreturn]] void fail_with(const char* doing, int error = errno) const { fail_with(path_, doing, error); }
+
+  void write(const void* data, int64_t bytes, int64_t offset) const {
+    const auto* at = static_cast<const char*>(data);
+    while (bytes > 0) {
+      const ssize_t put = ::pwrite(fd_, at, static_cast<size_t>(bytes), offset);
+      if (put < 0 && errno == EINTR) continue;
+      if (put < 0) fail_with("writing");
+      if (put == 0) fail_with("writing", ENOSPC);
+      at += put;
+      offset += put;
+      bytes -= put;
+    }
+  }
+  // 0 or the number of the error; for threads, which cannot throw. Half a read is an error: the file is as long as
+  // that.
+  [[nodiscard]] int read(void* into, int64_t bytes, int64_t offset) const {
+    const ssize_t got = ::pread(fd_, into, static_cast<size_t>(bytes), offset);
+    return got == bytes ? 0 : got < 0 ? errno : EIO;
   }
 
  private:
+  File(std::string path, int fd, int error) : path_(std::move(path)), fd_(fd), error_(error) {}
+  bool is_open() const { return fd_ >= 0; }
+  [[noreturn]] static void fail_with(const std::string& path, const char* doing, int error) {
+    fail(ErrorKind::io, path, ": ", doing, " failed: ", std::strerror(error));
+  }
+
   std::string path_;
   int fd_;
+  int error_;
+  bool direct_ = true;
 };
 
 struct Removed {
@@ -77,42 +126,33 @@ struct Removed {
 }  // namespace
 
 DiskRate measure_disk_rate(const std::string& folder, int64_t bytes, int readers) {
-  const std::string path = folder + "/.disk-rate-" + std::to_string(::getpid());
-  const Removed removed{path};
+  if (readers < 1) fail(ErrorKind::invalid, "readers is ", readers, ", expected at least 1");
   const Pages pages(chunk * readers);
   const int64_t chunks = std::max<int64_t>(readers, bytes / chunk);
-  {
-    const File file(path, O_WRONLY | O_CREAT | O_TRUNC);
-    if (file.fd() < 0) file.fail_with("creating a file to measure with");
-    for (int64_t i = 0; i < chunks; ++i) {
-      if (::pwrite(file.fd(), pages.data(), chunk, i * chunk) != chunk) file.fail_with("writing");
-    }
-    if (::fsync(file.fd()) != 0) file.fail_with("fsync");
-    ::posix_fadvise(file.fd(), 0, 0, POSIX_FADV_DONTNEED);
-  }
-  auto file = std::make_unique<File>(path, O_RDONLY | O_DIRECT);
-  const bool direct = file->fd() >= 0;
-  if (!direct) {
-    if (errno != EINVAL) file->fail_with("opening for direct reads");
-    file = std::make_unique<File>(path, O_RDONLY);
-    if (file->fd() < 0) file->fail_with("opening");
-  }
+  const File written = File::make(folder);
+  const Removed removed{written.path()};
+  for (int64_t i = 0; i < chunks; ++i) written.write(pages.data(), chunk, i * chunk);
+  if (::fsync(written.fd()) != 0) written.fail_with("fsync");
+  ::posix_fadvise(written.fd(), 0, 0, POSIX_FADV_DONTNEED);
+
+  const auto file = File::open_to_read(written.path());
   std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
+  std::atomic<int> error{0};
   const auto begin = Clock::now();
-  std::vector<std::thread> threads;
-  for (int reader = 0; reader < readers; ++reader) {
-    threads.emplace_back([&, reader] {
-      char* into = static_cast<char*>(pages.data()) + reader * chunk;
-      for (int64_t i = next++; i < chunks; i = next++) {
-        if (::pread(file->fd(), into, chunk, i * chunk) != chunk) failed = true;
-      }
-    });
+  {
+    std::vector<std::jthread> threads;
+    for (int reader = 0; reader < readers; ++reader) {
+      threads.emplace_back([&, reader] {
+        char* into = static_cast<char*>(pages.data()) + reader * chunk;
+        for (int64_t i = next++; i < chunks && error == 0; i = next++) {
+          if (const int status = file->read(into, chunk, i * chunk); status != 0) error = status;
+        }
+      });
+    }
   }
-  for (std::thread& thread : threads) thread.join();
   const double seconds = seconds_since(begin);
-  if (failed) file->fail_with("reading");
-  return {static_cast<double>(chunks * chunk) / seconds, direct};
+  if (error != 0) file->fail_with("reading", error);
+  return {.bytes_per_second = static_cast<double>(chunks * chunk) / seconds, .direct = file->direct()};
 }
 
 ReadRates measure_read_rates(const std::string& path, double seconds) {
@@ -120,13 +160,7 @@ ReadRates measure_read_rates(const std::string& path, double seconds) {
   constexpr int lane_counts[] = {1, 2, 4, 8};
   constexpr int64_t largest = 8 << 20, smallest_file = 64 << 20;
   const auto begin = Clock::now();
-  auto file = std::make_unique<File>(path, O_RDONLY | O_DIRECT);
-  const bool direct = file->fd() >= 0;
-  if (!direct) {
-    if (errno != EINVAL) file->fail_with("opening for direct reads");
-    file = std::make_unique<File>(path, O_RDONLY);
-    if (file->fd() < 0) file->fail_with("opening");
-  }
+  const auto file = File::open_to_read(path);
   struct stat status{};
   if (::fstat(file->fd(), &status) != 0) file->fail_with("fstat");
   if (status.st_size < smallest_file) {
@@ -134,7 +168,7 @@ ReadRates measure_read_rates(const std::string& path, double seconds) {
          " to measure read rates with");
   }
   const Pages pages(largest * 8);
-  ReadRates found{{}, direct, 0};
+  ReadRates found{.rates = {}, .direct = file->direct(), .seconds = 0};
   double slowest_lane = 0;  // bytes a second of the first pair, the only guess there is for the next
   std::mt19937_64 random(1);
   const double share = seconds / static_cast<double>(std::size(sizes) * std::size(lane_counts));
@@ -145,16 +179,15 @@ ReadRates measure_read_rates(const std::string& path, double seconds) {
       const auto pair_begin = Clock::now();
       std::atomic<int64_t> bytes{0};
       std::atomic<int> error{0};
-      std::vector<std::thread> threads;
+      std::vector<std::jthread> threads;
       for (int lane = 0; lane < lanes; ++lane) {
         threads.emplace_back([&, lane, seed = random()] {
           std::mt19937_64 place(seed);
           char* into = static_cast<char*>(pages.data()) + lane * largest;
           do {
             const auto piece = static_cast<int64_t>(place() % static_cast<uint64_t>(status.st_size / size));
-            const ssize_t got = ::pread(file->fd(), into, static_cast<size_t>(size), piece * size);
-            if (got != size) {
-              error = got < 0 ? errno : EIO;
+            if (const int status = file->read(into, size, piece * size); status != 0) {
+              error = status;
               return;
             }
             (void)record_checksum(into, size);
@@ -162,14 +195,11 @@ ReadRates measure_read_rates(const std::string& path, double seconds) {
           } while (seconds_since(pair_begin) < share && error == 0);
         });
       }
-      for (std::thread& thread : threads) thread.join();
-      if (error != 0) {
-        errno = error;
-        file->fail_with("reading");
-      }
+      for (std::jthread& thread : threads) thread.join();
+      if (error != 0) file->fail_with("reading", error);
       const double rate = static_cast<double>(bytes) / seconds_since(pair_begin);
       if (slowest_lane == 0) slowest_lane = rate;
-      found.rates.push_back({size, lanes, rate});
+      found.rates.push_back({.read_bytes = size, .lanes = lanes, .bytes_per_second = rate});
     }
   }
   found.seconds = seconds_since(begin);
@@ -185,7 +215,7 @@ double measure_memory_bandwidth(int threads, int64_t bytes) {
   std::atomic<uint64_t> sink{0};
   for (int pass = 0; pass < 3; ++pass) {
     const auto begin = Clock::now();
-    std::vector<std::thread> pool;
+    std::vector<std::jthread> pool;
     for (int thread = 0; thread < threads; ++thread) {
       pool.emplace_back([&, thread] {
         uint64_t sums[8] = {};
@@ -196,7 +226,7 @@ double measure_memory_bandwidth(int threads, int64_t bytes) {
         for (const uint64_t sum : sums) sink += sum;
       });
     }
-    for (std::thread& thread : pool) thread.join();
+    for (std::jthread& thread : pool) thread.join();
     best = std::max(best, static_cast<double>(share * threads * 8) / seconds_since(begin));
   }
   return best;

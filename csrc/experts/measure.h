@@ -12,7 +12,9 @@ struct DiskRate {
   bool direct;  // false: the file system has no O_DIRECT, the rate is the page cache's
 };
 
-// Reads a temporary file of `bytes` in `folder` (made and removed by this call) with `readers` concurrent 16 MiB reads.
+// Reads a temporary file of `bytes` (at least 16 MiB for each reader) in `folder`, made and removed by this call, with
+// `readers` concurrent 16 MiB reads. How much the folder and memory have room for is the caller's to know. Throws
+// Error(io) with the system's reason.
 DiskRate measure_disk_rate(const std::string& folder, int64_t bytes = 1ll << 30, int readers = 4);
 
 struct ReadRate {

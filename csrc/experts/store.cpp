@@ -98,10 +98,23 @@ void ExpertStore::set_layout(StoreLayout layout) {
     fail(ErrorKind::store, path_, ": data_offset is ", layout.data_offset, ", expected a multiple of ",
          ExpertFormat::record_alignment, " of at least ", first);
   }
-  const int64_t expected = layout.data_offset + records * layout.format.record_bytes();
+  const ExpertFormat& format = layout.format;
+  for (const auto& [name, size] : {std::pair{"d_model", format.d_model}, {"d_ff", format.d_ff}}) {
+    if (!ExpertFormat::is_dimension(size)) {
+      fail(ErrorKind::store, path_, ": ", name, " is ", size, ", expected 1 to ", ExpertFormat::largest_dimension,
+           "; the header is damaged, pack the checkpoint again");
+    }
+  }
+  // What the header says is multiplied: a product that does not fit 64 bits belongs to no file.
+  int64_t expected = 0;
+  if (__builtin_mul_overflow(records, format.record_bytes(), &expected) ||
+      __builtin_add_overflow(expected, layout.data_offset, &expected)) {
+    fail(ErrorKind::store, path_, ": ", records, " experts of ", format.record_bytes(), " bytes from ",
+         layout.data_offset, " on are more than a file can hold; the header is damaged, pack the checkpoint again");
+  }
   if (file_bytes_ != expected) {
     fail(ErrorKind::store, path_, " has ", file_bytes_, " bytes, expected ", expected, " (", records, " experts of ",
-         layout.format.record_bytes(), " bytes); it is truncated or damaged, pack the checkpoint again");
+         format.record_bytes(), " bytes); it is truncated or damaged, pack the checkpoint again");
   }
   layout_ = std::move(layout);
   has_layout_ = true;

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "base/rounding.h"
+
 namespace sida {
 namespace {
 
@@ -13,10 +15,6 @@ constexpr int64_t tasks_per_thread = 8;
 // arithmetic, whatever the number of tokens.
 int64_t cost(const TokenBlock& block) {
   return std::max<int64_t>(block.tokens, 8);
-}
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
 }
 
 // Rows of a split task: about `tasks_per_thread` tasks for each thread, in multiples of `granularity`.

@@ -4,26 +4,15 @@
 #include <string>
 #include <utility>
 
+#include "base/at_end.h"
 #include "base/error.h"
 #include "experts/tier_source.h"
+#include "serving/moe_layer.h"
 
 namespace sida::cuda {
 namespace {
 
 constexpr int64_t least_staging = 1024;  // numbers: a page
-
-// Runs something when a scope is left, however.
-template <class Body>
-class AtEnd {
- public:
-  explicit AtEnd(Body body) : body_(std::move(body)) {}
-  ~AtEnd() { body_(); }
-  AtEnd(const AtEnd&) = delete;
-  AtEnd& operator=(const AtEnd&) = delete;
-
- private:
-  Body body_;
-};
 
 }  // namespace
 
@@ -143,7 +132,7 @@ CudaServing::Staging& CudaServing::take_staging(int64_t count) {
   for (const auto& one : staging_) {
     if (one->taken || one->capacity < count) continue;
     ++held;
-    bool free = one->readers == nullptr || planted == ServingPlant::staging_reused;
+    bool free = one->readers == nullptr;
     if (!free && oldest == nullptr) {
       // In order of use, for put_back() moves them to the end: if the oldest is not free, none is.
       oldest = one.get();
@@ -194,28 +183,9 @@ std::vector<int32_t> CudaServing::fetch_indices(const int32_t* indices, int64_t 
   if (staging.event == nullptr) check(runtime_.event_create(&staging.event, false), "creating an event");
   check(runtime_.copy_to_host(staging.memory, indices, bytes, stream), "fetching a layer's expert indices");
   check(runtime_.event_record(staging.event, stream), "recording a fetch");
-  if (planted != ServingPlant::index_unwaited) {
-    check(runtime_.event_synchronize(staging.event), "the work before a layer's expert indices");
-  }
+  check(runtime_.event_synchronize(staging.event), "the work before a layer's expert indices");
   runtime_.host_read(fetched.data(), staging.memory, bytes);
   return fetched;
-}
-
-void CudaServing::complete(MoeFfnArgs& args) const {
-  const ExpertFormat& format = engine_->format();
-  const auto* base = static_cast<const std::byte*>(engine_->slot_base());
-  const int64_t element = element_bytes(format.dtype);
-  const auto scale_at = [&](int64_t offset) {
-    return format.dtype == DType::i8 ? reinterpret_cast<const float*>(base + offset) : nullptr;
-  };
-  args.d_ff = format.d_ff;
-  args.num_slots = engine_->capacity();
-  args.w_dtype = format.dtype;
-  args.gated = format.gated;
-  args.wi = {base + format.wi_offset(), format.record_bytes() / element, format.d_model,
-             scale_at(format.wi_scale_offset()), format.record_bytes() / 4};
-  args.wo = {base + format.wo_offset(), format.record_bytes() / element, format.d_ff,
-             scale_at(format.wo_scale_offset()), format.record_bytes() / 4};
 }
 
 void CudaServing::wait_for_wave(int32_t layer, const Wave& wave, const CudaSlots::Readers& readers) const {
@@ -229,12 +199,11 @@ void CudaServing::wait_for_wave(int32_t layer, const Wave& wave, const CudaSlots
 void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
   use_device(layer.stream, "moe_layer");
   MoeFfnArgs args = layer.args;
-  complete(args);
+  set_slots(args, *engine_);
   args.slot_of_expert = layer.slot_table;
   std::vector<int32_t> table(static_cast<size_t>(args.num_experts), -1);
   const auto table_bytes = table.size() * sizeof(int32_t);
   CudaSlots& slots = slots_->slots();
-  const Stream kernels = planted == ServingPlant::default_stream ? nullptr : layer.stream;
 
   const DemandId demand = engine_->demand(layer.layer, layer.experts, layer.batch);
   const AtEnd finish([&] { engine_->finish(demand); });
@@ -244,17 +213,13 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
     slots_->check_healthy();
     const int64_t begin = Trace::now_ns();
     for (size_t i = 0; i < wave.experts.size(); ++i) table[static_cast<size_t>(wave.experts[i])] = wave.slots[i];
-    if (planted == ServingPlant::released_early) engine_->release(demand, wave);
     Staging& staging = take_staging(args.num_experts);
     std::shared_ptr<const CudaSlots::Readers> readers;
     {
-      const Stream behind = planted == ServingPlant::other_stream_read ? nullptr : layer.stream;
       const AtEnd order_after([&] {
         // A launch or a record failed: what was launched all the same reads the slots, and the copy its staging buffer.
         try {
-          if (readers == nullptr && planted != ServingPlant::no_after_read) {
-            readers = slots.after_read(behind, wave.slots);
-          }
+          if (readers == nullptr) readers = slots.after_read(layer.stream, wave.slots);
           put_back(staging, readers);
         } catch (const Error& error) {
           // Nothing can be ordered behind those kernels any more. The buffer stays taken, and no lane fills a slot
@@ -265,16 +230,15 @@ void CudaServing::forward(const LayerForward& layer, const LaunchWave& launch) {
       runtime_.host_write(staging.memory, table.data(), table_bytes);
       check(runtime_.copy_to_device(layer.slot_table, staging.memory, table_bytes, layer.stream),
             "copying a layer's slot numbers");
-      if (planted != ServingPlant::no_before_read) slots.before_read(layer.stream, wave.slots);
-      if (planted == ServingPlant::after_read_early) readers = slots.after_read(layer.stream, wave.slots);
-      launch(args, kernels);
-      if (readers == nullptr && planted != ServingPlant::no_after_read) readers = slots.after_read(behind, wave.slots);
+      slots.before_read(layer.stream, wave.slots);
+      launch(args, layer.stream);
+      readers = slots.after_read(layer.stream, wave.slots);
     }
     if (options_.blocking) wait_for_wave(layer.layer, wave, *readers);
     engine_->trace().record({TraceEvent::Kind::compute, 0, layer.layer, static_cast<int32_t>(wave.experts.size()),
                              layer.batch, begin, Trace::now_ns()});
     for (const int32_t expert : wave.experts) table[static_cast<size_t>(expert)] = -1;
-    if (planted != ServingPlant::released_early) engine_->release(demand, wave);
+    engine_->release(demand, wave);
   }
 }
 

@@ -42,26 +42,13 @@ struct ServingOptions {
 using LaunchWave = std::function<void(const MoeFfnArgs& args, Stream stream)>;
 
 struct LayerForward {
-  int32_t layer = 0;  // among the store's MoE layers
-  BatchId batch = 0;  // that was announced; 0: none
-  MoeFfnArgs args{};  // without d_ff, num_slots, w_dtype, gated, wi, wo and slot_of_expert: complete() sets those
+  int32_t layer = 0;                 // among the store's MoE layers
+  BatchId batch = 0;                 // that was announced; 0: none
+  MoeFfnArgs args{};                 // without d_ff, num_slots, w_dtype, gated, wi, wo and slot_of_expert: set here
   int32_t* slot_table = nullptr;     // device memory for num_experts numbers
   std::span<const int32_t> experts;  // distinct experts of args.expert_index
   Stream stream = nullptr;
   std::function<bool()> interrupted;  // as TransferEngine::next_wave
-};
-
-// Deliberate mistakes for the tests with the recording runtime; none unless a test says so.
-enum class ServingPlant {
-  none,
-  no_before_read,     // kernels do not wait for copies at all
-  no_after_read,      // slots are released without an event behind the kernels
-  after_read_early,   // the event is recorded before the kernels are launched
-  released_early,     // the slots are released before the kernels are launched
-  default_stream,     // kernels go to the default stream
-  other_stream_read,  // the event is recorded on another stream than the kernels'
-  index_unwaited,     // the host reads the experts' indices before they have arrived
-  staging_reused,     // a staging buffer is written again while a copy reads it
 };
 
 // Throws Error(closed) if there is no usable driver or device at all, Error(invalid) if there is no such device or it
@@ -96,15 +83,11 @@ class CudaServing {
 
   // The indices of a layer, fetched from the device: the one thing that the host waits for in the steady state.
   std::vector<int32_t> fetch_indices(const int32_t* indices, int64_t count, Stream stream);
-  // Sets the fields of args that are the store's and the slots'.
-  void complete(MoeFfnArgs& args) const;
   // Demands the experts, launches waves as they are there, releases them. Returns when all are launched.
   void forward(const LayerForward& layer, const LaunchWave& launch);
 
   // As TransferEngine::close, for both tiers.
   void close();
-
-  inline static ServingPlant planted = ServingPlant::none;
 
  private:
   // Pinned memory for what passes between host and device with every layer.

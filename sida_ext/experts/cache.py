@@ -10,11 +10,12 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from sida_ext import _C
+from sida_ext._load import _C
 from sida_ext.errors import StoreError
 from sida_ext.experts.folders import default_cache
 from sida_ext.experts.source import ExpertSource
-from sida_ext.experts.store import StoreHeader, fill_record, format_of, open_store, write_store
+from sida_ext.experts.store import StoreHeader, open_store
+from sida_ext.experts.store_writer import Rounding, fill_record, format_of, write_store
 
 __all__ = ["check_source", "ensure_store"]
 
@@ -95,7 +96,8 @@ def _same_records(header: StoreHeader, source: ExpertSource) -> bool:
     expected = iter(header.checksums)
     for layer, name in enumerate(source.layers):
         for index in range(source.num_experts):
-            fill_record(record, source, header.dtype, source.expert(layer, index), f"{name} expert {index}")
+            where = f"{name} expert {index}"
+            fill_record(record, source, header.dtype, source.expert(layer, index, header.dtype), where, Rounding())
             if tuple(_C.record_checksum(record)) != next(expected):
                 return False
     return True

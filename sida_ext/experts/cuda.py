@@ -37,12 +37,15 @@ def resolve_device(device: str | torch.device, host_memory: object = None) -> to
             f"(this one is {torch.__version__}) and nvcc 12.8 or later, then build again: "
             "SIDA_CUDA=on pip install --no-build-isolation --force-reinstall --no-deps ."
         )
-    _C.check_cuda_device(wanted.index or 0)  # says what is missing: driver, device, capability
+    index = wanted.index
+    if index is None:  # what "cuda" means to torch; without a device, 0 is there to say what is missing
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    _C.check_cuda_device(index)  # says what is missing: driver, device, capability
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"device is {str(device)!r}, but torch.cuda.is_available() is False in torch {torch.__version__}"
         )
-    return wanted if wanted.index is not None else torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda", index)
 
 
 def cuda_blocking() -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from sida_ext.experts.runtime import Runtime, runtime_of
+from sida_ext.experts.stats import Counters
 
 try:
     from prometheus_client.core import REGISTRY, CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,21 +21,7 @@ except ImportError as error:
 __all__ = ["RuntimeCollector", "register"]
 
 # Counters of each MoE layer: name, field of LayerStats, help.
-COUNTERS = (
-    ("layers_computed", "requested", "MoE layers computed"),
-    ("experts_wanted", "unique", "Distinct experts wanted: hits + late + misses"),
-    ("hits", "hits", "Experts that were in memory when they were wanted"),
-    ("late", "late", "Experts wanted while they were being read"),
-    ("misses", "misses", "Experts wanted that nobody was reading"),
-    ("evictions", "evictions", "Experts evicted"),
-    ("loads", "loads", "Reads of an expert that ended well"),
-    ("failed_loads", "failed_loads", "Reads of an expert that failed"),
-    ("read_bytes", "bytes_read", "Bytes read from the expert store"),
-    ("useful_prefetches", "useful_prefetches", "Experts read ahead and then wanted"),
-    ("wasted_prefetches", "wasted_prefetches", "Experts read ahead and evicted unused"),
-    ("cancelled_prefetches", "cancelled_prefetches", "Predicted experts whose read never began"),
-    ("stall_seconds", "stall_seconds", "Seconds in which the computation waited with nothing to do"),
-)
+COUNTERS = tuple((each.metadata["metric"] or each.name, each.name, each.metadata["text"]) for each in fields(Counters))
 QUANTILES = ((0.5, "stall_p50"), (0.95, "stall_p95"), (0.99, "stall_p99"))
 
 

@@ -16,7 +16,7 @@ from sida_ext._load import _C
 
 __all__ = ["DTYPES", "EVICTIONS", "PINS", "ROUTINGS", "Options", "options_from"]
 
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "mxfp4")
 EVICTIONS = ("next_use", "lru", "lfu", "fifo")
 ROUTINGS = ("router", "predicted", "confident")
 PINS = ("require", "try")
@@ -32,7 +32,8 @@ class Options:
         host_memory: the pinned pool between the store and a GPU: bytes, ``"8GiB"``, ``"50%"`` of the experts; None: all
             experts if they fit in half of the memory that is free, else as many, which is said. Not for the CPU.
         expert_dtype: what experts are packed as at first use: float32, float16, bfloat16, int8 (one factor for each
-            row), int4 or mxfp4 (one for each 32 columns). With ``store`` they are what the store holds.
+            row), int4 or mxfp4 (one for each 32 columns; :mod:`sida_ext.experts.quantise`). With ``store`` they are
+            what the store holds.
         routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
             ``"confident"``: the table for a token and layer where its probability reaches ``confidence``, the router

@@ -18,7 +18,7 @@ class ExpertWeights:
     """One expert in the store's layout, whatever the checkpoint's was: rows of ``[out, in]``, gate rows before up rows.
 
     Attributes:
-        wi: [d_ff, d_model], gated: [2 * d_ff, d_model], floating point or quantised already, on the CPU.
+        wi: [d_ff, d_model], gated: [2 * d_ff, d_model], floating point on the CPU, or quantised.
         wo: [d_model, d_ff], of the same type.
         wi_bias, wo_bias: [rows of wi] and [d_model]; both or none.
     """
@@ -49,5 +49,9 @@ class ExpertSource(Protocol):
     fingerprint: str  # identity of the weights
     name: str
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
-        """The weights of expert ``index`` of ``layers[layer]``."""
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
+        """The weights of expert ``index`` of ``layers[layer]``.
+
+        Args:
+            dtype: the store's type; matrices that are quantised in just this type may be given as they are.
+        """

@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-__all__ = ["LayerStats", "Stats"]
+__all__ = ["LayerStanding", "LayerStats", "Stats"]
+
+
+class LayerStanding(NamedTuple):
+    """The experts of one MoE layer at a moment.
+
+    Args:
+        places: a byte an expert: 0 on disk alone, 1 arriving, 2 in memory, 3 in memory and computed from.
+        demands: how often each was wanted since the start.
+    """
+
+    places: bytes
+    demands: list[int]
+
+
+def counts(text: str, metric: str | None = None) -> dict[str, Any]:
+    """Of a counter of the engine: what it counts, and its name for Prometheus where that is another."""
+    return {"text": text, "metric": metric}
 
 
 @dataclass(frozen=True)
 class Counters:
     """What was demanded, and what it took. An expert that a batch wants in a layer counts once, however many of its
-    tokens go there."""
+    tokens go there.
 
-    requested: int  # layers computed
-    unique: int  # experts wanted: hits + late + misses
-    hits: int  # in memory when they were wanted
-    late: int  # wanted while they were being read
-    misses: int  # neither
-    evictions: int
-    loads: int  # reads that ended well
-    failed_loads: int
-    bytes_read: int
-    useful_prefetches: int  # read ahead and then wanted
-    wasted_prefetches: int  # read ahead and evicted unused
-    cancelled_prefetches: int  # predicted, and overtaken by the computation before their read began
-    stall_seconds: float  # the computation waited with nothing to do
+    This is the one list of counters in Python: statistics and metrics follow from it.
+    """
+
+    requested: int = field(metadata=counts("MoE layers computed", "layers_computed"))
+    unique: int = field(metadata=counts("Distinct experts wanted: hits + late + misses", "experts_wanted"))
+    hits: int = field(metadata=counts("Experts that were in memory when they were wanted"))
+    late: int = field(metadata=counts("Experts wanted while they were being read"))
+    misses: int = field(metadata=counts("Experts wanted that nobody was reading"))
+    evictions: int = field(metadata=counts("Experts evicted"))
+    loads: int = field(metadata=counts("Reads of an expert that ended well"))
+    failed_loads: int = field(metadata=counts("Reads of an expert that failed"))
+    bytes_read: int = field(metadata=counts("Bytes read from the expert store", "read_bytes"))
+    useful_prefetches: int = field(metadata=counts("Experts read ahead and then wanted"))
+    wasted_prefetches: int = field(metadata=counts("Experts read ahead and evicted unused"))
+    cancelled_prefetches: int = field(metadata=counts("Predicted experts whose read never began"))
+    stall_seconds: float = field(metadata=counts("Seconds in which the computation waited with nothing to do"))
 
     @property
     def hit_rate(self) -> float:
@@ -56,7 +76,7 @@ class Stats(Counters):
 
     @classmethod
     def from_engine(cls, raw: dict[str, Any], names: Sequence[str]) -> Stats:
-        counters = [field.name for field in fields(Counters)]
+        counters = [each.name for each in fields(Counters)]
         layers = tuple(
             LayerStats(
                 **{name: layer[name] for name in counters},

@@ -1,34 +1,22 @@
-"""The expert store: write experts as aligned records, open the result.
+"""The expert store: its header, and opening it.
 
 The file format is described in ``csrc/experts/store.h``; this module owns the JSON header inside it.
 """
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
-import math
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sida_ext._load import _C
 from sida_ext.errors import StoreError
-from sida_ext.experts.quantise import Quantised, is_quantised, quantise
-from sida_ext.experts.source import ExpertSource, ExpertWeights
 
-__all__ = ["DTYPES", "StoreHeader", "fill_record", "format_of", "open_store", "write_store"]
+__all__ = ["DTYPES", "FORMAT_VERSION", "StoreHeader", "open_store"]
 
 # The newest format that is read. A store is written in the oldest that holds it: 2 has biases and 4-bit weights.
 FORMAT_VERSION = 2
@@ -40,17 +28,109 @@ DTYPES = {
     "int4": torch.uint8,
     "mxfp4": torch.uint8,
 }
-# Bytes kept free on the disk beside a new store, so that packing never fills it up.
-DISK_RESERVE = 256 << 20
+
+
+class _Fields:
+    """The fields of a header, each checked as it is taken."""
+
+    def __init__(self, text: str, path: str) -> None:
+        self.path = path
+        try:
+            self.found = json.loads(text)
+        except ValueError as error:
+            raise StoreError(f"{path}: the header is not JSON ({error}); pack the checkpoint again") from error
+        if not isinstance(self.found, dict):
+            raise self.bad("header", type(self.found).__name__, "a JSON object")
+
+    def bad(self, field: str, found: object, expected: str) -> StoreError:
+        return StoreError(
+            f"{self.path}: header field {field!r} is {found!r}, expected {expected}; pack the checkpoint again"
+        )
+
+    def version(self) -> int:
+        version = self.found.get("version")
+        if type(version) is not int or version < 1:
+            raise self.bad("version", version, "a positive integer")
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"{self.path}: written in store format {version}, this sida_ext reads up to {FORMAT_VERSION}; "
+                "update sida_ext or pack the checkpoint again"
+            )
+        return version
+
+    def one_of(self, field: str, known: Iterable[str]) -> str:
+        value = self.found.get(field)
+        if value not in known:
+            raise self.bad(field, value, f"one of {', '.join(known)}")
+        return value
+
+    def number(self, field: str) -> int:
+        value = self.found.get(field)
+        if type(value) is not int or not 0 < value < 2**48:
+            raise self.bad(field, value, "a positive integer")
+        return value
+
+    def dimension(self, field: str) -> int:
+        value = self.number(field)
+        if value > _C.largest_dimension:
+            raise self.bad(field, value, f"at most {_C.largest_dimension}")
+        return value
+
+    def flag(self, field: str, default: bool | None = None) -> bool:
+        value = self.found.get(field, default)
+        if not isinstance(value, bool):
+            raise self.bad(field, value, "true or false")
+        return value
+
+    def text(self, field: str, default: str | None = None) -> str:
+        value = self.found.get(field, default)
+        if not isinstance(value, str):
+            raise self.bad(field, value, "a string")
+        return value
+
+    def layers(self) -> tuple[str, ...]:
+        layers = self.found.get("layers")
+        if not isinstance(layers, list) or not layers or not all(isinstance(name, str) and name for name in layers):
+            raise self.bad("layers", layers, "a list of module paths")
+        if len(set(layers)) != len(layers):
+            raise self.bad("layers", layers, "distinct module paths")
+        return tuple(layers)
+
+    def checksums(self, expected: int) -> tuple[tuple[int, int, int, int], ...]:
+        if self.found.get("checksum") != "crc32c-quarters":
+            raise self.bad("checksum", self.found.get("checksum"), "'crc32c-quarters'")
+        sums = self.found.get("checksums")
+        if not isinstance(sums, list) or len(sums) != expected:
+            found = f"{len(sums)} entries" if isinstance(sums, list) else sums
+            raise self.bad("checksums", found, f"{expected} entries, one for each expert")
+        for entry in sums:
+            if not isinstance(entry, str) or not re.fullmatch(r"[0-9a-f]{32}", entry):
+                raise self.bad("checksums", entry, "32 hexadecimal digits")
+        return tuple((int(s[0:8], 16), int(s[8:16], 16), int(s[16:24], 16), int(s[24:32], 16)) for s in sums)
+
+    def rounding(self, layers: int) -> tuple[float, ...]:
+        rounding = self.found.get("rounding", [])
+        if not isinstance(rounding, list) or len(rounding) not in (0, layers):
+            raise self.bad("rounding", rounding, "a number for each layer")
+        for entry in rounding:
+            if not isinstance(entry, str) or not re.fullmatch(r"\d\.\d{3}e[-+]\d\d", entry):
+                raise self.bad("rounding", entry, "a number of four digits")
+        return tuple(map(float, rounding))
+
+    def top_k(self) -> tuple[int, ...]:
+        top_k = self.found.get("top_k", [])
+        if not isinstance(top_k, list) or not all(type(k) is int and k > 0 for k in top_k):
+            raise self.bad("top_k", top_k, "a list of positive integers")
+        return tuple(top_k)
 
 
 @dataclass(frozen=True)
 class StoreHeader:
-    """What a store says of itself. Sizes in bytes. A store that was packed before the last fields were known has their
-    defaults, an empty ``family`` among them.
+    """What a store says of itself. Sizes in bytes.
 
     ``rounding`` is how far quantising moved the weights of each layer, ``|stored - weight| / |weight|`` (roots of
-    sums of squares), to four digits; empty where nothing was quantised.
+    sums of squares), to four digits; empty where nothing was quantised. A store that was packed before the last fields
+    were known has their defaults, an empty ``family`` among them.
     """
 
     version: int
@@ -66,12 +146,12 @@ class StoreHeader:
     fingerprint: str
     source: str
     biased: bool = False
+    rounding: tuple[float, ...] = ()
     family: str = ""
     layout: str = ""
     top_k: tuple[int, ...] = ()
     activation: str = ""
     gate: str = ""
-    rounding: tuple[float, ...] = ()
 
     @property
     def total_experts(self) -> int:
@@ -119,91 +199,32 @@ class StoreHeader:
             StoreError: names the file, the field, the value found and the one expected.
         """
 
-        def bad(field: str, found: object, expected: str) -> StoreError:
-            return StoreError(
-                f"{path}: header field {field!r} is {found!r}, expected {expected}; pack the checkpoint again"
-            )
-
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise StoreError(f"{path}: the header is not JSON ({error}); pack the checkpoint again") from error
-        if not isinstance(fields, dict):
-            raise bad("header", type(fields).__name__, "a JSON object")
-        version = fields.get("version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise bad("version", version, "a positive integer")
-        if version > FORMAT_VERSION:
-            raise StoreError(
-                f"{path}: written in store format {version}, this sida_ext reads up to {FORMAT_VERSION}; "
-                "update sida_ext or pack the checkpoint again"
-            )
-        if fields.get("dtype") not in DTYPES:
-            raise bad("dtype", fields.get("dtype"), f"one of {', '.join(DTYPES)}")
-        if fields.get("checksum") != "crc32c-quarters":
-            raise bad("checksum", fields.get("checksum"), "'crc32c-quarters'")
-        numbers = {}
-        for field in ("d_model", "d_ff", "num_experts", "record_bytes", "data_offset"):
-            value = fields.get(field)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**48:
-                raise bad(field, value, "a positive integer")
-            numbers[field] = value
-        if not isinstance(fields.get("gated"), bool):
-            raise bad("gated", fields.get("gated"), "true or false")
-        if not isinstance(fields.get("biased", False), bool):
-            raise bad("biased", fields.get("biased"), "true or false")
-        layers = fields.get("layers")
-        if not isinstance(layers, list) or not layers or not all(isinstance(name, str) and name for name in layers):
-            raise bad("layers", layers, "a list of module paths")
-        if len(set(layers)) != len(layers):
-            raise bad("layers", layers, "distinct module paths")
-        for field in ("fingerprint", "source"):
-            if not isinstance(fields.get(field), str):
-                raise bad(field, fields.get(field), "a string")
-        for field in ("family", "layout", "activation", "gate"):
-            if not isinstance(fields.get(field, ""), str):
-                raise bad(field, fields.get(field), "a string")
-        top_k = fields.get("top_k", [])
-        if not isinstance(top_k, list) or not all(type(k) is int and k > 0 for k in top_k):
-            raise bad("top_k", top_k, "a list of positive integers")
-        sums = fields.get("checksums")
-        expected = len(layers) * numbers["num_experts"]
-        if not isinstance(sums, list) or len(sums) != expected:
-            found = f"{len(sums)} entries" if isinstance(sums, list) else sums
-            raise bad("checksums", found, f"{expected} entries, one for each expert")
-        for entry in sums:
-            if not isinstance(entry, str) or not re.fullmatch(r"[0-9a-f]{32}", entry):
-                raise bad("checksums", entry, "32 hexadecimal digits")
-        rounding = fields.get("rounding", [])
-        if not isinstance(rounding, list) or len(rounding) not in (0, len(layers)):
-            raise bad("rounding", rounding, "a number for each layer")
-        for entry in rounding:
-            if not isinstance(entry, str) or not re.fullmatch(r"\d\.\d{3}e[-+]\d\d", entry):
-                raise bad("rounding", entry, "a number of four digits")
+        fields = _Fields(text, path)
+        version, layers, experts = fields.version(), fields.layers(), fields.number("num_experts")
         header = cls(
             version=version,
-            dtype=fields["dtype"],
-            d_model=numbers["d_model"],
-            d_ff=numbers["d_ff"],
-            gated=fields["gated"],
-            layers=tuple(layers),
-            num_experts=numbers["num_experts"],
-            record_bytes=numbers["record_bytes"],
-            data_offset=numbers["data_offset"],
-            checksums=tuple((int(s[0:8], 16), int(s[8:16], 16), int(s[16:24], 16), int(s[24:32], 16)) for s in sums),
-            fingerprint=fields["fingerprint"],
-            source=fields["source"],
-            biased=fields.get("biased", False),
-            family=fields.get("family", ""),
-            layout=fields.get("layout", ""),
-            top_k=tuple(top_k),
-            activation=fields.get("activation", ""),
-            gate=fields.get("gate", ""),
-            rounding=tuple(map(float, rounding)),
+            dtype=fields.one_of("dtype", DTYPES),
+            d_model=fields.dimension("d_model"),
+            d_ff=fields.dimension("d_ff"),
+            gated=fields.flag("gated"),
+            layers=layers,
+            num_experts=experts,
+            record_bytes=fields.number("record_bytes"),
+            data_offset=fields.number("data_offset"),
+            checksums=fields.checksums(len(layers) * experts),
+            fingerprint=fields.text("fingerprint"),
+            source=fields.text("source"),
+            biased=fields.flag("biased", False),
+            rounding=fields.rounding(len(layers)),
+            family=fields.text("family", ""),
+            layout=fields.text("layout", ""),
+            top_k=fields.top_k(),
+            activation=fields.text("activation", ""),
+            gate=fields.text("gate", ""),
         )
         size = header.format().record_bytes
         if header.record_bytes != size:
-            raise bad("record_bytes", header.record_bytes, f"{size}, what the shapes and the dtype give")
+            raise fields.bad("record_bytes", header.record_bytes, f"{size}, what the shapes and the dtype give")
         return header
 
     def format(self) -> _C.ExpertFormat:
@@ -228,240 +249,3 @@ def open_store(path: str | os.PathLike[str]) -> tuple[_C.ExpertStore, StoreHeade
         list(header.layers),
     )
     return store, header
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-@dataclass
-class Rounding:
-    """Sums of squared errors and of squares of weights, to say how far quantising moved them."""
-
-    error: float = 0.0
-    size: float = 0.0
-
-    def add(self, weight: Tensor, quantised: Quantised) -> None:
-        exact = weight.float()
-        self.error += float((quantised.dequantise() - exact).square_().sum(dtype=torch.float64))
-        self.size += float(exact.square().sum(dtype=torch.float64))
-
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.error / self.size) if self.size > 0 else 0.0
-
-
-def _stored(
-    weight: Tensor | Quantised, dtype: str, where: str, rounding: Rounding | None
-) -> tuple[Tensor, Tensor | None]:
-    """What a record holds of a matrix: its elements, and its scales where it is quantised."""
-    if isinstance(weight, Quantised):
-        if weight.dtype == dtype:
-            return weight.values, weight.scale
-        weight = weight.dequantise()
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"{where} holds NaN or infinity; the checkpoint is damaged")
-    if is_quantised(dtype):
-        quantised = quantise(weight, dtype)
-        if rounding is not None:
-            rounding.add(weight, quantised)
-        return quantised.values, quantised.scale
-    stored = weight.to(DTYPES[dtype])
-    if not bool(torch.isfinite(stored).all()):
-        raise ValueError(
-            f"{where} holds {weight.abs().max().item():g}, beyond the range of {dtype}; pack with --dtype bfloat16"
-        )
-    return stored, None
-
-
-def _fill_weights(
-    record: np.ndarray,
-    fmt: _C.ExpertFormat,
-    dtype: str,
-    weights: ExpertWeights,
-    where: str,
-    rounding: Rounding | None,
-) -> None:
-    for weight, offset, scale_offset, name in (
-        (weights.wi, fmt.wi_offset, fmt.wi_scale_offset, "wi"),
-        (weights.wo, fmt.wo_offset, fmt.wo_scale_offset, "wo"),
-    ):
-        stored, scale = _stored(weight, dtype, f"{where}: {name}", rounding)
-        for tensor, at in ((stored, offset), (scale, scale_offset)):
-            if tensor is not None:
-                raw = _bytes_of(tensor)
-                record[at : at + raw.size] = raw
-
-
-def _fill_biases(record: np.ndarray, fmt: _C.ExpertFormat, wi_bias: Tensor, wo_bias: Tensor, where: str) -> None:
-    for bias, offset, name in ((wi_bias, fmt.wi_bias_offset, "wi_bias"), (wo_bias, fmt.wo_bias_offset, "wo_bias")):
-        if not bool(torch.isfinite(bias).all()):
-            raise ValueError(f"{where}: {name} holds NaN or infinity; the checkpoint is damaged")
-        raw = _bytes_of(bias.float())
-        record[offset : offset + raw.size] = raw
-
-
-def _check_shapes(
-    tensors: Mapping[str, Tensor | Quantised | None], shapes: Mapping[str, tuple[int, ...] | None], where: str
-) -> None:
-    for name, given in tensors.items():
-        found = None if given is None else tuple(given.shape)
-        if found != shapes[name] or (isinstance(given, Tensor) and not given.is_floating_point()):
-            kind = "" if given is None else f"{given.dtype} of shape "
-            raise ValueError(
-                f"{where}: {name} is {kind}{found}, expected a floating-point type of shape {shapes[name]}"
-            )
-
-
-def format_of(source: ExpertSource, dtype: str) -> _C.ExpertFormat:
-    """Sizes and offsets of a record of ``source`` in ``dtype``."""
-    return _C.ExpertFormat(source.d_model, source.d_ff, dtype, source.gated, source.biased)
-
-
-def fill_record(
-    record: np.ndarray,
-    source: ExpertSource,
-    dtype: str,
-    weights: ExpertWeights,
-    where: str,
-    rounding: Rounding | None = None,
-) -> None:
-    """Write one expert into ``record`` [record_bytes] uint8, whose gaps between the parts stay as they are (zero).
-    ``rounding`` takes what quantising does to it.
-
-    Raises:
-        ValueError: a shape is not the source's, or a number cannot be held in ``dtype``; ``where`` begins the message.
-    """
-    rows = source.d_ff * (2 if source.gated else 1)
-    _check_shapes(
-        {"wi": weights.wi, "wo": weights.wo, "wi_bias": weights.wi_bias, "wo_bias": weights.wo_bias},
-        {
-            "wi": (rows, source.d_model),
-            "wo": (source.d_model, source.d_ff),
-            "wi_bias": (rows,) if source.biased else None,
-            "wo_bias": (source.d_model,) if source.biased else None,
-        },
-        where,
-    )
-    fmt = format_of(source, dtype)
-    _fill_weights(record, fmt, dtype, weights, where, rounding)
-    if weights.wi_bias is not None and weights.wo_bias is not None:
-        _fill_biases(record, fmt, weights.wi_bias, weights.wo_bias, where)
-
-
-def _remove_stale_partials(path: Path) -> None:
-    """Remove what packers of ``path`` left that were killed: a living one holds the lock of its file."""
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        # Its packer may just have finished, or still be at work.
-        with suppress(FileNotFoundError, BlockingIOError), open(stale, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink()
-
-
-@contextmanager
-def _partial_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new locked file beside ``path`` and its name; gone at the end, unless it has been renamed."""
-    while True:
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        with open(partial, "xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # Between the two lines above another packer may have taken it for one that was left behind.
-            if os.fstat(file.fileno()).st_nlink == 0:
-                continue
-            try:
-                yield file, partial
-            finally:
-                partial.unlink(missing_ok=True)
-            return
-
-
-def write_store(
-    source: ExpertSource,
-    path: str | os.PathLike[str],
-    dtype: str = "bfloat16",
-    progress: Callable[[int, int], None] | None = None,
-) -> StoreHeader:
-    """Write the experts of ``source`` to ``path``, one expert in memory at a time.
-
-    The file appears under its name only when it is complete and synced; what stood there before stays until then.
-    What a packer of the same store left when it was killed is removed first.
-
-    Args:
-        dtype: float32, bfloat16, float16, or one of :mod:`sida_ext.experts.quantise`: int8, int4, mxfp4. A matrix that
-            the source gives as a ``Quantised`` of this type is kept bit for bit.
-        progress: called with (experts written, experts in all).
-
-    Raises:
-        ValueError: an unknown dtype, or weights that it cannot hold. OSError: the disk is full or fails.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    path = Path(path)
-    fmt = format_of(source, dtype)
-    total = len(source.layers) * source.num_experts
-    roundings = [Rounding() for _ in source.layers]
-
-    def header(checksums: Sequence[tuple[int, int, int, int]], data_offset: int) -> StoreHeader:
-        return StoreHeader(
-            version=2 if source.biased or dtype in ("int4", "mxfp4") else 1,
-            dtype=dtype,
-            d_model=source.d_model,
-            d_ff=source.d_ff,
-            gated=source.gated,
-            biased=source.biased,
-            layers=tuple(source.layers),
-            num_experts=source.num_experts,
-            record_bytes=fmt.record_bytes,
-            data_offset=data_offset,
-            checksums=tuple(checksums),
-            fingerprint=source.fingerprint,
-            source=source.name,
-            family=source.family,
-            layout=source.layout,
-            top_k=tuple(source.top_k),
-            activation=source.activation,
-            gate=source.gate,
-            rounding=tuple(layer.relative for layer in roundings) if is_quantised(dtype) else (),
-        )
-
-    # Checksums and roundings have a fixed width, so the header's length is known before they are; 2**47 stands for any
-    # offset.
-    longest = len(header([(0, 0, 0, 0)] * total, 2**47).to_json()) + _C.store_prologue_bytes
-    data_offset = -(-longest // 4096) * 4096
-    needed = data_offset + total * fmt.record_bytes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale_partials(path)
-    free = shutil.disk_usage(path.parent).free
-    if free < needed + DISK_RESERVE:
-        raise OSError(
-            f"{path}: the store needs {needed / 2**30:.2f} GiB and a reserve of {DISK_RESERVE >> 20} MiB, but "
-            f"{free / 2**30:.2f} GiB are free there; free some space or choose another place"
-        )
-    checksums: list[tuple[int, int, int, int]] = []
-    with _partial_file(path) as (file, partial):
-        file.seek(data_offset)
-        record = np.zeros(fmt.record_bytes, dtype=np.uint8)
-        for layer, layer_name in enumerate(source.layers):
-            for index in range(source.num_experts):
-                where = f"{source.name}: {layer_name} expert {index}"
-                fill_record(record, source, dtype, source.expert(layer, index), where, roundings[layer])
-                a, b, c, d = _C.record_checksum(record)
-                checksums.append((a, b, c, d))
-                file.write(record.data)
-                if progress is not None:
-                    progress(len(checksums), total)
-        done = header(checksums, data_offset)
-        file.seek(0)
-        file.write(_C.store_prologue(done.to_json()))
-        file.write(done.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-        # The engine reads past the page cache; what the writing left there only takes room.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    return done

@@ -9,7 +9,8 @@ to one expert at a time: a stack of matrices gets a list of one, a fused tensor 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from sida_ext.experts.checkpoint import WeightFiles
-from sida_ext.experts.source import ExpertWeights
 
 __all__ = ["ExpertLayout", "Recipe", "canonical", "expert_parameters", "experts_modules", "shared_modules"]
 
@@ -85,27 +85,22 @@ def shared_modules(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return shared
 
 
-def canonical(module: nn.Module, parts: Mapping[str, Tensor]) -> ExpertWeights:
-    """One expert as a store has it, from one expert of each parameter of ``module``, as they lie there.
+def canonical(module: nn.Module, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One expert's parts as a store has them, rows of ``[out, in]`` and gate rows before up rows.
 
     Args:
-        parts: role (see :func:`expert_parameters`) -> tensor without the experts' dimension.
+        parts: role (see :func:`expert_parameters`) -> part of the module's parameter, as it lies there, without the
+            experts' dimension.
     """
 
-    def rows(role: str) -> Tensor | None:
-        part = parts.get(role)
-        if part is None:
-            return None
+    def rows(role: str, part: Tensor) -> Tensor:
         if part.dim() == 2 and module.is_transposed:
             part = part.transpose(0, 1)
         if role.startswith("wi") and module.has_gate and not module.is_concatenated:
             part = torch.cat([part[0::2], part[1::2]])
         return part.contiguous()
 
-    wi, wo = rows("wi"), rows("wo")
-    if wi is None or wo is None:
-        raise ValueError(f"parts are {sorted(parts)}, expected wi and wo")
-    return ExpertWeights(wi, wo, rows("wi_bias"), rows("wo_bias"))
+    return {role: rows(role, part) for role, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -133,6 +128,11 @@ class Recipe:
     def stacked(self) -> bool:
         """The checkpoint holds a tensor for each expert."""
         return any(type(operation).__name__ in STACKS for operation in self.operations)
+
+    @property
+    def kinds(self) -> int:
+        """Modules that share the lists of tensors (text and vision experts), each with a part of them."""
+        return 1 if self.rule is None else len(self.rule.target_patterns)
 
     @property
     def keys(self) -> list[str]:
@@ -182,7 +182,7 @@ def _run(recipe: Recipe, collected: dict[str, list[Tensor]], model: Any, config:
     for name, made in result.items():
         full = name if prefix is None else f"{prefix}{name}{suffix}"
         if full == recipe.target or name == recipe.target:
-            return made[0] if isinstance(made, list) else made
+            return (made[0] if isinstance(made, list) else made).detach()
     raise ValueError(f"transformers' rule for {recipe.target} makes {sorted(result)}, not that; update sida_ext")
 
 
@@ -201,6 +201,7 @@ class ExpertLayout:
 
     def __init__(self, model: PreTrainedModel, files: WeightFiles, quantizer: Any = None) -> None:
         self.model, self.files = model, files
+        self._one_expert = _OneExpert(model)
         self.modules = experts_modules(model)
         self.shared = shared_modules(self.modules)
         collected = self._collect(quantizer)
@@ -213,6 +214,7 @@ class ExpertLayout:
         for name, recipes in self.recipes.items():
             for recipe in recipes.values():
                 self._check(self.modules[name], recipe)
+            self._check_neighbours(name, collected)
 
     @property
     def keys(self) -> set[str]:
@@ -225,9 +227,8 @@ class ExpertLayout:
         name, recipes = next(iter(self.recipes.items()))
         module, recipe = self.modules[name], recipes["wi"]
         kinds = [type(operation).__name__ for operation in recipe.operations]
-        sources = [pattern.replace("\\", "").rpartition("experts.")[2] for pattern in recipe.sources]
-        if not kinds:
-            sources = [recipe.keys[0].rpartition("experts.")[2]]
+        patterns = [pattern.replace("\\", "") for pattern in recipe.sources]
+        sources = [re.split(r"experts\.|\.\d+\.", pattern)[-1] for pattern in patterns]
         parts = [("one matrix for each expert" if recipe.stacked else "all experts fused") + f" ({', '.join(sources)})"]
         if module.is_transposed or "Transpose" in kinds:
             parts.append("transposed")
@@ -235,7 +236,7 @@ class ExpertLayout:
             parts.append("gate and up in turns")
         if "ErnieFuseAndSplitTextVisionExperts" in kinds:
             parts.append("text and vision experts in one list")
-        if any("equantize" in kind for kind in kinds):
+        if any("equantize" in kind for kind in kinds) and len(recipe.keys) > 1:
             parts.append("MXFP4" if "Mxfp4Dequantize" in kinds else "block-scaled")
         return ", ".join(parts)
 
@@ -311,29 +312,36 @@ class ExpertLayout:
                     "load the model with transformers, save it with save_pretrained(folder, "
                     "save_original_format=False) and pack that folder"
                 )
-        parameter = self.model.get_parameter(recipe.target)
+        experts = int(module.num_experts)  # type: ignore[arg-type]
         if recipe.stacked:
-            self._check_count(recipe, int(module.num_experts))  # type: ignore[arg-type]
-        collected = {
-            pattern: [torch.empty(self.files.shape(key), dtype=self.files.dtype(key), device="meta") for key in keys]
-            for pattern, keys in recipe.sources.items()
-        }
+            self._check_stack(recipe, experts)
+        expected = (1, *self.model.get_parameter(recipe.target).shape[1:])
         try:
-            made = _run(recipe, collected, self.model, self.model.config)
+            made = _run(recipe, self._collected(recipe, 0, experts, meta=True), self._one_expert, self.model.config)
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{recipe.target}: {self._described(recipe)} cannot be joined as transformers does: {error}"
             ) from error
-        if made.shape != parameter.shape:
+        if tuple(made.shape) != expected:
             raise ValueError(
-                f"{recipe.target}: {self._described(recipe)} make {tuple(made.shape)}, expected "
-                f"{tuple(parameter.shape)} by config.json; it is of another model than the weights"
+                f"{recipe.target}: {self._described(recipe)} give an expert of shape {tuple(made.shape[1:])}, expected "
+                f"{experts} experts of shape {expected[1:]}; config.json is of another model than the weights"
+            )
+        if not made.is_floating_point() or made.dtype.itemsize < 2:
+            raise ValueError(
+                f"{recipe.target}: {self._described(recipe)} are {made.dtype}, expected float32, bfloat16 or float16; "
+                "config.json names no quantisation that explains them"
             )
 
-    def _check_count(self, recipe: Recipe, experts: int) -> None:
-        lists = max(1, len(recipe.rule.target_patterns) if recipe.rule is not None else 1)
+    def _check_stack(self, recipe: Recipe, experts: int) -> None:
+        """There is a tensor for each expert, and all are of one shape."""
+        lists = recipe.kinds
         for pattern, keys in recipe.sources.items():
             if len(keys) == experts * lists:
+                for position, key in enumerate(keys):
+                    first = keys[position // experts * experts]
+                    if (found := self._form(key)) != (expected := self._form(first)):
+                        raise ValueError(f"{key} is {found}, expected {expected} as {first} is")
                 continue
             numbers = {int(part) for key in keys for part in _varying(keys, key)}
             missing = sorted(set(range(experts * lists)) - numbers)
@@ -345,31 +353,67 @@ class ExpertLayout:
                 + (f"; expert {extra[0]} is too many" if extra else "")
             )
 
+    def _check_neighbours(
+        self, name: str, collected: Mapping[str, tuple[dict[str, list[str]], WeightConverter | None]]
+    ) -> None:
+        """What stands beside the experts, the router above all, is of the configuration's shapes too: told before
+        anything is packed, not when the rest of the model is loaded."""
+        block = name.rpartition(".")[0] + "."
+        for target, (sources, rule) in collected.items():
+            if rule is not None or not target.startswith(block) or target.startswith(f"{name}."):
+                continue
+            key = next(iter(sources.values()))[0]
+            expected = tuple(self.model.get_parameter_or_buffer(target).shape)
+            if self.files.shape(key) != expected and self.files.dtype(key).itemsize > 1:
+                raise ValueError(
+                    f"{key} has shape {self.files.shape(key)}, expected {expected} by config.json, beside the "
+                    f"{self.modules[name].num_experts} experts of {name}; it is of another model than the weights"
+                )
+
     def _described(self, recipe: Recipe) -> str:
         keys = recipe.keys
         shown = ", ".join(f"{key} {self.files.shape(key)}" for key in keys[:2])
         return shown + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
 
-    def expert(self, name: str, index: int) -> ExpertWeights:
-        """Expert ``index`` of the module ``name``, as a store has it (widths as they are)."""
-        module = self.modules[name]
-        experts = int(module.num_experts)  # type: ignore[arg-type]
-        parts = {role: self._part(recipe, index, experts) for role, recipe in self.recipes[name].items()}
-        return canonical(module, parts)
+    def expert(self, name: str, index: int, roles: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Parts of expert ``index`` of the module ``name`` as a store has them, of the module's own width.
 
-    def _part(self, recipe: Recipe, index: int, experts: int) -> Tensor:
+        Args:
+            roles: which (see :func:`expert_parameters`); None: all.
+        """
+        module, recipes = self.modules[name], self.recipes[name]
+        experts = int(module.num_experts)  # type: ignore[arg-type]
+        with torch.no_grad():
+            parts = {
+                role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
+                for role, recipe in recipes.items()
+                if roles is None or role in roles
+            }
+            return canonical(module, parts)
+
+    def _form(self, key: str) -> str:
+        return f"{self.files.dtype(key)} of shape {self.files.shape(key)}"
+
+    def _collected(self, recipe: Recipe, index: int, experts: int, meta: bool = False) -> dict[str, list[Tensor]]:
+        """What transformers' rule gets to see if there is but one expert; ``meta``: tensors without data."""
+
+        def read(key: str, sliced: bool) -> Tensor:
+            shape = self.files.shape(key)
+            if meta:
+                rows = (1, *shape[1:]) if sliced else shape
+                return torch.empty(rows, dtype=self.files.dtype(key), device="meta")
+            return self.files.rows(key, index, index + 1) if sliced else self.files.tensor(key)
+
         collected: dict[str, list[Tensor]] = {}
         for pattern, keys in recipe.sources.items():
             if recipe.stacked:
                 # A list that is parted into kinds has the first kind's experts first.
-                kinds = len(recipe.rule.target_patterns) if recipe.rule is not None else 1
-                part = math.ceil(len(keys) / kinds)
-                collected[pattern] = [self.files.tensor(keys[kind * part + index]) for kind in range(kinds)]
-            elif len(shape := self.files.shape(keys[0])) and shape[0] == experts:
-                collected[pattern] = [self.files.rows(keys[0], index, index + 1)]
-            else:  # one number for all experts
-                collected[pattern] = [self.files.tensor(keys[0])]
-        return _run(recipe, collected, _OneExpert(self.model), self.model.config)[0]
+                part = math.ceil(len(keys) / recipe.kinds)
+                collected[pattern] = [read(keys[kind * part + index], False) for kind in range(recipe.kinds)]
+            else:  # some are one number for all experts
+                shape = self.files.shape(keys[0])
+                collected[pattern] = [read(keys[0], len(shape) > 0 and shape[0] == experts)]
+        return collected
 
 
 def _varying(keys: list[str], key: str) -> list[str]:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from sida_ext.experts.store import StoreHeader, write_store
+from sida_ext.experts.store import StoreHeader
+from sida_ext.experts.store_writer import write_store
 from sida_ext.models.checkpoint_files import CheckpointFiles, resolve_checkpoint
 from sida_ext.models.seam_source import SeamCheckpoint
 from sida_ext.models.switch_source import SwitchCheckpoint

@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from sida_ext.experts.quantise import GROUP, Quantised
+
 if TYPE_CHECKING:
     from sida_ext.models.layouts import ExpertLayout
 
-__all__ = ["dequantised", "dequantizer_of", "quantization_of", "raw_blocks"]
+__all__ = ["dequantised", "dequantizer_of", "quantization_of", "raw_mxfp4"]
 
 # Read one expert at a time by transformers' own dequantisation.
 READ = ("fp8", "mxfp8", "mxfp4")
@@ -59,10 +61,11 @@ def dequantised(config: PretrainedConfig) -> dict[str, Any]:
     return {} if quantizer is None else {"quantization_config": quantizer.quantization_config}
 
 
-def raw_blocks(layout: ExpertLayout, name: str, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """See :meth:`sida_ext.models.seam_source.SeamCheckpoint.raw_mxfp4`."""
+def raw_mxfp4(layout: ExpertLayout, name: str, index: int) -> tuple[Quantised, Quantised] | None:
+    """``wi`` and ``wo`` of an expert as an MXFP4 checkpoint holds them, in the order of a store's rows; None: it is not
+    MXFP4."""
     module, recipes = layout.modules[name], layout.recipes[name]
-    parts: list[Tensor] = []
+    parts: list[Quantised] = []
     for role in ("wi", "wo"):
         recipe = recipes[role]
         if [type(operation).__name__ for operation in recipe.operations] != ["Mxfp4Dequantize"]:
@@ -73,5 +76,6 @@ def raw_blocks(layout: ExpertLayout, name: str, index: int) -> tuple[Tensor, Ten
             if role == "wi" and module.has_gate and not module.is_concatenated:
                 rows = torch.cat([rows[0::2], rows[1::2]])
             pair["scales" if pattern.endswith("_scales") else "blocks"] = rows
-        parts += [pair["blocks"].flatten(1).contiguous(), pair["scales"].contiguous()]
-    return parts[0], parts[1], parts[2], parts[3]
+        values, scales = pair["blocks"].flatten(1).contiguous(), pair["scales"].contiguous()
+        parts.append(Quantised(values, scales, GROUP * scales.shape[1]))
+    return parts[0], parts[1]

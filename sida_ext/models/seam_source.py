@@ -16,11 +16,10 @@ from transformers.activations import ACT2CLS
 
 from sida_ext.experts.checkpoint import WeightFiles
 from sida_ext.experts.identity import identity_of
-from sida_ext.experts.quantise import Quantised
 from sida_ext.experts.source import ExpertWeights
 from sida_ext.models.checkpoint_files import CheckpointFiles
 from sida_ext.models.layouts import ExpertLayout, canonical, expert_parameters, experts_modules, shared_modules
-from sida_ext.models.quantized import dequantizer_of, raw_blocks
+from sida_ext.models.quantized import dequantizer_of, raw_mxfp4
 from sida_ext.models.refused import refuse_family
 
 __all__ = ["ExpertFacts", "SeamCheckpoint", "SeamModules", "expert_facts", "meta_model"]
@@ -62,12 +61,13 @@ def _shape(module: nn.Module) -> tuple[int, int, int]:
     return int(experts), int(d_model), int(d_ff)
 
 
-def _top_k(model: nn.Module, name: str) -> int | None:
-    """Experts for each token of the module ``name``: its router, beside it or one level above, says so."""
+def _top_k(model: nn.Module, name: str, module: nn.Module) -> int | None:
+    """Experts for each token of an experts module: its router, a child of the same layer, says so, or its
+    configuration."""
     parent = model.get_submodule(name.rpartition(".")[0])
-    for module in (parent, *parent.children()):
-        for attribute in ("top_k", "num_experts_per_tok", "moe_top_k", "topk"):
-            value = getattr(module, attribute, None)
+    for place in (parent, *parent.children(), module.config):
+        for attribute in ("top_k", "num_experts_per_tok", "top_k_experts"):
+            value = vars(place).get(attribute)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
@@ -111,7 +111,7 @@ def expert_facts(model: PreTrainedModel) -> ExpertFacts:
             )
         if shapes[name][0] != modules[name].num_experts:
             raise ValueError(f"{name} has {shapes[name][0]} experts, its num_experts is {modules[name].num_experts}")
-    top_k = [_top_k(model, name) for name in layers]
+    top_k = [_top_k(model, name, modules[name]) for name in layers]
     for name, k in zip(layers, top_k, strict=True):
         if k is not None and not 1 <= k <= shapes[name][0]:
             raise ValueError(f"{name}: the router picks {k} experts of {shapes[name][0]}; config.json is wrong")
@@ -132,26 +132,17 @@ def expert_facts(model: PreTrainedModel) -> ExpertFacts:
     )
 
 
-def _pad(weights: ExpertWeights, gated: bool, d_ff: int) -> ExpertWeights:
-    """The expert with ``d_ff`` units; the new ones have weights and biases of zero."""
-    missing = d_ff - weights.wo.shape[1]
-    if missing == 0:
-        return weights
-    if isinstance(weights.wi, Quantised) or isinstance(weights.wo, Quantised):
-        raise ValueError(
-            f"an expert of width {d_ff - missing} is quantised already, expected width {d_ff}, as others have"
-        )
-
-    def grow(rows: Tensor | None) -> Tensor | None:
-        if rows is None:
-            return None
-        halves = rows.chunk(2) if gated else (rows,)
-        zeros = rows.new_zeros((missing, *rows.shape[1:]))
-        return torch.cat([part for half in halves for part in (half, zeros)])
-
-    wi = grow(weights.wi)
-    assert wi is not None
-    return ExpertWeights(wi, nn.functional.pad(weights.wo, (0, missing)), grow(weights.wi_bias), weights.wo_bias)
+def _weights(parts: dict[str, Tensor], gated: bool, d_ff: int) -> ExpertWeights:
+    """The expert with ``d_ff`` units; those that it lacks have weights and biases of zero."""
+    missing = d_ff - parts["wo"].shape[1]
+    if missing:
+        for role in ("wi", "wi_bias"):
+            if role in parts:
+                halves = parts[role].chunk(2) if gated else (parts[role],)
+                zeros = parts[role].new_zeros((missing, *parts[role].shape[1:]))
+                parts[role] = torch.cat([part for half in halves for part in (half, zeros)])
+        parts["wo"] = nn.functional.pad(parts["wo"], (0, missing))
+    return ExpertWeights(**parts)
 
 
 class _SeamSource:
@@ -193,19 +184,16 @@ class SeamCheckpoint(_SeamSource):
         identity = identity_of({self.files.file_of(key) for key in self._layout.keys})
         self.fingerprint = hashlib.sha256(f"{identity} {json.dumps(plan)}".encode()).hexdigest()
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
-        return _pad(self._layout.expert(self.layers[layer], index), self.gated, self.d_ff)
-
-    def raw_mxfp4(self, layer: int, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Codes and scales of an expert that the checkpoint holds in MXFP4, in the order of a store's rows; None for a
-        checkpoint that does not.
-
-        Returns:
-            wi codes [rows, d_model / 2] and scales [rows, d_model / 32], wo codes [d_model, d_ff / 2] and scales
-            [d_model, d_ff / 32], all uint8: number 2i of a row is the low half of its byte i, and a scale s stands for
-            2 ** (s - 127) over 32 numbers.
-        """
-        return raw_blocks(self._layout, self.layers[layer], index)
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
+        """See :class:`~sida_ext.experts.source.ExpertSource`. With ``dtype="mxfp4"`` an expert that the checkpoint
+        holds in MXFP4 (GPT-OSS) is given as it lies there, bit for bit; otherwise dequantised as transformers does."""
+        name = self.layers[layer]
+        if dtype == "mxfp4" and self.facts.widths[name] == self.d_ff:
+            raw = raw_mxfp4(self._layout, name, index)
+            if raw is not None:
+                biases = self._layout.expert(name, index, ("wi_bias", "wo_bias")) if self.biased else {}
+                return ExpertWeights(*raw, **biases)
+        return _weights(self._layout.expert(name, index), self.gated, self.d_ff)
 
     def other_bytes(self, itemsize: int) -> int:
         """Bytes of all parameters but the experts' at ``itemsize`` bytes an element."""
@@ -229,7 +217,7 @@ class SeamModules(_SeamSource):
         self._modules = experts_modules(model)
         self.fingerprint = secrets.token_hex(16)  # of a store that belongs to this model, and is compared with nothing
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
         module = self._modules[self.layers[layer]]
         parts = {role: parameter.detach()[index].cpu() for role, parameter in expert_parameters(module).items()}
-        return _pad(canonical(module, parts), self.gated, self.d_ff)
+        return _weights(canonical(module, parts), self.gated, self.d_ff)

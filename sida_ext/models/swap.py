@@ -17,7 +17,8 @@ from sida_ext.experts.cuda import resolve_device
 from sida_ext.experts.folders import scratch_folder
 from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.runtime import Runtime
-from sida_ext.experts.store import open_store, write_store
+from sida_ext.experts.store import open_store
+from sida_ext.experts.store_writer import write_store
 from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, resolve_checkpoint
 from sida_ext.models.families import Family, family_of, moe_layers
 from sida_ext.models.guards import guard_model
@@ -245,7 +246,7 @@ def swap_experts(
     if options.store is None:
         folder = scratch_folder()
     try:
-        path = Path(options.store) if options.store is not None else Path(folder.name) / "experts.sida"  # type: ignore[union-attr]
+        path = Path(options.store) if options.store is not None else folder.path / "experts.sida"  # type: ignore[union-attr]
         write_store(family.source(model), path, options.expert_dtype)
         runtime = Runtime(path, options, folder=folder)
         # What the model asks of the kernels is checked before it is touched.

@@ -98,7 +98,7 @@ class SparseMLP(ServedLayer):
                 f"{self.name}: the hash table has shape {shape}, expected {tuple(hidden_states.shape[:2])} tokens and "
                 f"more than {self.table_layer} layers"
             )
-        probability = table.gate if table.probability is None else table.probability
+        probability = table.chance
         first = (slice(None), slice(None), self.table_layer, 0)
         return table.expert_index[first].int(), table.gate[first].float(), probability[first]
 

@@ -91,7 +91,7 @@ class SwitchCheckpoint:
         """Bytes of all parameters but the experts' at ``itemsize`` bytes an element."""
         return self.files.numel(without=self._expert_keys) * itemsize
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
         keys = self._keys[self.layers[layer]][index]
         return ExpertWeights(self.files.tensor(keys["wi"]), self.files.tensor(keys["wo"]))
 
@@ -124,9 +124,10 @@ class SwitchModules:
         self.name, self.activation = name, activation
         self._experts = experts
         self.num_experts = len(experts[self.layers[0]])
-        self.d_ff, self.d_model = map(int, self.expert(0, 0).wi.shape)
+        first: Any = experts[self.layers[0]]["expert_0"]
+        self.d_ff, self.d_model = map(int, first.wi.weight.shape)
         self.fingerprint = secrets.token_hex(16)  # of a store that belongs to this model, and is compared with nothing
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
         module: Any = self._experts[self.layers[layer]][f"expert_{index}"]
         return ExpertWeights(module.wi.weight.detach().cpu(), module.wo.weight.detach().cpu())

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sida_ext._load import _C
+from sida_ext.experts.options import EVICTIONS
 from sida_ext.experts.runtime import runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.prefetch import CANDIDATES, PrefetchPolicy
 from sida_ext.prediction.protocol import Predictor
 
-__all__ = ["POLICIES", "ClockRow", "ModelledTime", "PlanRow", "Routing", "compare", "on_the_clock", "record_routing"]
-
-POLICIES = ("next_use", "lru", "lfu", "fifo")
+__all__ = ["ClockRow", "ModelledTime", "PlanRow", "Routing", "compare", "on_the_clock", "record_routing"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predicto
                     table = predictor.predict(
                         batch["input_ids"], batch.get("attention_mask"), top_k=min(CANDIDATES, header.num_experts)
                     )
-                    predicted.append([(number, prefetch.experts(table, i)) for i, number in enumerate(covered)])
+                    predicted.append(list(zip(covered, prefetch.experts_by_layer(table), strict=True)))
     finally:
         for layer, observer in zip(layers, before, strict=True):
             layer.observer = observer
@@ -154,8 +153,8 @@ def compare(routing: Routing, shares: Sequence[float], lookahead: int = 4) -> li
         lookahead: batches whose tables are known ahead; tables are the predicted ones where there are any.
 
     Returns:
-        One row for each share; ``"opt"`` and the names of :data:`POLICIES` are the keys. ``next_use`` sees the tables;
-        the others run without any, as they are used elsewhere.
+        One row for each share; ``"opt"`` and the names of ``Options.eviction`` are the keys. ``next_use`` sees the
+        tables; the others run without any, as they are used elsewhere.
     """
     rows = []
     total = routing.layers * routing.experts
@@ -164,7 +163,7 @@ def compare(routing: Routing, shares: Sequence[float], lookahead: int = 4) -> li
             raise ValueError(f"share is {share}, expected above 0 and up to 1")
         slots = max(1, round(total * share))
         results = {"opt": _C.run_optimal(routing.layers, routing.experts, routing.batches, slots)}
-        for policy in POLICIES:
+        for policy in EVICTIONS:
             ahead = lookahead if policy == "next_use" else 0
             results[policy] = _C.run_policy(
                 routing.layers,

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sida_ext.prediction.decoder_net import DecoderNet, DecoderState, copy_routers, decoder_options
 from sida_ext.prediction.decoder_step import FoldedStep
-from sida_ext.prediction.hash_predictor import HashPredictor
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.moe_facts import check_tokens, check_top_k, stack_facts
+from sida_ext.prediction.network_predictor import NetworkPredictor
 from sida_ext.prediction.token_table import TokenTablePredictor
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # What is read ahead for a step: of so many candidates of each token, those that some token of the step needs with at
-# least this probability (docs/decoder.md).
+# least this probability (docs/measured.md).
 CANDIDATES = 4
 MIN_NEED = 0.1
 
 
-class RecurrentPredictor(HashPredictor):
+class RecurrentPredictor(NetworkPredictor):
     """Names the experts of all decoder layers of a step from its tokens, recurrent over steps; a ``DecoderPredictor``.
 
     Args:
-        embedding, layers, experts, model_fingerprint, stack, options: see HashPredictor; ``stack`` is "decoder".
+        embedding, layers, experts, model_fingerprint, options: see NetworkPredictor.
         candidates, min_need: attributes that may be changed: ``step`` names so many candidates of each token and layer,
-            and ``generate`` reads those ahead that the step needs with at least that probability (``HashTable.need``).
+            and ``generate`` reads those ahead that the step needs with at least that probability.
     """
 
     kind = "recurrent_predictor"
+    stack = "decoder"
     nets: ClassVar[dict[str, type[nn.Module]]] = {"recurrent": DecoderNet}
     net: DecoderNet
 
@@ -41,25 +45,20 @@ class RecurrentPredictor(HashPredictor):
         experts: int,
         model_fingerprint: str,
         variant: str = "recurrent",
-        stack: str = "decoder",
         **options: Any,
     ) -> None:
-        if stack != "decoder":
-            raise ValueError(f"stack is {stack!r}; RecurrentPredictor predicts the 'decoder'")
-        super().__init__(embedding, layers, experts, model_fingerprint, variant, stack, **options)
+        super().__init__(embedding, layers, experts, model_fingerprint, variant, **options)
         self.candidates, self.min_need = min(CANDIDATES, experts), MIN_NEED
         self._folded: tuple[list[nn.Parameter], int, FoldedStep] | None = None
 
     @classmethod
-    def for_model(
-        cls, model: nn.Module, variant: str = "recurrent", seed: int = 0, stack: str = "decoder", **options: Any
-    ) -> RecurrentPredictor:
+    def for_model(cls, model: nn.Module, seed: int = 0, **options: Any) -> Self:
         """An untrained predictor of the right sizes for ``model``'s decoder; ``seed`` draws what is random in it."""
-        facts = stack_facts(model, stack)
+        facts = stack_facts(model, cls.stack)
         options = decoder_options(facts.stack, facts.layers, **options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = cls(facts.embedding, facts.layers, facts.experts, facts.fingerprint, variant, stack, **options)
+            made = cls(facts.embedding, facts.layers, facts.experts, facts.fingerprint, **options)
         copy_routers(made.net, facts.stack, facts.blocks)
         return made
 
@@ -78,7 +77,7 @@ class RecurrentPredictor(HashPredictor):
             encoder_output: [B, S, d_model]; None: the encoder's result is not known, which makes the guesses worse.
             encoder_mask: [B, S]; None: all are tokens.
         """
-        check_tokens(input_ids, attention_mask, self.embedding.shape[0])
+        check_tokens(input_ids, attention_mask, self.vocabulary)
         if encoder_output is None:
             encoder_output = self.embedding.new_zeros(input_ids.shape[0], 0, self.embedding.shape[1])
         return self._step(self.start(encoder_output, encoder_mask), input_ids)[0]
@@ -93,7 +92,7 @@ class RecurrentPredictor(HashPredictor):
     ) -> HashTable:
         """See ``Predictor.predict``; the arguments are those of ``forward``."""
         check_top_k(top_k, self.experts)
-        real = check_tokens(input_ids, attention_mask, self.embedding.shape[0])
+        real = self.here(check_tokens(input_ids, attention_mask, self.vocabulary))
         with torch.no_grad():
             return self._table(self(input_ids, attention_mask, encoder_output, encoder_mask), real, top_k)
 
@@ -110,11 +109,11 @@ class RecurrentPredictor(HashPredictor):
                 f"attention_mask has shape {tuple(attention_mask.shape)}, expected encoder_output's "
                 f"{tuple(encoder_output.shape[:2])}"
             )
-        return self.net.start(encoder_output.float(), attention_mask != 0)
+        return self.net.start(self.here(encoder_output).float(), self.here(attention_mask) != 0)
 
     def step(self, state: DecoderState, input_ids: Tensor) -> tuple[HashTable, DecoderState]:
         """See ``DecoderPredictor.step``."""
-        real = check_tokens(input_ids, None, self.embedding.shape[0])
+        real = self.here(check_tokens(input_ids, None, self.vocabulary))
         with torch.no_grad():
             logits, state = self._step(state, input_ids)
             if input_ids.shape[1] != 1:
@@ -123,12 +122,12 @@ class RecurrentPredictor(HashPredictor):
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
         """See ``DecoderPredictor.reorder``."""
-        return state.select(index)
+        return state.select(self.here(index))
 
     def _step(self, state: DecoderState, input_ids: Tensor) -> tuple[Tensor, DecoderState]:
         if state.rows != input_ids.shape[0]:
             raise ValueError(f"the state is of {state.rows} rows, input_ids of {input_ids.shape[0]}, expected as many")
-        embedding = self.embedding[input_ids.long()].float()
+        embedding = self.embedding[self.here(input_ids).long()].float()
         # Of one token a row and for good: with the weights multiplied out. Training and whole rows: as written.
         if input_ids.shape[1] != 1 or torch.is_grad_enabled() or self.training:
             return self.net(embedding, state)

@@ -69,7 +69,7 @@ class FoldedStep:
         else:
             lift = layer.lift.weight * inner
             rows += [router @ lift, lift.T @ lift / lift.shape[0]]
-            biases += [torch.zeros(router.shape[0]), torch.zeros(lift.shape[1])]
+            biases += [router.new_zeros(router.shape[0]), router.new_zeros(lift.shape[1])]
         rows.append(layer.wi.weight * inner)
         biases.append(layer.wi.bias)
         back = torch.cat([layer.expert_mean.weight, layer.wo.weight], dim=1).T.contiguous()

@@ -88,6 +88,11 @@ class HashTable:
     def top_k(self) -> int:
         return self.expert_index.shape[3]
 
+    @property
+    def chance(self) -> Tensor:
+        """``probability``, or ``gate`` where there is none: how likely each candidate is the router's first choice."""
+        return self.gate if self.probability is None else self.probability
+
     def check_for(self, input_ids: Tensor, layers: int, experts: int) -> None:
         """Check that the table is one for ``input_ids`` [B, S] and a stack of ``layers`` x ``experts``."""
         if tuple(self.expert_index.shape[:2]) != tuple(input_ids.shape):
@@ -124,37 +129,48 @@ class HashTable:
         return self._reduce(layer, none_wants=True)
 
     def experts_of(self, layer: int, min_need: float = 0.0) -> list[int]:
-        """Distinct experts that the batch wants in ``layer``, the most wanted (by summed probability) first.
+        """Distinct experts that the batch wants in ``layer``; see :meth:`experts_by_layer`."""
+        if not -self.layers <= layer < self.layers:
+            raise IndexError(f"layer is {layer}; this hash table has layers 0..{self.layers - 1}")
+        return self.experts_by_layer(min_need=min_need)[layer]
+
+    def experts_by_layer(
+        self, experts: int | None = None, min_need: float = 0.0, chance: Tensor | None = None
+    ) -> list[list[int]]:
+        """Distinct experts that the batch wants in each layer, the most wanted (by summed probability) first.
+
+        This is the one rule of what is read ahead: :class:`~sida_ext.prediction.prefetch.PrefetchPolicy` says which
+        ``min_need`` pays, and with which chances.
 
         Args:
-            layer: MoE layer of the stack.
-            min_need: leaves out experts whose probability of being needed at all (see ``need``) is below it. With
-                several candidates for each token it trades coverage against waste; see docs/predictor_figures.md.
+            experts: of a layer; None: as many as the table names.
+            min_need: leaves out experts whose probability of being needed at all (see :meth:`need`) is below it, and
+                brings in those that padding needs with at least that probability, last. With several candidates for
+                each token it trades coverage against waste; see docs/predictor_figures.md. 0: all that are named.
+            chance: in the place of :attr:`chance`, of its shape.
         """
-        experts = self.demand(layer)[0]
-        if min_need <= 0:
-            return experts.tolist()
-        likely, need = self.need(layer)
-        return experts[torch.isin(experts, likely[need >= min_need])].tolist()
-
-    def experts_by_layer(self, experts: int, min_need: float = 0.0) -> list[list[int]]:
-        """``experts_of`` of every layer at once, of ``experts`` experts each; far fewer calls where tables are small.
-
-        Sums are those of ``experts_of`` up to rounding: experts that are wanted alike may stand in another order.
-        """
-        weight = self.gate if self.probability is None else self.probability
+        if experts is None:
+            named = int(self.expert_index.max()) + 1 if self.expert_index.numel() else 0
+            experts = named if self.padding_need is None else self.padding_need.shape[1]
         # [layers, experts], and a last column for those that name none.
         index = self.expert_index.long().permute(2, 0, 1, 3).flatten(1)
         index = torch.where(index < 0, experts, index)
-        chance = weight.permute(2, 0, 1, 3).flatten(1).double()
-        both = torch.stack([chance, torch.log1p(-chance)])
+        each = (self.chance if chance is None else chance).permute(2, 0, 1, 3).flatten(1).double()
+        # log1p(-1) is -inf, whose sum gives the probability 1 that a certain candidate asks for.
+        both = torch.stack([each, torch.log1p(-each)])
         total, unwanted = both.new_zeros(2, self.layers, experts + 1).scatter_add(2, index.expand(2, -1, -1), both)
-        need = -torch.expm1(unwanted)
-        named = torch.zeros_like(need).scatter(1, index, 1.0)[:, :experts] > 0
+        order, need = total[:, :experts], -torch.expm1(unwanted[:, :experts])
+        wanted = torch.zeros_like(total).scatter(1, index, 1.0)[:, :experts] > 0
         if min_need > 0:
-            named = named & (need[:, :experts].float() >= min_need)
-        order = torch.sort(total[:, :experts].masked_fill(~named, -1.0), dim=1, descending=True, stable=True).indices
-        count = named.sum(1).tolist()
+            if self.padding_need is not None:
+                padding = self.padding_need.double()
+                need = 1 - (1 - need) * (1 - padding)
+                # What padding alone needs stands behind all others: no sum of chances is below 0.
+                order = torch.where(wanted, order, padding - 2)
+                wanted = wanted | (padding > 0)
+            wanted = wanted & (need.float() >= min_need)
+        order = torch.sort(order.masked_fill(~wanted, -3.0), dim=1, descending=True, stable=True).indices
+        count = wanted.sum(1).tolist()
         return [row[:n] for row, n in zip(order.tolist(), count, strict=True)]
 
     def top(self, top_k: int) -> HashTable:
@@ -167,7 +183,7 @@ class HashTable:
     def _reduce(self, layer: int, none_wants: bool) -> tuple[Tensor, Tensor]:
         if not -self.layers <= layer < self.layers:
             raise IndexError(f"layer is {layer}; this hash table has layers 0..{self.layers - 1}")
-        weight = (self.gate if self.probability is None else self.probability)[:, :, layer]
+        weight = self.chance[:, :, layer]
         experts, total = summed_by_expert(self.expert_index[:, :, layer], weight, none_wants)
         return experts, total.float()
 

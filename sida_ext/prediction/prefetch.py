@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from sida_ext.prediction.hash_table import HashTable, summed_by_expert
+from sida_ext.prediction.hash_table import HashTable
 
 # Candidates of each token that are weighed. More than these together hold a few thousandths of the probability.
 CANDIDATES = 8
 # A disk that is always reading loses as much by a wasted read as by a miss; docs/predictor_figures.md has both sides.
 WASTE_COST = 1.0
+# What is needed with less than this is not read ahead, even where a wasted read costs nothing.
+NO_NEED = 1e-30
 
 
 @dataclass(frozen=True)
@@ -45,29 +47,23 @@ class PrefetchPolicy:
         """The probability of need from which reading ahead is worth it."""
         return self.waste_cost / (1 + self.waste_cost)
 
-    def experts(self, table: HashTable, layer: int) -> list[int]:
-        """Distinct experts of a layer to read ahead, most wanted first.
+    def experts_by_layer(self, table: HashTable, experts: int | None = None) -> list[list[int]]:
+        """Distinct experts of each layer to read ahead, most wanted first.
 
         A table without calibrated probabilities gives no reason to choose: all first choices are read, and they alone.
+
+        Args:
+            experts: of a layer; None: as many as the table names.
         """
         if table.probability is None or self.routing == "predicted":
-            return table.top(1).experts_of(layer)
-        index, probability = table.expert_index[:, :, layer], table.probability[:, :, layer]
+            return table.top(1).experts_by_layer(experts)
+        chance = table.probability
         if self.routing == "confident":
-            sure = probability[..., :1] >= self.confidence
-            first = torch.zeros_like(probability)
-            first[..., 0] = 1.0
-            probability = torch.where(sure, first, probability)
-        experts, need = summed_by_expert(index, probability, none_wants=True)
-        wanted, _ = summed_by_expert(index, probability, none_wants=False)
-        if table.padding_need is not None:
-            padding = table.padding_need[layer].double()
-            need = 1 - (1 - need) * (1 - padding[experts])
-            unnamed = torch.ones_like(padding, dtype=torch.bool)
-            unnamed[experts] = False
-            only = unnamed.nonzero()[:, 0]
-            only = only[torch.sort(padding[only], descending=True, stable=True).indices]
-            experts, need = torch.cat([experts, only]), torch.cat([need, padding[only]])
-            wanted = torch.cat([wanted, only])
-        kept = need >= self.least_need if self.least_need > 0 else need > 0
-        return wanted[torch.isin(wanted, experts[kept])].tolist()
+            certain = torch.zeros_like(chance)
+            certain[..., 0] = 1.0
+            chance = torch.where(chance[..., :1] >= self.confidence, certain, chance)
+        return table.experts_by_layer(experts, max(self.least_need, NO_NEED), chance)
+
+    def experts(self, table: HashTable, layer: int) -> list[int]:
+        """Those of one layer."""
+        return self.experts_by_layer(table)[layer]

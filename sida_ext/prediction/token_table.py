@@ -105,7 +105,9 @@ class TokenTablePredictor:
     def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
         """See ``Predictor.predict``. gate is the mean router probability seen with that token and expert."""
         check_top_k(top_k, self.experts)
-        real = check_tokens(input_ids, attention_mask, self.vocabulary)
+        # The counts are on the CPU, wherever the model is.
+        real = check_tokens(input_ids, attention_mask, self.vocabulary).cpu()
+        input_ids = input_ids.cpu()
         tokens, place = torch.unique(input_ids[real].long(), return_inverse=True)
         probability, gate = self._distribution(tokens)
         best, index = probability.topk(top_k, dim=-1)
@@ -117,7 +119,7 @@ class TokenTablePredictor:
         return HashTable(expert_index, gates, probabilities)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to folder ``path``; see ``predictor_files``."""
+        """Write the table to folder ``path``; see ``prediction.files``."""
         config = {
             "kind": self.kind,
             "model_fingerprint": self.model_fingerprint,

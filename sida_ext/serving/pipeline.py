@@ -203,7 +203,7 @@ class _HashBuilder:
             table = self.predictor.predict(input_ids, mask, top_k=min(CANDIDATES, self.num_experts))
         self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
-        wanted = {name: self.prefetch.experts(table, layer) for layer, name in enumerate(self.layers)}
+        wanted = dict(zip(self.layers, self.prefetch.experts_by_layer(table, self.num_experts), strict=True))
         return _Item(position=position, batch=batch, table=table, wanted=wanted)
 
     def _send(self, window: list[_Item]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import statistics
 import time
@@ -92,6 +93,13 @@ def train_decoder_predictor(
     )
 
 
+def cache_argument(stack: nn.Module) -> str:
+    """What a decoder stack calls its cache, as an argument and in its output: transformers has changed the name within
+    its fifth release."""
+    known = inspect.signature(type(stack).forward).parameters
+    return "past_key_values" if "past_key_values" in known else "cache"
+
+
 @torch.no_grad()
 def decoder_cost(
     predictor: RecurrentPredictor,
@@ -105,6 +113,7 @@ def decoder_cost(
     The decoder's step is that of the stack alone, without the language model head, with its cache growing.
     """
     facts = stack_facts(model, "decoder")
+    argument = cache_argument(facts.stack)
     generator = torch.Generator().manual_seed(0)
     found = {}
     for count in rows:
@@ -119,11 +128,16 @@ def decoder_cost(
             middle = time.perf_counter()
             # Past the model's own forward, which would predict as well.
             output = type(facts.stack).forward(
-                facts.stack, input_ids=token, encoder_hidden_states=told, encoder_attention_mask=mask, cache=cache
+                facts.stack,
+                input_ids=token,
+                encoder_hidden_states=told,
+                encoder_attention_mask=mask,
+                use_cache=True,
+                **{argument: cache},
             )
             theirs.append(1e3 * (time.perf_counter() - middle))
             ours.append(1e3 * (middle - begin))
-            cache = output.cache
+            cache = output[argument]
         step, whole = statistics.median(ours), statistics.median(theirs)
         found[f"{count}x1"] = {"predictor_ms": step, "model_ms": whole, "share": step / whole}
     return found

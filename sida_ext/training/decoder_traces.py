@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sida_ext.batching import cut_by_length, padded, windows
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.moe_facts import check_tokens, stack_facts
 from sida_ext.training.traces import KEPT, Trace, kept_choices
@@ -70,7 +71,21 @@ def paired_batches(
         source_ids and source_mask [B, S], document [B] and, where there are targets, labels [B, T] and label_mask
         [B, T]. A batch has targets for all of its rows or for none.
     """
-    window: list[tuple[list[int], list[int] | None, int]] = []
+    for window in windows(_rows(tokenizer, pairs, max_length), 64 * sentences):
+        for with_target in (True, False):
+            part = [row for row in window if (row[1] is not None) == with_target]
+            for rows in cut_by_length(
+                part, lambda row: (len(row[1] or ()), len(row[0])), lambda batch, _: len(batch) == sentences
+            ):
+                source_ids, source_mask = padded([row[0] for row in rows])
+                batch = {"source_ids": source_ids, "source_mask": source_mask}
+                if with_target:
+                    batch["labels"], batch["label_mask"] = padded([row[1] or [] for row in rows])
+                yield {**batch, "document": torch.tensor([row[2] for row in rows])}
+
+
+def _rows(tokenizer: Any, pairs: Pairs, max_length: int) -> Iterator[tuple[list[int], list[int] | None, int]]:
+    """Token ids of each source and of its target, where it has one, and the number of the document."""
 
     def ids_of(text: Text, number: int) -> list[int]:
         if isinstance(text, str):
@@ -79,37 +94,12 @@ def paired_batches(
             raise TypeError(f"document {number} holds neither text nor token ids")
         return list(text)[:max_length]
 
-    def flush() -> Iterator[dict[str, Tensor]]:
-        for with_target in (True, False):
-            part = [row for row in window if (row[1] is not None) == with_target]
-            part.sort(key=lambda row: (len(row[1] or ()), len(row[0])))
-            for start in range(0, len(part), sentences):
-                rows = part[start : start + sentences]
-                source_ids, source_mask = _padded([row[0] for row in rows])
-                batch = {"source_ids": source_ids, "source_mask": source_mask}
-                if with_target:
-                    batch["labels"], batch["label_mask"] = _padded([row[1] or [] for row in rows])
-                yield {**batch, "document": torch.tensor([row[2] for row in rows])}
-        window.clear()
-
     for number, pair in enumerate(pairs):
         source, target = (pair, None) if isinstance(pair, str) else pair
         source_row = ids_of(source, number)
         target_row = None if target is None else ids_of(target, number)
         if source_row and target_row != []:
-            window.append((source_row, target_row, number))
-        if len(window) >= 64 * sentences:
-            yield from flush()
-    yield from flush()
-
-
-def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), longest, dtype=torch.int64), torch.zeros(len(rows), longest, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return ids, mask
+            yield source_row, target_row, number
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sida_ext.batching import cut_by_length, padded, windows
+from sida_ext.prediction.decoder_predictor import RecurrentPredictor
 from sida_ext.prediction.hash_predictor import HashPredictor
 from sida_ext.prediction.moe_facts import StackFacts, stack_facts
 from sida_ext.prediction.token_table import TokenTablePredictor
@@ -116,7 +118,7 @@ def training_folder(out: str | os.PathLike[str], resume: bool) -> Path:
     return work
 
 
-P = TypeVar("P", bound=HashPredictor)
+P = TypeVar("P", HashPredictor, RecurrentPredictor)
 
 
 def train_on_store(
@@ -163,11 +165,11 @@ def train_on_store(
             "predictor": judged.summary(),
             "token_table": evaluate(compared_with, held_out()).summary(),
         },
-        **details(held_out),
     }
+    # Before what may fail without harm to them: the details measure the model.
     table.save_pretrained(Path(out) / "token_table")
     predictor.save_pretrained(out)
-    write_report(out, report)
+    write_report(out, report | details(held_out))
     if not keep_traces:
         shutil.rmtree(work)
     return predictor
@@ -180,22 +182,15 @@ def tokenized_batches(
 
     Sentences are sorted by length within windows of 64 batches, so little is padding. Empty sentences are skipped.
     """
-    window: list[tuple[list[int], int]] = []
-
-    def flush() -> Iterator[dict[str, Tensor]]:
-        window.sort(key=lambda pair: len(pair[0]))
-        for start in range(0, len(window), sentences):
-            part = window[start : start + sentences]
-            longest = max(len(ids) for ids, _ in part)
-            input_ids = torch.zeros(len(part), longest, dtype=torch.int64)
-            mask = torch.zeros_like(input_ids)
-            for row, (ids, _) in enumerate(part):
-                input_ids[row, : len(ids)] = torch.tensor(ids)
-                mask[row, : len(ids)] = 1
+    for window in windows(_sentences(tokenizer, texts, max_length), 64 * sentences):
+        for part in cut_by_length(window, lambda row: len(row[0]), lambda batch, _: len(batch) == sentences):
+            input_ids, mask = padded([ids for ids, _ in part])
             document = torch.tensor([number for _, number in part])
             yield {"input_ids": input_ids, "attention_mask": mask, "document": document}
-        window.clear()
 
+
+def _sentences(tokenizer: Any, texts: Texts, max_length: int) -> Iterator[tuple[list[int], int]]:
+    """Each sentence's token ids and the number of its document."""
     for number, text in enumerate(texts):
         for sentence in [text] if isinstance(text, str) else text:
             if not isinstance(sentence, str):
@@ -204,10 +199,7 @@ def tokenized_batches(
                 continue
             ids = tokenizer(sentence, truncation=True, max_length=max_length)["input_ids"]
             if ids:
-                window.append((list(ids), number))
-            if len(window) >= 64 * sentences:
-                yield from flush()
-    yield from flush()
+                yield list(ids), number
 
 
 def _collect(

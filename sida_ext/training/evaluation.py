@@ -76,19 +76,14 @@ def evaluate(predictor: Predictor, traces: Iterable[Trace], batch_sentences: int
         for rows in torch.arange(trace.rows).split(batch_sentences):
             part = trace.select(rows)
             input_ids, mask = part.padded()
-            try:
-                table = part.table_of(predictor, 3)
-            except ValueError:
-                if trace.candidates.shape[-1] >= 3:
-                    raise
-                # A model of one or two experts has no third candidate.
-                table = part.table_of(predictor, trace.candidates.shape[-1])
+            # A model of one or two experts has no third candidate, and its traces keep none.
+            table = part.table_of(predictor, min(3, trace.candidates.shape[-1]))
             # Traces do not say how many experts there are.
             experts = 2**15 if table.padding_need is None else table.padding_need.shape[1]
             table.check_for(input_ids, layers, experts)
             candidates, wanted = table.expert_index[mask].long(), part.top1
             first = candidates[..., 0] == wanted
-            probability = (table.gate if table.probability is None else table.probability)[mask][..., 0]
+            probability = table.chance[mask][..., 0]
             result.tokens += wanted.shape[0]
             result.top1 += first.sum(0)
             result.top3 += (candidates == wanted[..., None]).any(-1).sum(0)

@@ -38,8 +38,7 @@ def confident_routers(facts: StackFacts) -> Iterator[dict[str, Any]]:
             table: HashTable | None = state["table"]
             if table is None:
                 return index, gate, logits
-            probability = table.gate if table.probability is None else table.probability
-            sure = probability[:, :, layer, 0] >= state["threshold"]
+            sure = table.chance[:, :, layer, 0] >= state["threshold"]
             named, factor = table.expert_index[:, :, layer, 0], table.gate[:, :, layer, 0]
             if index.dim() == 2:  # sida_ext's router: experts
                 index = torch.where(sure, named.to(index.dtype), index)
@@ -106,8 +105,8 @@ def routing_curve(
                     device = facts.embedding.device
                     arguments = {"input_ids": input_ids.to(device), "attention_mask": mask.long().to(device)}
                     state["table"] = table = predictor.predict(arguments["input_ids"], arguments["attention_mask"])
-                    named = [set(table.experts_of(layer)) for layer in range(table.layers)]
-                    probability = (table.gate if table.probability is None else table.probability)[..., 0]
+                    named = [set(experts) for experts in table.experts_by_layer()]
+                    probability = table.chance[..., 0]
                     outputs = []
                     for threshold, total in zip(thresholds, totals, strict=True):
                         state["threshold"], state["chosen"] = threshold, []

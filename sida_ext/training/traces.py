@@ -89,9 +89,7 @@ class Trace:
 
 
 @torch.no_grad()
-def collect_traces(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], keep: int = KEPT, stack: str = "encoder"
-) -> Iterator[Trace]:
+def collect_traces(model: nn.Module, batches: Iterable[Mapping[str, Any]], keep: int = KEPT) -> Iterator[Trace]:
     """Run the stack over batches and yield one Trace for each; nothing else is held.
 
     Works on a plain transformers model and on one with swapped experts: both record ``router_logits``. The model
@@ -101,16 +99,13 @@ def collect_traces(
         model: holds a Switch encoder.
         batches: dicts with ``input_ids`` [B, S] and optionally ``attention_mask`` [B, S] and ``document`` [B].
         keep: candidates kept for each token and layer; at most the number of experts are.
-        stack: only "encoder": a decoder's routing depends on what the encoder read, see decoder_traces.
 
     Raises:
         ValueError: an unknown token, a mask of another shape, or router logits that are NaN or infinite.
     """
-    if stack != "encoder":
-        raise ValueError(f"stack is {stack!r}, expected 'encoder'; collect_decoder_traces traces a decoder")
     if keep < 1:
         raise ValueError(f"keep is {keep}, expected at least 1 candidate")
-    facts = stack_facts(model, stack)
+    facts = stack_facts(model)
     keep = min(keep, facts.experts)
     device = facts.embedding.device
     number = 0
@@ -142,7 +137,7 @@ def collect_traces(
             input_ids.cpu()[real].long(),
             real.sum(dim=1),
             torch.as_tensor(document, dtype=torch.int64),
-            *kept_choices(output.router_logits, real, facts.layers, keep, stack),
+            *kept_choices(output.router_logits, real, facts.layers, keep, "encoder"),
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sida_ext.files import written_whole
 from sida_ext.prediction.calibration import fit_temperature
-from sida_ext.prediction.hash_predictor import HashPredictor
+from sida_ext.prediction.network_predictor import NetworkPredictor
 from sida_ext.progress import Bar, log, progress_bar
 from sida_ext.training.objective import TrainingOptions, predictor_loss
 from sida_ext.training.split import SplitPart
@@ -60,7 +60,7 @@ class Trainer:
 
     def __init__(
         self,
-        predictor: HashPredictor,
+        predictor: NetworkPredictor,
         train: SplitPart,
         validation: SplitPart,
         options: TrainingOptions,
@@ -132,7 +132,7 @@ class Trainer:
             )
         return f"{said}: the end is at {_clock(whole)}, or earlier when held-out text no longer improves"
 
-    def finish(self) -> HashPredictor:
+    def finish(self) -> NetworkPredictor:
         """The predictor with its best weights, rounded for storage, calibrated on the validation part, in eval mode."""
         self.predictor.load_state_dict(self.best)
         self.predictor.round_weights()

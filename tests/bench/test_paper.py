@@ -15,16 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_papers_tables_are_made_in_parts(tmp_path, capsys):
     """The subset that `--smoke` is: few sentences, base-8 shapes of four blocks."""
     out, work = tmp_path / "docs", tmp_path / "work"
-    given = ["--smoke", "--out", str(out), "--work", str(work)]
+    kept = tmp_path / "paper.json"
+    given = ["--smoke", "--out", str(out), "--work", str(work), "--record", str(kept)]
     paper.main([*given, "--part", "prepare"])
     assert "to do: time bundled, time base-8" in capsys.readouterr().out
     first = (out / "paper.md").read_text()
     assert "Not measured yet: time bundled, time base-8." in first
     assert "Throughput" not in first
-    record = json.loads((out / "paper.json").read_text())
+    record = json.loads(kept.read_text())
     before = record["stages"]["base-8"]
     paper.main(given)
-    assert json.loads((out / "paper.json").read_text())["stages"]["base-8"] == before  # kept, not made again
+    assert json.loads(kept.read_text())["stages"]["base-8"] == before  # kept, not made again
     text = (out / "paper.md").read_text()
     assert "Not measured" not in text
     *sections, took = text.split("\n## ")[1:]
@@ -50,5 +51,5 @@ def test_the_papers_tables_are_made_in_parts(tmp_path, capsys):
 
 def test_a_stage_that_is_none_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        paper.main(["--smoke", "--out", str(tmp_path), "--stages", "base-9"])
+        paper.main(["--smoke", "--out", str(tmp_path), "--record", str(tmp_path / "r"), "--stages", "base-9"])
     assert "there is no stage base-9; known: models, fidelity" in capsys.readouterr().err

@@ -15,9 +15,11 @@ sida_engine_test(test_transfer)
 sida_engine_test(test_faults)
 sida_engine_test(test_store)
 sida_engine_test(test_slab)
+sida_engine_test(test_measure)
 
-include(${CMAKE_CURRENT_LIST_DIR}/mutants/mutations.cmake)
-sida_engine_test(test_mutants ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp ${PROJECT_BINARY_DIR}/residency_mutants.cpp)
+include(${CMAKE_CURRENT_LIST_DIR}/mutants/residency_mutations.cmake)
+sida_engine_test(test_mutants ${CMAKE_CURRENT_LIST_DIR}/residency_simulator.cpp
+  ${PROJECT_BINARY_DIR}/mutants/residency/experts/residency.cpp ${PROJECT_BINARY_DIR}/mutants/residency/names.cpp)
 sida_engine_test(test_policy_trace)
 sida_engine_test(test_soak)
 if(NOT SIDA_SANITIZE)  # which are slow, and whose own memory grows: there it runs for three seconds
@@ -25,6 +27,9 @@ if(NOT SIDA_SANITIZE)  # which are slow, and whose own memory grows: there it ru
   set_tests_properties(test_soak_half_a_minute PROPERTIES TIMEOUT 300)
 endif()
 sida_engine_test(test_residency)
+
+sida_engine_test(test_cpu_serving)
+target_link_libraries(test_cpu_serving PRIVATE sida_serving)
 
 # The two tiers of a GPU machine, over the recording runtime: no toolkit, no kernels.
 sida_engine_test(test_cuda_serving ${PROJECT_SOURCE_DIR}/tests/cuda/recording_runtime.cpp)

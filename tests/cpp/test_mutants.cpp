@@ -1,4 +1,4 @@
-// The simulator is only worth what it finds: every planted bug of mutants/mutations.cmake must be caught, and the code
+// The simulator is only worth what it finds: every planted bug of mutants/residency_mutations.cmake must be caught, and the code
 // without one must not be.
 #include <iostream>
 

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <vector>
 
 #include "base/error.h"
@@ -110,6 +111,18 @@ SIDA_TEST(a_layout_that_does_not_fit_the_file_is_refused) {
   CHECK_THROWS(try_layout([](StoreLayout& l) { l.data_offset = 100; }), Error, "data_offset is 100");
   CHECK_THROWS(try_layout([](StoreLayout& l) { l.data_offset = 0; }), Error, "data_offset is 0");
   CHECK_THROWS(try_layout([](StoreLayout& l) { l.format.d_ff = 128; }), Error, "truncated or damaged");
+  // Sizes whose products do not fit 64 bits: 2^48 x 2^48 has a record of zero bytes, if nobody looks.
+  constexpr int64_t huge = int64_t{1} << 48, largest = ExpertFormat::largest_dimension;
+  CHECK_THROWS(try_layout([](StoreLayout& l) { l.format.d_model = huge; }), Error, "d_model is 281474976710656");
+  CHECK_THROWS(try_layout([](StoreLayout& l) { l.format.d_model = l.format.d_ff = huge; }), Error, "expected 1 to");
+  CHECK_THROWS(try_layout([](StoreLayout& l) { l.format.d_ff = 0; }), Error, "d_ff is 0, expected 1 to 268435456");
+  CHECK_THROWS(try_layout([](StoreLayout& l) {
+                 l.format = {largest, largest, DType::f32, true, true};
+                 CHECK(l.format.record_bytes() > 0 && l.format.record_bytes() < int64_t{1} << 61);
+               }),
+               Error, "more than a file can hold");
+  CHECK_THROWS(try_layout([](StoreLayout& l) { l.data_offset = std::numeric_limits<int64_t>::max() / 4096 * 4096; }),
+               Error, "more than a file can hold");
   const auto store = ExpertStore::open(file.path());
   CHECK_THROWS(store->layout(), Error, "layout was not set");
   file.truncate(file.offset_of({2, 7}));

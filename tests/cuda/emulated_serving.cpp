@@ -83,7 +83,7 @@ void forward(Machine& machine, CudaServing& serving, const Call& call) {
   args.x_row_stride = call.d_model;
   args.expert_index = indices;
   args.gate = reinterpret_cast<const float*>(call.gate);
-  bool gated = false;  // complete() sets what the store says
+  bool gated = false;  // the store knows
   if (!parse_activation(call.activation, &args.activation, &gated)) {
     fail(ErrorKind::invalid, "activation is '", call.activation, "', expected one of ", activation_names());
   }

@@ -174,6 +174,7 @@ struct RecordingTable {
     const On r("stream_create");
     *stream = handle(*r);
     r->last_of_stream_[*stream] = -1;
+    r->number_of_stream_[*stream] = ++r->last_stream_;
     return r.status;
   }
   static int stream_destroy(cuda::Stream stream) {
@@ -185,6 +186,12 @@ struct RecordingTable {
   static int stream_capturing(cuda::Stream stream, bool* capturing) {
     const On r("stream_capturing");
     *capturing = r->captured_ != nullptr && stream == r->captured_;
+    return r.status;
+  }
+  static int stream_number(cuda::Stream stream, uint64_t* number) {
+    const On r("stream_number");
+    if (!r->known_stream(stream, "stream_number")) return invalid;
+    *number = r->number_of_stream_[stream];
     return r.status;
   }
   static int event_create(cuda::Event* event, bool) {
@@ -293,6 +300,7 @@ const cuda::RuntimeTable& Recording::table() const {
       .stream_create = T::stream_create,
       .stream_destroy = T::stream_destroy,
       .stream_capturing = T::stream_capturing,
+      .stream_number = T::stream_number,
       .event_create = T::event_create,
       .event_destroy = T::event_destroy,
       .event_record = T::event_record,
@@ -392,6 +400,12 @@ cuda::Stream Recording::user_stream() {
   RecordingTable::stream_create(&stream, 0);
   user_streams_.insert(stream);
   return stream;
+}
+
+void Recording::make_anew(cuda::Stream stream) {
+  const std::lock_guard lock(mutex_);
+  last_of_stream_.at(stream) = -1;
+  number_of_stream_.at(stream) = ++last_stream_;
 }
 
 // What lies in reserved addresses must lie on pages that have memory.

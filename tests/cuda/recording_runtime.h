@@ -71,6 +71,8 @@ class Recording {
   void host_write(void* target, uint8_t value, size_t bytes);
   void host_fill(void* target, const void* record, size_t bytes);
   cuda::Stream user_stream();  // of the test's own; not counted as a leak
+  // The test destroys its stream and makes one, which gets the same handle: what was enqueued before is not over.
+  void make_anew(cuda::Stream user_stream);
 
   // Ends the recording: what was not given back becomes a problem.
   void finish();
@@ -130,6 +132,8 @@ class Recording {
   std::vector<Operation> operations_;
   std::map<cuda::Stream, long> last_of_stream_;  // -1: none yet
   std::map<cuda::Event, long> recorded_;         // the operation that the event stands behind; -1: never recorded
+  std::map<cuda::Stream, uint64_t> number_of_stream_;
+  uint64_t last_stream_ = 0;
   std::set<cuda::Stream> user_streams_;
   std::map<void*, size_t> reserved_;
   std::set<void*> mapped_;                    // pages

@@ -72,6 +72,24 @@ def test_devices_are_checked() -> None:
         resolve_device("cpu", "1GiB")
 
 
+@pytest.mark.parametrize(
+    ("device", "current", "checked"), [("cuda", 3, 3), ("cuda", 0, 0), ("cuda:1", 3, 1), ("cuda", None, 0)]
+)
+def test_the_device_that_is_used_is_the_one_that_is_checked(monkeypatch, device, current, checked) -> None:
+    """ "cuda" is torch's current device; where torch sees none, device 0 is asked for, to say what is missing."""
+    asked: list[int] = []
+    monkeypatch.setattr(_C, "cuda_built", True)
+    monkeypatch.setattr(_C, "check_cuda_device", asked.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: current is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    if current is None:
+        with pytest.raises(RuntimeError, match=r"torch\.cuda\.is_available\(\) is False"):
+            resolve_device(device)
+    else:
+        assert resolve_device(device) == torch.device("cuda", checked)
+    assert asked == [checked]
+
+
 def test_the_pool_takes_all_experts_or_half_of_the_free_memory(monkeypatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("sida_ext.experts.cuda.available_memory", lambda: 1000)

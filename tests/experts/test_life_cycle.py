@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,28 +19,14 @@ from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
 from sida_ext import _C, StoreError
+from tests.support.predictors import ByToken
 from tests.support.reference import build, small_config
 
 BATCH = {"input_ids": torch.arange(2, 34).reshape(2, 16)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("encoder")
-    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(path)
-    return path
-
-
 def load(folder, **changes):
     return sida_ext.from_pretrained(folder, **{"expert_dtype": "float32", "expert_memory": "25%", **changes})
-
-
-class Fixed:
-    """Names expert 0 for every token."""
-
-    def predict(self, input_ids, attention_mask=None, top_k=1):
-        shape = (*input_ids.shape, 2, 1)
-        return sida_ext.HashTable(torch.zeros(shape, dtype=torch.int64), torch.full(shape, 0.5))
 
 
 def compute(model):
@@ -130,9 +115,9 @@ def test_a_dropped_model_closes_its_runtime_at_once(folder, no_cycle_collector, 
     if made == "swapped":
         model = sida_ext.swap_experts(build(SwitchTransformersEncoderModel, small_config()), expert_memory="50%")
     elif made == "loaded with predicted routing":
-        model = load(folder, routing="predicted", predictor=Fixed())
+        model = load(folder, routing="predicted", predictor=ByToken(1))
     else:
-        model = load(folder, predictor=Fixed())
+        model = load(folder, predictor=ByToken(1))
     compute(model)
     runtime = weakref.ref(model.sida)
     finalizer = model.sida._finalizer
@@ -175,7 +160,7 @@ def load(**changes):
 
 def script(folder, body, **run):
     code = SCRIPT + body
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60, **run)
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=300, **run)
 
 
 def test_ctrl_c_in_mid_batch(folder):

@@ -8,35 +8,20 @@ import sys
 
 import pytest
 import torch
-from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from sida_ext import HashTable
 from sida_ext.experts.stats import Counters, _quantile
 from sida_ext.experts.timeline import Event, draw, write_chrome_trace
-from tests.support.reference import build, small_config
+from tests.support.predictors import ByToken
 
 LAYERS = ("encoder.block.1.layer.1.mlp", "encoder.block.3.layer.1.mlp")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder")
-    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def model(folder):
-    model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="25%", predictor=Guess())
+    model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="25%", predictor=ByToken())
     yield model
     model.sida.close()
-
-
-class Guess:
-    def predict(self, input_ids, attention_mask=None, top_k=1):
-        index = (input_ids % 8)[:, :, None, None].repeat(1, 1, 2, 1)
-        return HashTable(index, torch.full(index.shape, 0.5))
 
 
 def batches(count=6):
@@ -83,7 +68,7 @@ def test_prometheus_shows_the_statistics(folder):
     from sida_ext.experts import metrics
 
     registry = prometheus.CollectorRegistry()
-    models = {name: sida_ext.from_pretrained(folder, expert_memory="25%", predictor=Guess()) for name in ("a", "b")}
+    models = {name: sida_ext.from_pretrained(folder, expert_memory="25%", predictor=ByToken()) for name in ("a", "b")}
     for name, model in models.items():
         metrics.register(model, name, registry)
     run(models["a"])
@@ -216,7 +201,7 @@ def test_the_profiler_shows_demands_kernels_and_predictions(folder, model):
         assert found["sida::moe_ffn"] >= 2  # a wave each at least
         assert found["sida::demand"] >= 4  # each wave, and the answer that there is none left
         assert "sida::predict" not in found
-        predicted = sida_ext.from_pretrained(folder, expert_memory="25%", routing="predicted", predictor=Guess())
+        predicted = sida_ext.from_pretrained(folder, expert_memory="25%", routing="predicted", predictor=ByToken())
         with torch.profiler.profile(activities=kinds) as profile:
             predicted(**batches(1)[0])
         assert ranges(profile)["sida::predict"] == 1

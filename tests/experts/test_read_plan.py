@@ -100,6 +100,26 @@ def test_what_cannot_be_measured_says_so(store, tmp_path, monkeypatch):
     assert "measuring failed" in read_plan.read_plan(tmp_path / "nothing", cache).why
 
 
+@pytest.mark.parametrize("large", [True, False])
+def test_no_home_and_no_figure_of_the_memory_are_no_reason_to_fail(store, tmp_path, monkeypatch, large):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    small = tmp_path / "small"
+    small.write_bytes(bytes(5000))
+    monkeypatch.setattr("sida_ext.experts.store.default_cache", homeless)
+    plan = read_plan.read_plan(store if large else small)
+    assert (plan.lanes, plan.read_bytes) == (DEFAULT_LANES, DEFAULT_READ_BYTES)
+    assert "home directory" in plan.why
+    monkeypatch.setattr(_C, "measure_read_rates", lambda path, seconds: ([(MIB, 8, 1e9)], True))
+
+    def unknown():
+        raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+    monkeypatch.setattr(read_plan, "available_memory", unknown)
+    assert "MemAvailable" in read_plan.read_plan(store, tmp_path / "plans.json").why
+
+
 def test_a_cache_that_cannot_be_written_costs_nothing_else(store, tmp_path, monkeypatch):
     monkeypatch.setattr(_C, "measure_read_rates", lambda path, seconds: ([(MIB, 8, 1e9)], True))
     (tmp_path / "file").write_text("")

@@ -19,7 +19,8 @@ from sida_ext import _C, StoreError, ops
 from sida_ext.experts.cache import ensure_store
 from sida_ext.experts.quantise import Quantised, quantise, quantize_rows
 from sida_ext.experts.source import ExpertWeights
-from sida_ext.experts.store import open_store, write_store
+from sida_ext.experts.store import open_store
+from sida_ext.experts.store_writer import write_store
 from sida_ext.models.packing import pack, source_of
 from tests.support.reference import build, small_config
 
@@ -84,7 +85,7 @@ class RandomExperts:
     family, layout, top_k, activation, gate = "random", "none", (2,), "silu", "act(gate) * up"
     fingerprint, name = "0" * 64, "random"
 
-    def expert(self, layer: int, index: int) -> ExpertWeights:
+    def expert(self, layer: int, index: int, dtype: str | None = None) -> ExpertWeights:
         random = torch.Generator().manual_seed(10 * layer + index)
         return ExpertWeights(*(torch.randn(*shape, generator=random) for shape in ((80, 24), (24, 40), (80,), (24,))))
 
@@ -166,9 +167,8 @@ def test_what_is_quantised_already_is_kept_bit_for_bit(tmp_path):
     packed = {(layer, index): (matrix(80, 24), matrix(24, 40)) for layer in range(2) for index in range(3)}
 
     class Packed(RandomExperts):
-        def expert(self, layer, index):
-            wi, wo = packed[layer, index]
-            return replace(super().expert(layer, index), wi=wi, wo=wo)
+        def expert(self, layer, index, dtype=None):
+            return replace(super().expert(layer, index), **dict(zip(("wi", "wo"), packed[layer, index], strict=True)))
 
     header = write_store(Packed(), tmp_path / "x.sida", "mxfp4")
     assert header.rounding == (0.0, 0.0)
@@ -196,7 +196,7 @@ def test_a_store_without_biases_stays_readable_by_older_versions(store):
 @pytest.mark.parametrize("field", ["wi", "wo", "wi_bias", "wo_bias"])
 def test_an_expert_of_another_shape_is_refused(tmp_path, field):
     class Wrong(RandomExperts):
-        def expert(self, layer, index):
+        def expert(self, layer, index, dtype=None):
             right = super().expert(layer, index)
             return replace(right, **{field: getattr(right, field)[..., :-1]})
 
@@ -285,9 +285,12 @@ def test_foreign_file(tmp_path):
     [
         ("version", 3, "format 3, this sida_ext reads up to 2"),
         ("biased", 1, "'biased' is 1"),
+        ("rounding", ["0.1"] * 4, "a number of four digits"),
+        ("rounding", ["1.000e-02"], "a number for each layer"),
         ("version", "1", "'version' is '1', expected a positive integer"),
         ("dtype", "int3", "'dtype' is 'int3', expected one of"),
         ("d_model", -1, "'d_model' is -1"),
+        ("d_model", 2**47, "'d_model' is 140737488355328, expected at most 268435456"),
         ("d_ff", 400, "'record_bytes' is"),
         ("num_experts", 7, "'checksums' is '32 entries', expected 28"),
         ("gated", 1, "'gated' is 1"),
@@ -298,8 +301,6 @@ def test_foreign_file(tmp_path):
         ("checksum", "md5", "'checksum' is 'md5'"),
         ("checksums", ["xyz"] * 32, "32 hexadecimal digits"),
         ("fingerprint", None, "'fingerprint' is None"),
-        ("rounding", ["0.1"] * 4, "a number of four digits"),
-        ("rounding", ["1.000e-02"], "a number for each layer"),
     ],
 )
 def test_wrong_header_field(store, field, value, message):

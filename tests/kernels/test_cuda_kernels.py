@@ -27,6 +27,7 @@ TESTS = [
     "cuda_heuristics_test",
     "cuda_slots_test",
     "cuda_serving_test",
+    "cuda_stream_mutants_test",
 ]
 
 

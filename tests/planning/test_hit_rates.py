@@ -12,7 +12,8 @@ import torch
 from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from sida_ext.planning.hit_rates import POLICIES, ModelledTime, Routing, compare, on_the_clock, record_routing
+from sida_ext.experts.options import EVICTIONS
+from sida_ext.planning.hit_rates import ModelledTime, Routing, compare, on_the_clock, record_routing
 from tests.support.reference import build, small_config
 
 
@@ -35,7 +36,7 @@ def test_everything_fits():
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_beats_the_optimum(seed):
     for row in compare(routing(60, seed=seed), [0.1, 0.3, 0.6, 0.9]):
-        for policy in POLICIES:
+        for policy in EVICTIONS:
             assert row.loads["opt"] <= row.loads[policy], (row.share, policy)
         assert row.hit_rate["next_use"] >= max(row.hit_rate[p] for p in ("lru", "lfu", "fifo"))
 

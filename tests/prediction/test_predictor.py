@@ -27,7 +27,7 @@ from sida_ext.training.evaluation import evaluate
 from sida_ext.training.traces import collect_traces
 
 VOCABULARY, EXPERTS, LAYERS = 60, 6, 2
-VARIANTS = ["paper", "context", "shadow"]
+VARIANTS = ["paper", "shadow"]
 
 
 def small_model(seed: int = 0) -> SwitchTransformersEncoderModel:
@@ -88,7 +88,13 @@ def test_all_layers_at_once_are_each_layer(seed, rows, width, top_k, calibrated)
     probability = torch.where(probability > 0.9, 1.0, probability)  # certain ones
     table = HashTable(index.masked_fill(absent, -1), gate, probability if calibrated else None)
     for least in (0.0, 0.3, 0.8, 1.0):
-        assert table.experts_by_layer(9, least) == [table.experts_of(layer, least) for layer in range(3)]
+        expected = []
+        for layer in range(3):
+            likely, need = table.need(layer)
+            enough = likely[need >= least] if least > 0 else likely
+            expected.append([expert for expert in table.demand(layer)[0].tolist() if expert in enough])
+        assert table.experts_by_layer(9, least) == expected
+        assert [table.experts_of(layer, least) for layer in range(3)] == expected
 
 
 def test_a_certain_candidate_is_needed_with_probability_one():
@@ -104,7 +110,7 @@ def test_calibrated_probability_decides_where_it_is_given():
 @pytest.mark.parametrize(
     ("index", "gate", "says"),
     [
-        (torch.zeros(1, 2, 3, 1), torch.zeros(1, 2, 3, 1), "float32 tensor; expected an int16"),
+        (torch.zeros(1, 2, 3, 1), torch.zeros(1, 2, 3, 1), "float32 tensor, expected an int16"),
         (torch.zeros(2, 3, 1, dtype=torch.int32), torch.zeros(2, 3, 1), r"expected \[B, S, layers, top_k\]"),
         (torch.full((1, 1, 1, 1), -2), torch.zeros(1, 1, 1, 1), "holds -2"),
         (torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 2), r"expected expert_index's"),
@@ -199,10 +205,10 @@ def test_gate_is_the_softmax_and_probability_the_tempered_one(predictor):
         (torch.tensor([[1, VOCABULARY]]), None, 1, r"input_ids\[0, 1\] is 60; the model knows tokens 0..59"),
         (torch.tensor([[-1, 2]]), None, 1, r"input_ids\[0, 0\] is -1"),
         (torch.tensor([1, 2]), None, 1, r"expected \[B, S\]"),
-        (torch.tensor([[1.0, 2.0]]), None, 1, "torch.float32; expected an int32 or int64"),
+        (torch.tensor([[1.0, 2.0]]), None, 1, "torch.float32, expected an int32 or int64"),
         (torch.tensor([[1, 2]]), torch.tensor([[1]]), 1, "attention_mask has shape"),
         (torch.tensor([[1, 2]]), torch.tensor([[1.0, float("nan")]]), 1, "attention_mask holds nan"),
-        (torch.tensor([[1, 2]]), None, 0, "top_k is 0; expected an integer in 1..6"),
+        (torch.tensor([[1, 2]]), None, 0, "top_k is 0, expected an integer in 1..6"),
         (torch.tensor([[1, 2]]), None, 7, "top_k is 7"),
     ],
 )
@@ -274,7 +280,7 @@ def test_missing_foreign_and_damaged_files_are_refused(predictor, model, tmp_pat
     drifted.encoder.block[1].layer[-1].mlp.router.classifier.weight.data[0, 0] += 1
     with pytest.raises(PredictorError, match="was trained for a model with fingerprint"):
         HashPredictor.from_pretrained(tmp_path, drifted)
-    with pytest.raises(PredictorError, match="kind 'hash_predictor'; expected 'token_table'"):
+    with pytest.raises(PredictorError, match="kind 'hash_predictor', expected 'token_table'"):
         TokenTablePredictor.from_pretrained(tmp_path, model)
     file = tmp_path / PREDICTOR_FILE
     good = file.read_bytes()
@@ -351,5 +357,5 @@ def test_a_predictor_of_ones_own_plugs_in_by_name(custom):
 def test_a_name_that_is_nothing_says_what_there_is(custom, model):
     with pytest.raises(PredictorError, match=r"neither a folder .* \(installed: broken, popular\)"):
         find_predictor("nobody", model)
-    with pytest.raises(PredictorError, match="made a str; expected an object with predict"):
+    with pytest.raises(PredictorError, match="made a str, expected an object with predict"):
         find_predictor("broken", model)

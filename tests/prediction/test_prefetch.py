@@ -15,7 +15,6 @@ from sida_ext import HashPredictor, HashTable
 from sida_ext.prediction.drift import DriftWarning, DriftWatch
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.prefetch import CANDIDATES, PrefetchPolicy
-from tests.support.reference import build, small_config
 
 EXPERTS, LAYERS = 8, 2
 
@@ -94,13 +93,6 @@ def test_a_wrong_padding_need_is_refused(need, error, says):
     table = random_table(0)
     with pytest.raises(error, match=says):
         HashTable(table.expert_index, table.gate, None, need)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder")
-    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(path)
-    return path
 
 
 def batches(count, length=20):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from sida_ext import HashTable
 from sida_ext.experts.read_plan import ReadPlan
 from sida_ext.serving.lookahead import choose_lookahead
-from tests.support.reference import build, small_config
+from tests.support.predictors import ByToken
 
 SLOW_DISK = (1e9, 30e9)
 
@@ -50,20 +48,6 @@ def test_without_rates_the_disk_is_taken_to_be_the_slower_one():
     assert "not measured" in found.why
 
 
-@pytest.fixture
-def folder(tmp_path):
-    build(SwitchTransformersEncoderModel, small_config()).save_pretrained(tmp_path)
-    return tmp_path
-
-
-class Guess:
-    """Two experts of each of the two layers."""
-
-    def predict(self, input_ids, attention_mask=None, top_k=1):
-        index = (input_ids % 2)[:, :, None, None].repeat(1, 1, 2, 1)
-        return HashTable(index, torch.full(index.shape, 0.5))
-
-
 @pytest.mark.parametrize("order", ["given", "overlap"])
 def test_a_stream_picks_it_from_its_first_batch(folder, monkeypatch, order):
     model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="75%")
@@ -84,7 +68,7 @@ def test_a_stream_picks_it_from_its_first_batch(folder, monkeypatch, order):
     monkeypatch.setattr(model.sida, "announce", announced)
     monkeypatch.setattr(model.sida, "retire", retired)
     assert model.sida.lookahead is None
-    stream = sida_ext.stream(model, given, Guess(), lookahead="auto", order=order)
+    stream = sida_ext.stream(model, given, ByToken(2), lookahead="auto", order=order)
     with torch.no_grad():
         plain = model(**given[0]).last_hidden_state
     for output in stream:
@@ -99,5 +83,5 @@ def test_a_stream_picks_it_from_its_first_batch(folder, monkeypatch, order):
 def test_words_other_than_auto_are_refused(folder):
     model = sida_ext.from_pretrained(folder, expert_memory="75%")
     with pytest.raises(ValueError, match="lookahead is 'much', expected a number of batches of at least 1, or 'auto'"):
-        sida_ext.stream(model, [], Guess(), lookahead="much")
+        sida_ext.stream(model, [], ByToken(2), lookahead="much")
     model.sida.close()

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from sida_ext import HashTable, SwitchTransformersForSequenceClassification, batches_by_tokens, stream_by_tokens
-from sida_ext.serving.schedule import rows_of, watch_order
+from sida_ext import SwitchTransformersForSequenceClassification, batches_by_tokens, stream_by_tokens
+from sida_ext.serving.savings import watch_order
+from sida_ext.serving.token_batches import rows_of
+from tests.support.predictors import ByToken
 from tests.support.reference import build, small_config
 
 LENGTHS = [5, 40, 1, 17, 17, 3, 90, 2, 23, 9, 9, 30]
@@ -33,14 +35,6 @@ def model(folder):
     model = sida_ext.from_pretrained(folder, expert_dtype="float32", expert_memory="25%")
     yield model
     model.sida.close()
-
-
-class Guess:
-    """The experts of a token are its id, modulo."""
-
-    def predict(self, input_ids, attention_mask=None, top_k=1):
-        index = (input_ids % 8)[:, :, None, None].repeat(1, 1, 2, 1)
-        return HashTable(index, torch.full(index.shape, 0.5))
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,7 +124,7 @@ def test_outputs_are_those_of_their_batch_bit_for_bit_in_the_callers_order(model
         if max_tokens == 1:  # one sequence at a time: the bits of the sequence alone
             for position, ids in enumerate(given):
                 assert torch.equal(expected[position], model(ids[None]).last_hidden_state)
-    outputs = stream_by_tokens(model, given, Guess(), lookahead=3, order=order, max_tokens=max_tokens, window=5)
+    outputs = stream_by_tokens(model, given, ByToken(), lookahead=3, order=order, max_tokens=max_tokens, window=5)
     count = 0
     for position, output in enumerate(outputs):
         assert output.last_hidden_state.shape == (1, LENGTHS[position], 24)
@@ -201,7 +195,7 @@ def test_another_order_saves_reads_and_says_how_many(folder):
         model.sida.set_budget("50%")
         model.sida.reset_stats()
         with watch_order(model) as watch:
-            outputs = list(sida_ext.stream(model, watch.batches(given), Guess(), lookahead=4, order=order))
+            outputs = list(sida_ext.stream(model, watch.batches(given), ByToken(), lookahead=4, order=order))
         read[order] = watch.savings(4)
         assert len(outputs) == 24
         assert model.encoder.block[1].layer[1].mlp.observer is None

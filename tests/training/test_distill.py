@@ -33,17 +33,10 @@ from sida_ext.training.evaluation import evaluate
 from sida_ext.training.split import HELD_OUT, TRAIN, VALIDATION, split_of
 from sida_ext.training.traces import TraceStore, join_traces
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, EXPERTS, LAYERS = 40, 5, 2
 QUICK = TrainingOptions(epochs=3, batch_sentences=16, validation=0.1, held_out=0.2, warmup=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small are slower on more threads, and much slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_model(seed: int = 0) -> SwitchTransformersEncoderModel:

@@ -18,7 +18,7 @@ double measure_multiply_add_rate(int threads) {
   std::atomic<int> ready{0};
   std::atomic<float> sink{0.0f};
   std::vector<double> best(threads, 0.0);
-  std::vector<std::thread> pool;
+  std::vector<std::jthread> pool;
   for (int thread = 0; thread < threads; ++thread) {
     pool.emplace_back([&, thread] {
       // All begin together: a core that is alone may run at a higher clock.
@@ -32,7 +32,7 @@ double measure_multiply_add_rate(int threads) {
       }
     });
   }
-  for (std::thread& thread : pool) thread.join();
+  for (std::jthread& thread : pool) thread.join();
   double rate = 0.0;
   for (const double one : best) rate += one;
   return rate;

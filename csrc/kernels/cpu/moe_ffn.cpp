@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/rounding.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/dispatch_plan.h"

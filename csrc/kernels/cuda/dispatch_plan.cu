@@ -24,10 +24,7 @@ __device__ inline int resident_expert(const PlanParams& p, int row, int& wrong_r
   if (row >= p.rows) return -1;
   const RoutedRow routed = locate_expert(p.routing, row);
   if (routed.found == Found::wrong) wrong_row = min(wrong_row, row);
-  if (routed.found == Found::missing) {
-    missing_row = min(missing_row, row);
-    if (SIDA_PLANTED(plan_zero_missing)) return routed.expert;
-  }
+  if (routed.found == Found::missing) missing_row = min(missing_row, row);
   return routed.found == Found::resident ? routed.expert : -1;
 }
 
@@ -46,9 +43,7 @@ __global__ void __launch_bounds__(1024, 1) dispatch_plan_kernel(const PlanParams
   int* warp_counts = counts + warp * experts;
 
   for (int i = thread; i < p.warps * experts; i += threads) counts[i] = 0;
-  if (!SIDA_PLANTED(plan_counters_not_cleared)) {
-    for (int i = thread; i < p.counter_count; i += threads) p.counters[i] = 0;
-  }
+  for (int i = thread; i < p.counter_count; i += threads) p.counters[i] = 0;
   __syncthreads();
 
   const Segment segment = segment_of_warp(p.rows, warp, p.warps);
@@ -74,7 +69,7 @@ __global__ void __launch_bounds__(1024, 1) dispatch_plan_kernel(const PlanParams
       const int position_end = inclusive_warp_sum(total);
       const int tile_end = inclusive_warp_sum(own_tiles);
       if (expert < experts) {
-        first_position[expert] = positions + position_end - (SIDA_PLANTED(plan_inclusive_scan) ? 0 : total);
+        first_position[expert] = positions + position_end - total;
         first_tile[expert] = tiles + tile_end - own_tiles;
       }
       positions += __shfl_sync(all_lanes, position_end, 31);

@@ -25,16 +25,13 @@ __device__ inline Unit locate_unit(const LayerParams& p, const Work& work, int u
   const int column = weight_row<block_w, phase>(p, work.weight_tile, tile_row).column;
   const int columns = phase == Phase::hidden ? p.d_ff : p.d_model;
   const int inside = max(0, min(8, columns - column));
-  return {unit / units_of_token, column, SIDA_PLANTED(epilogue_no_column_guard) ? 8 : inside, tile_row};
+  return {unit / units_of_token, column, inside, tile_row};
 }
 
 // Eight sums of a token times the scales of their rows.
-__device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int slot, int matrix_row, int tile_row,
-                                   int count, float (&value)[8]) {
-  const float* scale = nullptr;
-  if (w.scale != nullptr) {
-    scale = w.scale + slot * w.scale_slot_stride + (SIDA_PLANTED(epilogue_scale_of_tile) ? tile_row : matrix_row);
-  }
+__device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int slot, int matrix_row, int count,
+                                   float (&value)[8]) {
+  const float* scale = w.scale == nullptr ? nullptr : w.scale + slot * w.scale_slot_stride + matrix_row;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     value[i] = sums[i];
@@ -50,12 +47,12 @@ __device__ inline void store_hidden(const LayerParams& p, const Work& work, cons
     if (unit.token >= work.tokens.count || unit.column >= p.hidden_row_stride) continue;
     const float* own = sums + unit.token * row_floats + unit.tile_row;
     float value[8];
-    scaled_sums(own, p.wi, work.tokens.slot, unit.column, unit.tile_row, unit.count, value);
+    scaled_sums(own, p.wi, work.tokens.slot, unit.column, unit.count, value);
 #pragma unroll
     for (int j = 0; j < 8; ++j) value[j] = activate(value[j], p.activation);
     if (p.gated) {
       float up[8];
-      scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column, unit.tile_row + 16, unit.count, up);
+      scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column, unit.count, up);
 #pragma unroll
       for (int j = 0; j < 8; ++j) value[j] *= up[j];
     }
@@ -64,9 +61,8 @@ __device__ inline void store_hidden(const LayerParams& p, const Work& work, cons
     for (int j = 0; j < 8; ++j) {
       if (j >= unit.count) value[j] = 0.0f;
     }
-    const int64_t shift = SIDA_PLANTED(epilogue_misaligned_store) ? 1 : 0;
-    store_eight(p.hidden, (work.tokens.first + unit.token) * p.hidden_row_stride + unit.column + shift, hidden_dtype, 8,
-                true, value);
+    store_eight(p.hidden, (work.tokens.first + unit.token) * p.hidden_row_stride + unit.column, hidden_dtype, 8, true,
+                value);
   }
 }
 
@@ -74,7 +70,7 @@ __device__ inline void store_hidden(const LayerParams& p, const Work& work, cons
 __device__ inline void store_gated(const LayerParams& p, int position, int column, int count, DType dtype,
                                    const float (&sum)[8]) {
   const int row = p.plan.row_of_position[position];
-  const float gate = p.gate[SIDA_PLANTED(epilogue_gate_by_position) ? position : row];
+  const float gate = p.gate[row];
   float value[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) value[j] = sum[j] * gate;
@@ -96,8 +92,7 @@ __device__ inline void add_slices(const LayerParams& p, const Work& work, DType 
     const int position = work.tokens.first + unit.token;
     const float* own = p.split_sums + position * p.split_row_stride + unit.column;
     float sum[8] = {};
-    for (int step = 0; step < p.splits; ++step) {
-      const int split = SIDA_PLANTED(split_by_arrival) ? (work.split + step) % p.splits : step;
+    for (int split = 0; split < p.splits; ++split) {
       const Eight<float> part = *reinterpret_cast<const Eight<float>*>(own + split * slice);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j] += part.element[j];
@@ -109,10 +104,10 @@ __device__ inline void add_slices(const LayerParams& p, const Work& work, DType 
 // Announces the block's slice; true for the block that is the last of its tile, which then sees all slices.
 // `flag`: an int of shared memory that nothing else uses.
 __device__ inline bool is_last_slice(const LayerParams& p, const Work& work, int* flag) {
-  if (!SIDA_PLANTED(split_no_fence)) __threadfence();
+  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) *flag = atomicAdd(&p.tickets[work.token_tile * work.weight_tiles + work.weight_tile], 1);
-  if (!SIDA_PLANTED(split_no_barrier)) __syncthreads();
+  __syncthreads();
   if (*flag != p.splits - 1) return false;
   __threadfence();
   return true;
@@ -124,22 +119,19 @@ __device__ inline bool is_last_slice(const LayerParams& p, const Work& work, int
 // of it. `completes`: block_t ints of shared memory that nothing else uses any more.
 template <int block_w, int block_t>
 __device__ inline void combine_choices(const LayerParams& p, const Work& work, DType dtype, int* completes) {
-  if (!SIDA_PLANTED(combine_no_fence)) __threadfence();
-  if (!SIDA_PLANTED(combine_early_arrival)) __syncthreads();
+  __threadfence();
+  __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < work.tokens.count; i += static_cast<int>(blockDim.x)) {
     const int token = p.plan.row_of_position[work.tokens.first + i] / p.top_k;
     int rows = 0;
     for (int choice = 0; choice < p.top_k; ++choice) {
       const RoutedRow routed = locate_expert(p.routing, token * p.top_k + choice);
-      if (routed.found == Found::resident || SIDA_PLANTED(combine_counts_absent)) ++rows;
+      if (routed.found == Found::resident) ++rows;
     }
     int* const arrivals = &p.arrivals[static_cast<int64_t>(token) * work.weight_tiles + work.weight_tile];
-    const int before = atomicAdd(arrivals, 1);
-    completes[i] = SIDA_PLANTED(combine_reads_counter) ? *arrivals == rows
-                   : SIDA_PLANTED(combine_always)      ? 1
-                                                       : before == rows - 1;
+    completes[i] = atomicAdd(arrivals, 1) == rows - 1;
   }
-  if (!SIDA_PLANTED(combine_no_barrier)) __syncthreads();
+  __syncthreads();
   __threadfence();
   for (int i = static_cast<int>(threadIdx.x); i < block_t * block_w / 8; i += static_cast<int>(blockDim.x)) {
     const Unit unit = locate_unit<block_w, Phase::output>(p, work, i);
@@ -147,8 +139,7 @@ __device__ inline void combine_choices(const LayerParams& p, const Work& work, D
     const int row = p.plan.row_of_position[work.tokens.first + unit.token];
     const int token = row / p.top_k;
     float sum[8] = {};
-    for (int step = 0; step < p.top_k; ++step) {
-      const int choice = SIDA_PLANTED(combine_by_arrival) ? (row + step) % p.top_k : step;
+    for (int choice = 0; choice < p.top_k; ++choice) {
       const int64_t first = (static_cast<int64_t>(token) * p.top_k + choice) * p.d_model + unit.column;
       float part[8];
       load_eight(p.partials, first, DType::f32, unit.count, p.vector_partials, part);
@@ -169,8 +160,7 @@ __device__ inline void store_output(const LayerParams& p, const Work& work, cons
     if (unit.token >= work.tokens.count || unit.count == 0) continue;
     const int position = work.tokens.first + unit.token;
     float value[8];
-    scaled_sums(sums + unit.token * row_floats + unit.tile_row, p.wo, work.tokens.slot, unit.column, unit.tile_row,
-                unit.count, value);
+    scaled_sums(sums + unit.token * row_floats + unit.tile_row, p.wo, work.tokens.slot, unit.column, unit.count, value);
     if (p.splits == 1) {
       store_gated(p, position, unit.column, unit.count, dtype, value);
     } else {

@@ -35,10 +35,7 @@ struct WeightTile;
 template <class Element>
 struct SixteenBitTile {
   static constexpr int row_bytes = 128;
-  __device__ static int at(int row, int chunk) {
-    return row * row_bytes + ((chunk ^ (SIDA_PLANTED(gemm_no_swizzle) ? 0 : row & 7)) << 4);
-  }
-  __device__ static int stored_at(int row, int chunk) { return row * row_bytes + ((chunk ^ (row & 7)) << 4); }
+  __device__ static int at(int row, int chunk) { return row * row_bytes + ((chunk ^ (row & 7)) << 4); }
 };
 template <>
 struct WeightTile<bf16> : SixteenBitTile<bf16> {};
@@ -48,7 +45,6 @@ template <>
 struct WeightTile<int8_t> {
   static constexpr int row_bytes = 64;
   __device__ static int at(int row, int chunk) { return row * row_bytes + ((chunk ^ ((row >> 1) & 3)) << 4); }
-  __device__ static int stored_at(int row, int chunk) { return at(row, chunk); }
 };
 
 // With int8 weights a lane needs four neighbouring elements of a token (see load_token_fragments): eight bytes at once,
@@ -92,8 +88,8 @@ __device__ inline void load_stage(unsigned char* stage, const Token* tokens, con
     const int row = copy / weight_chunks, chunk = copy % weight_chunks;
     const int64_t offset = weight_offset[row];
     const int k = depth_begin + chunk * weight_elements;
-    const bool inside = offset >= 0 && (k < depth || SIDA_PLANTED(gemm_no_depth_guard));
-    cp_async16(stage + WeightTile<Weight>::stored_at(row, chunk), inside ? weights + offset + k : weights, inside);
+    const bool inside = offset >= 0 && k < depth;
+    cp_async16(stage + WeightTile<Weight>::at(row, chunk), inside ? weights + offset + k : weights, inside);
   }
   unsigned char* token_stage = stage + Memory::weight_bytes;
 #pragma unroll
@@ -102,7 +98,7 @@ __device__ inline void load_stage(unsigned char* stage, const Token* tokens, con
     const int row = copy / 8, chunk = copy % 8;
     const int64_t offset = token_offset[row];
     const int k = depth_begin + chunk * 8;
-    const bool inside = offset >= 0 && (k < depth || SIDA_PLANTED(gemm_no_depth_guard));
+    const bool inside = offset >= 0 && k < depth;
     cp_async16(token_stage + TokenTileLayout<Weight>::at(row, chunk), inside ? tokens + offset + k : tokens, inside);
   }
 }
@@ -131,11 +127,6 @@ __device__ inline void load_weight_fragments(uint32_t (&fragment)[2][4], const u
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     ldmatrix4(fragment[step], stage + WeightTile<Token>::at(first_row + lane % 16, (k32 * 2 + step) * 2 + lane / 16));
-    if (SIDA_PLANTED(gemm_swapped_fragment)) {
-      const uint32_t kept = fragment[step][1];
-      fragment[step][1] = fragment[step][2];
-      fragment[step][2] = kept;
-    }
   }
 }
 
@@ -151,11 +142,6 @@ __device__ inline void load_weight_fragments(uint32_t (&fragment)[2][4], const u
   for (int step = 0; step < 2; ++step) {
     widen(bytes[step * 2], token, fragment[step][0], fragment[step][2]);
     widen(bytes[step * 2 + 1], token, fragment[step][1], fragment[step][3]);
-    if (SIDA_PLANTED(gemm_swapped_fragment)) {
-      const uint32_t kept = fragment[step][1];
-      fragment[step][1] = fragment[step][2];
-      fragment[step][2] = kept;
-    }
   }
 }
 
@@ -212,14 +198,10 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm) expert_g
 
   for (int ahead = 0; ahead < Shape::stages - 1; ++ahead) load(steps.begin + ahead);
   for (int step = steps.begin; step < steps.end; ++step) {
-    if (SIDA_PLANTED(gemm_lax_wait)) {
-      cp_async_wait<Shape::stages - 1>();
-    } else {
-      cp_async_wait<Shape::stages - 2>();
-    }
+    cp_async_wait<Shape::stages - 2>();
     // One barrier does for both: everybody's copies of this stage are visible, and everybody has finished with the
     // stage that is filled next.
-    if (!SIDA_PLANTED(gemm_no_barrier) || step < steps.begin + Shape::stages) __syncthreads();
+    __syncthreads();
     load(step + Shape::stages - 1);
 
     const unsigned char* weight_stage = stages + step % Shape::stages * Memory::stage_bytes;
@@ -248,7 +230,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks_per_sm) expert_g
     }
   }
   cp_async_wait<0>();
-  if (!SIDA_PLANTED(gemm_no_epilogue_barrier)) __syncthreads();
+  __syncthreads();
 
   float* tile_sums = reinterpret_cast<float*>(stages);
 #pragma unroll

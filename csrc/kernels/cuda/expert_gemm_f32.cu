@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(SimtShape::threads, 4) expert_gemm_f32(const L
     if (step + 1 < steps.end) load(step + 1);
 #pragma unroll 8
     for (int k = 0; k < block_k; ++k) {
-      const int weight_floats = Memory::weight_floats - (SIDA_PLANTED(simt_misaligned_slice) ? 1 : 0);
-      const float4 w = *reinterpret_cast<const float4*>(weight_slice + k * weight_floats + own_row);
+      const float4 w = *reinterpret_cast<const float4*>(weight_slice + k * Memory::weight_floats + own_row);
 #pragma unroll
       for (int j = 0; j < own_tokens; ++j) {
         const float x = token_slice[k * Memory::token_floats + own_token + j];
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(SimtShape::threads, 4) expert_gemm_f32(const L
         sums[j][3] = fmaf(w.w, x, sums[j][3]);
       }
     }
-    if (!SIDA_PLANTED(simt_no_barrier)) __syncthreads();
+    __syncthreads();
   }
 
   float* tile_sums = reinterpret_cast<float*>(shared);

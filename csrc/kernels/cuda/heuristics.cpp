@@ -3,12 +3,10 @@
 
 #include <algorithm>
 
+#include "base/rounding.h"
+
 namespace sida::cuda {
 namespace {
-
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
 
 bool multiple(int64_t elements, DType dtype, int64_t bytes) {
   return elements * element_bytes(dtype) % bytes == 0;

@@ -4,19 +4,13 @@
 #include <algorithm>
 #include <limits>
 
+#include "base/rounding.h"
 #include "kernels/cuda/kernels.h"
 
 namespace sida::cuda {
 namespace {
 
 constexpr int64_t shared_without_asking = 48 * 1024;
-
-int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-int64_t round_up(int64_t value, int64_t by) {
-  return divide_up(value, by) * by;
-}
 
 LayerKernels kernels_of(const MoeFfnArgs& args, const Choice& choice) {
   if (choice.path == Path::f32) return f32_kernels(choice.block_t);

@@ -27,8 +27,6 @@ __device__ inline Best best_expert(const RouteParams& p, int64_t first_logit) {
   for (int expert = lane; expert < p.experts; expert += 32) {
     largest = fmaxf(largest, load_element(p.logits, first_logit + expert, p.dtype));
   }
-  // A mistake that only independent thread scheduling shows: these lanes are named in the masks below.
-  if (SIDA_PLANTED(route_divergent_shuffle) && lane >= p.experts) return {0.0f, 0};
   for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, step));
   float sum = 0.0f;
   for (int expert = lane; expert < p.experts; expert += 32) {
@@ -81,8 +79,7 @@ __global__ void __launch_bounds__(1024, 1) route_top1_kernel(const RouteParams p
     const int token = first + lane;
     const int expert = token < p.length ? p.expert_index[sequence + token] : -1;
     const int rank = count_key(counts + warp * p.experts, expert);
-    const int limit = p.capacity + (SIDA_PLANTED(route_capacity_off_by_one) ? 1 : 0);
-    if (expert >= 0 && rank >= limit) p.expert_index[sequence + token] = -1;
+    if (expert >= 0 && rank >= p.capacity) p.expert_index[sequence + token] = -1;
   }
 }
 

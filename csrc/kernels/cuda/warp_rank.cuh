@@ -3,7 +3,6 @@
 // of an item therefore depends on its place alone, never on timing.
 #pragma once
 
-#include "kernels/cuda/plant.h"
 #include "kernels/cuda/ptx.cuh"
 
 namespace sida::cuda {
@@ -29,7 +28,7 @@ __device__ inline int count_key(int* warp_counts, int key) {
   const unsigned peers = __match_any_sync(all_lanes, key);
   const int rank = __popc(peers & ((1u << lane) - 1));
   const int before = key >= 0 ? warp_counts[key] : 0;
-  if (!SIDA_PLANTED(plan_no_warp_barrier)) __syncwarp();
+  __syncwarp();
   if (key >= 0 && rank == 0) warp_counts[key] = before + __popc(peers);
   __syncwarp();
   return before + rank;

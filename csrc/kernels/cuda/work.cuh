@@ -2,15 +2,11 @@
 // Weights are the tall operand throughout, so that an expert with one token wastes 15 columns of a tile, not 127 rows.
 #pragma once
 
+#include "base/rounding.h"
 #include "kernels/cuda/params.h"
-#include "kernels/cuda/plant.h"
 #include "kernels/cuda/ptx.cuh"
 
 namespace sida::cuda {
-
-__host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
 
 // Columns of the result that one tile of weight rows gives: a gated tile holds gate and up rows.
 template <int block_w, Phase phase>
@@ -54,7 +50,7 @@ __device__ inline WeightRow weight_row(const LayerParams& p, int weight_tile, in
   const int columns = phase == Phase::hidden ? p.d_ff : p.d_model;
   const int column = first + (gated ? row / 32 * 16 + row % 16 : row);
   const int matrix_row = column + (gated && row / 16 % 2 == 1 ? p.d_ff : 0);
-  return {column, column < columns || SIDA_PLANTED(gemm_no_row_guard) ? matrix_row : -1};
+  return {column, column < columns ? matrix_row : -1};
 }
 
 // Where position `position` of the sorted rows has its activations, in elements.
@@ -69,15 +65,12 @@ template <int block_w, int block_t, Phase phase>
 __device__ inline void fill_row_tables(const LayerParams& p, const Work& work, int64_t* weight_offset,
                                        int64_t* token_offset) {
   const ExpertMatrix& w = phase == Phase::hidden ? p.wi : p.wo;
-  const int depth = phase == Phase::hidden ? p.d_model : p.d_ff;
-  const int64_t row_stride = SIDA_PLANTED(gemm_wrong_row_stride) ? depth : w.row_stride;
   for (int row = static_cast<int>(threadIdx.x); row < block_w; row += static_cast<int>(blockDim.x)) {
     const int matrix_row = weight_row<block_w, phase>(p, work.weight_tile, row).matrix_row;
-    weight_offset[row] = matrix_row < 0 ? -1 : work.tokens.slot * w.slot_stride + matrix_row * row_stride;
+    weight_offset[row] = matrix_row < 0 ? -1 : work.tokens.slot * w.slot_stride + matrix_row * w.row_stride;
   }
   for (int row = static_cast<int>(threadIdx.x); row < block_t; row += static_cast<int>(blockDim.x)) {
-    if (SIDA_PLANTED(gemm_uninitialised_table) && row == block_t - 1) continue;
-    const bool inside = row < work.tokens.count || SIDA_PLANTED(gemm_no_token_guard);
+    const bool inside = row < work.tokens.count;
     token_offset[row] = inside ? activation_offset<phase>(p, work.tokens.first + row) : -1;
   }
 }
@@ -91,9 +84,7 @@ template <int block_k, Phase phase>
 __device__ inline Steps steps_of(const LayerParams& p, const Work& work) {
   const int steps = static_cast<int>(divide_up(phase == Phase::hidden ? p.d_model : p.d_ff, block_k));
   if (phase == Phase::hidden) return {0, steps};
-  const int end = steps * (work.split + 1) / p.splits;
-  const bool cut_short = SIDA_PLANTED(split_short_slice) && work.split == p.splits - 1;
-  return {steps * work.split / p.splits, cut_short ? end - 1 : end};
+  return {steps * work.split / p.splits, steps * (work.split + 1) / p.splits};
 }
 
 }  // namespace sida::cuda

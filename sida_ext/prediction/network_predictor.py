@@ -1,0 +1,149 @@
+"""What every predictor with a trained network shares: its table, its calibration, its file."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sida_ext.prediction.files import PredictorError, field, read_config, read_predictor, write_predictor
+from sida_ext.prediction.hash_table import NO_EXPERT, HashTable
+from sida_ext.prediction.moe_facts import stack_facts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class NetworkPredictor(nn.Module):
+    """A network over the token embeddings of one stack, with a temperature for each layer.
+
+    Args:
+        embedding: [vocabulary, d_model], the model's own frozen token embeddings; referred to, never saved. Those of a
+            model on a GPU are copied to the CPU, where predictions are made while the GPU computes; ``to(device)``
+            moves both embeddings and weights.
+        layers, experts: MoE layers of the stack, experts in each.
+        model_fingerprint: of that stack; see ``moe_facts.fingerprint``.
+        variant: one of ``nets``.
+        options: sizes of the network, e.g. ``hidden``.
+    """
+
+    kind: ClassVar[str]
+    stack: ClassVar[str]  # "encoder" or "decoder"
+    nets: ClassVar[dict[str, type[nn.Module]]]
+    embedding: Tensor
+    temperature: Tensor
+
+    def __init__(
+        self, embedding: Tensor, layers: int, experts: int, model_fingerprint: str, variant: str, **options: Any
+    ) -> None:
+        super().__init__()
+        if variant not in self.nets:
+            raise ValueError(f"variant is {variant!r}, expected one of {sorted(self.nets)}")
+        if embedding.dim() != 2 or not embedding.is_floating_point():
+            raise ValueError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}, expected [vocabulary, d_model]")
+        self.layers, self.experts, self.variant = layers, experts, variant
+        self.model_fingerprint, self.options = model_fingerprint, dict(options)
+        # Mean top-1 share on held-out text, once trained: what ``drift.DriftWatch`` compares with.
+        self.held_out_top1: float | None = None
+        self.path: str | None = None  # the folder that it was read from
+        self.register_buffer("embedding", embedding.detach().cpu(), persistent=False)
+        # Divides a layer's logits when they are read as probabilities of being the first choice; set by calibration.
+        self.register_buffer("temperature", torch.ones(layers))
+        self.net = self.nets[variant](embedding.shape[1], layers, experts, **options)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids below this are known."""
+        return self.embedding.shape[0]
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """``tensor`` where the predictor is: a model on a GPU is mostly predicted for by the CPU."""
+        return tensor.to(self.temperature.device)
+
+    def _table(self, logits: Tensor, real: Tensor, top_k: int) -> HashTable:
+        """The ``top_k`` best candidates of logits [B, S, layers, experts], none where ``real`` [B, S] is False."""
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(
+                f"the {self.variant} predictor's logits hold NaN or inf; its weights are damaged or training diverged"
+            )
+        best, index = logits.topk(top_k, dim=-1)
+        gate = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        tempered = logits / self.temperature[:, None]
+        probability = (best / self.temperature[:, None] - tempered.logsumexp(dim=-1, keepdim=True)).exp()
+        padding = ~real[:, :, None, None]
+        return HashTable(
+            index.int().masked_fill(padding, NO_EXPERT),
+            gate.clamp(0, 1).masked_fill(padding, 0.0),
+            probability.clamp(0, 1).masked_fill(padding, 0.0),
+            self._padding_need(tempered, real),
+        )
+
+    def _padding_need(self, tempered: Tensor, real: Tensor) -> Tensor | None:
+        """[layers, experts]: how likely padding is to need an expert; None where that is not known or there is none."""
+        return None
+
+    def parameter_count(self) -> int:
+        """Trained parameters; the model's embeddings are not among them."""
+        return sum(p.numel() for p in self.parameters())
+
+    def description(self) -> dict[str, Any]:
+        """What a file says of this predictor, beside its weights."""
+        return {
+            "kind": self.kind,
+            "model_fingerprint": self.model_fingerprint,
+            "variant": self.variant,
+            "stack": self.stack,
+            "layers": self.layers,
+            "experts": self.experts,
+            "d_model": self.embedding.shape[1],
+            "vocabulary": self.embedding.shape[0],
+            "options": self.options,
+            "held_out_top1": self.held_out_top1,
+        }
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the predictor to folder ``path`` without the model's embeddings; see ``prediction.files``.
+
+        Weights that float16 holds exactly (as those of a trained predictor) are stored so, in half the space.
+        """
+        tensors = {n: t.half() if torch.equal(t.half().float(), t) else t for n, t in self.state_dict().items()}
+        write_predictor(path, self.description(), tensors)
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Round the network's weights to float16's precision; a weight that float16 cannot hold stays as it is."""
+        for weight in self.net.parameters():
+            rounded = weight.half().float()
+            weight.copy_(torch.where(rounded.isfinite(), rounded, weight))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> Self:
+        """Read a trained predictor for ``model``.
+
+        Raises:
+            PredictorError: nothing there, damaged, or of another model. Never a random predictor instead.
+        """
+        stack = field(read_config(path), "stack", str, path)
+        if stack != cls.stack:
+            raise PredictorError(f"{path} holds a predictor of the {stack}, expected one of the {cls.stack}")
+        facts = stack_facts(model, stack)
+        config, tensors = read_predictor(path, cls.kind, facts.fingerprint)
+        try:
+            predictor = cls(
+                facts.embedding,
+                facts.layers,
+                facts.experts,
+                facts.fingerprint,
+                field(config, "variant", str, path),
+                **field(config, "options", dict, path),
+            )
+            predictor.load_state_dict(tensors)
+            predictor.held_out_top1 = config.get("held_out_top1")
+            predictor.path = os.fspath(path)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, PredictorError):
+                raise
+            raise PredictorError(f"{path}: the weights do not fit the network that it describes ({error})") from error
+        return predictor.eval().requires_grad_(False)

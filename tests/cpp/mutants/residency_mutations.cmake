@@ -1,0 +1,69 @@
+# Bugs in a copy of residency.cpp: the simulator must find each.
+sida_mutants(residency)
+
+sida_mutation("a release is forgotten" experts/residency.cpp
+              [=[--experts_[expert].pins;]=] [=[]=])
+sida_mutation("an expert is handed out without a pin" experts/residency.cpp
+              [=[++state.pins;]=] [=[]=])
+sida_mutation("the budget is off by one" experts/residency.cpp
+              [=[if (!may_commit()) return -1;]=] [=[if (committed_ > budget_) return -1;]=])
+sida_mutation("a shrunk budget keeps one slot too many" experts/residency.cpp
+              [=[budget_ = slots;]=]
+              [=[budget_ = slots < budget_ ? slots + 1 : slots;]=])
+sida_mutation("a slot given back is reused before it is back" experts/residency.cpp
+              [=[returning_ -= slots;]=]
+              [=[returning_ -= slots; returning_ += slots - 1;]=])
+sida_mutation("a failed copy keeps its slot" experts/residency.cpp
+              [=[warm_.insert(slot);]=] [=[]=])
+sida_mutation("a failed copy is taken for a good one" experts/residency.cpp
+              [=[state.failed = true;]=] [=[]=])
+sida_mutation("a failure is told to nobody" experts/residency.cpp
+              [=[if (!demand.failure) demand.failure = failure;]=] [=[]=])
+sida_mutation("a finished demand still wants its experts" experts/residency.cpp
+              [=[--experts_[expert].wanted;]=] [=[]=])
+sida_mutation("a finished demand is still waited for" experts/residency.cpp
+              [=[if (demand.waiting) --experts_[expert].awaited;]=] [=[]=])
+sida_mutation("a passed layer is still announced" experts/residency.cpp
+              [=[std::erase_if(state.uses, [&](const Use& use) { return use.time == use_time(number, batch.passed); });]=]
+              [=[]=])
+sida_mutation("demand waits behind prefetch" experts/residency.cpp
+              [=[if (auto command = serve_demands(waiting, &blocked)) return command;]=]
+              [=[if (auto command = prefetch()) return command;
+                 if (auto command = serve_demands(waiting, &blocked)) return command;]=])
+sida_mutation("a caller starves beside experts that nobody waits for" experts/residency.cpp
+              [=[if (slot < 0 && waiting && !last_resort_.empty()) slot = evict(last_resort_.first());]=] [=[]=])
+sida_mutation("demands that nobody waits for evict each other's experts" experts/residency.cpp
+              [=[if (slot < 0 && !evictable_.empty()) slot = evict(evictable_.first());]=]
+              [=[if (slot < 0 && !evictable_.empty()) slot = evict(evictable_.first());
+                 if (slot < 0 && !last_resort_.empty()) slot = evict(last_resort_.first());]=])
+sida_mutation("a prefetch evicts what is used sooner" experts/residency.cpp
+              [=[if (victim >= 0) slot = evict(victim);]=]
+              [=[if (!evictable_.empty()) slot = evict(evictable_.first());]=])
+sida_mutation("a prefetch does not wait for a better victim" experts/residency.cpp
+              [=[if (later > use || (!near && later == use && frequency < experts_[victim].frequency)) return -1;]=] [=[]=])
+sida_mutation("the near layers are one too many" experts/residency.cpp
+              [=[if (left <= ahead) return left == 0 ? 0 : use_time(number, batch.passed + static_cast<size_t>(left) - 1);]=]
+              [=[if (left <= ahead) return use_time(number, batch.passed + static_cast<size_t>(left));]=])
+sida_mutation("one copy too many at once" experts/residency.cpp
+              [=[if (in_flight_ >= options_.copies || committed_ - returning_ > budget_) return std::nullopt;]=]
+              [=[if (in_flight_ > options_.copies || committed_ - returning_ > budget_) return std::nullopt;]=])
+sida_mutation("a stale completion is believed" experts/residency.cpp
+              [=[if (expert < 0 || experts_[expert].state != State::loading) {
+    fail(ErrorKind::internal, "copy_done: slot ", slot, " has no copy under way");
+  }]=]
+              [=[if (expert < 0) return;]=])
+sida_mutation("an evicted slot stays in the index" experts/residency.cpp
+              [=[expert_in_slot_[state.slot] = -1;]=] [=[state.pins = 0;]=])
+sida_mutation("what is used again soonest comes in first" experts/residency.cpp
+              [=[return next_use(a) > next_use(b);]=]
+              [=[return next_use(a) < next_use(b);]=])
+sida_mutation("the clock stands still" experts/residency.cpp
+              [=[state.last_use = ++tick_;]=] [=[state.last_use = tick_;]=])
+sida_mutation("an arrival is not told to the order of eviction" experts/residency.cpp
+              [=[state.loaded = ++tick_;]=] [=[]=])
+sida_mutation("a useless prefetch is not counted" experts/residency.cpp
+              [=[if (state.prefetched) ++count(expert).wasted_prefetches;]=] [=[]=])
+sida_mutation("experts that others compute from are handed over twice" experts/residency.cpp
+              [=[demand.wanted.erase(taken, demand.wanted.end());]=] [=[]=])
+
+sida_write_mutants()
