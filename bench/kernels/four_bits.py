@@ -1,8 +1,9 @@
-"""int4 and mxfp4 beside int8 and bfloat16: one gated MoE layer and what a call costs; ``python -m bench.kernels.four_bits``.
+"""int4 and mxfp4 beside int8 and bfloat16: one gated MoE layer, and what a call costs.
 
-For each number of tokens the types take turns, each call with fresh tokens and fresh uniform routing. Printed are the
-least and the median time, the median over the floor of bytes (those of the distinct experts at the read bandwidth, which
-is measured before and after) and over int8's median. Other work on the machine shows in medians first.
+Run it with ``python -m bench.kernels.four_bits``. For each number of tokens the types take turns, each call with fresh
+tokens and fresh uniform routing. Printed are the least and the median time, the median over the floor of bytes (those
+of the distinct experts at the read bandwidth, which is measured before and after) and over int8's median. Other work on
+the machine shows in medians first.
 """
 
 from __future__ import annotations
