@@ -39,7 +39,7 @@ app.command()(serve)
 def pack(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The store to write.")],
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     allow_pickle: Annotated[bool, typer.Option(help="Read pytorch_model.bin files, which are pickles.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
@@ -54,6 +54,8 @@ def pack(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
         f"{format_bytes(header.record_bytes)} each, {format_bytes(header.experts_bytes)} in all"
     )
+    for name, error in zip(header.layers, header.rounding, strict=False):
+        print(f"  {name}: weights moved by {100 * error:.2f} % (root of mean squares)")
 
 
 @app.command()
@@ -149,7 +151,7 @@ def run(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
     expert_memory: Annotated[str, typer.Option(help="Budget: 2GiB, 25%, auto or bytes.")] = "auto",
-    expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
+    expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
     routing: Annotated[str, typer.Option(help="router, predicted or confident.")] = "router",
