@@ -206,15 +206,11 @@ def plan(
     loaded = from_pretrained(model, expert_memory="auto", store=store)
     try:
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
-<<<<<<< HEAD
-        given = _tokenized(tokenizer_of(model), lines, batch_size, max_length)
-=======
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
         sentences = enumerate(
             torch.tensor(tokenizer(line, truncation=True, max_length=max_length)["input_ids"]) for line in lines
         )
         given = (TokenBatch(part, tokenizer.pad_token_id or 0) for part in windows(sentences, batch_size))
->>>>>>> main
         with progress_bar("routing") as bar:
 
             def counted() -> Iterator[dict[str, Any]]:
@@ -234,26 +230,6 @@ def plan(
         rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *EVICTIONS)]
         table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
     Console().print(table)
-
-
-<<<<<<< HEAD
-def _tokenized(tokenizer: Any, lines: list[str], batch_size: int, max_length: int) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(lines), batch_size):
-        batch = tokenizer(
-            lines[start : start + batch_size], return_tensors="pt", padding=True, truncation=True, max_length=max_length
-        )
-        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-=======
-def _tokenizer_of(model: str) -> Any:
-    """The tokenizer of a checkpoint. Where its files are missing, transformers makes one that knows no word."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    words = {word for word, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids}
-    if words <= {"\u2581"}:  # the sign that stands for a space
-        raise ValueError(f"{model} has no tokenizer: every word would be unknown; save it beside the model")
-    return tokenizer
->>>>>>> main
 
 
 @app.command()

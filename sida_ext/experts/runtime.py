@@ -19,14 +19,9 @@ from sida_ext.experts.budget import format_bytes, parse_memory
 from sida_ext.experts.cuda import cuda_blocking, host_slots, resolve_device
 from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.read_plan import ReadPlan, read_plan
-<<<<<<< HEAD
-from sida_ext.experts.record import StoredExpert, stored_expert
-from sida_ext.experts.stats import LayerStanding, Stats
-=======
 from sida_ext.experts.record import stored_expert
 from sida_ext.experts.source import ExpertWeights
-from sida_ext.experts.stats import Stats
->>>>>>> main
+from sida_ext.experts.stats import LayerStanding, Stats
 from sida_ext.experts.store import StoreHeader, open_store
 from sida_ext.experts.timeline import Event, write_chrome_trace
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-<<<<<<< HEAD
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
-=======
 from dataclasses import dataclass, field, fields
-from typing import Any
->>>>>>> main
+from typing import Any, NamedTuple
 
 __all__ = ["LayerStanding", "LayerStats", "Stats"]
 
