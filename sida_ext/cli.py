@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from sida_ext.files import written_whole
-from sida_ext.models.tokenizer import tokenizer_of
+from sida_ext.planning.command import plan
 from sida_ext.progress import console, progress_bar, show_log
 from sida_ext.serving.command import serve
+from sida_ext.texts import read_pairs, read_texts, tokenizer_of
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
@@ -53,47 +54,6 @@ def pack(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
         f"{format_bytes(header.record_bytes)} each, {format_bytes(header.experts_bytes)} in all"
     )
-
-
-def read_texts(files: list[Path]) -> list[str]:
-    """Texts of text files (one a line) and JSON lines (key ``text``); empty lines are skipped.
-
-    Raises:
-        ValueError: names file and line.
-    """
-    return [text for text, _ in _read_lines(files)]
-
-
-def read_pairs(files: list[Path]) -> list[str | tuple[str, str]]:
-    """As :func:`read_texts`; a text whose JSON object has a ``target`` is a pair of both."""
-    return [text if target is None else (text, target) for text, target in _read_lines(files)]
-
-
-def _read_lines(files: list[Path]) -> list[tuple[str, str | None]]:
-    texts: list[tuple[str, str | None]] = []
-    for path in files:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if path.suffix != ".jsonl":
-                    texts.append((line.strip(), None))
-                    continue
-                try:
-                    found = json.loads(line)
-                    text, target = found["text"], found.get("target")
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}:{number} is {line.strip()[:60]!r}, expected a JSON object with a 'text': {error!r}"
-                    ) from error
-                if not isinstance(text, str):
-                    raise ValueError(f"{path}:{number}: 'text' is {type(text).__name__}, expected a string")
-                if target is not None and not isinstance(target, str):
-                    raise ValueError(f"{path}:{number}: 'target' is {type(target).__name__}, expected a string")
-                texts.append((text, target))
-    if not texts:
-        raise ValueError(f"no text in {', '.join(map(str, files))}")
-    return texts
 
 
 @app.command()
@@ -181,55 +141,7 @@ def table_advice(held_out: dict[str, Any], out: Path) -> str | None:
     )
 
 
-@app.command()
-def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
-    predictor: Annotated[str | None, typer.Option(help="Folder or entry point; default: perfect tables.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
-    lookahead: Annotated[int, typer.Option(min=1, help="Batches whose tables are known ahead.")] = 4,
-    store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
-) -> None:
-    """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
-    import torch
-
-    from sida_ext import from_pretrained
-    from sida_ext.batching import windows
-    from sida_ext.experts.options import EVICTIONS
-    from sida_ext.experts.runtime import runtime_of
-    from sida_ext.planning.hit_rates import compare, record_routing
-    from sida_ext.prediction.protocol import find_predictor
-    from sida_ext.serving.token_batches import TokenBatch
-
-    lines = read_texts(texts)
-    loaded = from_pretrained(model, expert_memory="auto", store=store)
-    try:
-        chosen = find_predictor(predictor, loaded) if predictor is not None else None
-        tokenizer = tokenizer_of(model)
-        sentences = enumerate(
-            torch.tensor(tokenizer(line, truncation=True, max_length=max_length)["input_ids"]) for line in lines
-        )
-        given = (TokenBatch(part, tokenizer.pad_token_id or 0) for part in windows(sentences, batch_size))
-        with progress_bar("routing") as bar:
-
-            def counted() -> Iterator[dict[str, Any]]:
-                for number, batch in enumerate(given, 1):
-                    yield batch
-                    bar(min(number * batch_size, len(lines)), len(lines))
-
-            routing = record_routing(loaded, counted(), chosen)
-    finally:
-        runtime_of(loaded).close()
-    rows = compare(routing, [share / 100 for share in range(10, 100, 10)], lookahead)
-    named = "perfect tables" if predictor is None else escape(predictor)
-    table = Table(title=f"hit rates, {named}, lookahead {lookahead}")
-    for column in ("budget", "experts", "OPT", *EVICTIONS):
-        table.add_column(column, justify="right")
-    for row in rows:
-        rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *EVICTIONS)]
-        table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
-    Console().print(table)
+app.command()(plan)
 
 
 @app.command()

@@ -12,6 +12,7 @@
 
 #include "bindings/borrow.h"
 #include "bindings/layers.h"
+#include "bindings/measure_compute.h"
 #include "bindings/python_errors.h"
 #include "experts/measure.h"
 #include "experts/policy_trace.h"
@@ -421,6 +422,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("path"), py::arg("seconds"));
   m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
         WithoutLock());
+  m.def("measure_moe_ffn", &measure_moe_ffn, py::arg("d_model"), py::arg("d_ff"), py::arg("activation"),
+        py::arg("dtype"), py::arg("experts"), py::arg("tokens"), py::arg("seconds"), WithoutLock());
+  m.def("measure_linear", &measure_linear, py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tokens"),
+        py::arg("seconds"), WithoutLock());
   m.def("measure_multiply_add_rate", &cpu::measure_multiply_add_rate, py::arg("threads"), WithoutLock());
 
   m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),

@@ -10,7 +10,7 @@ struct LayerCounters {
   int64_t requested = 0;  // demands
   int64_t unique = 0;     // distinct experts over all demands: hits + late + misses
   int64_t hits = 0;       // in memory when demanded
-  int64_t late = 0;       // demanded while a prefetch was bringing them in
+  int64_t late = 0;       // demanded while a copy was bringing them in
   int64_t misses = 0;     // neither
   int64_t evictions = 0;
   int64_t loads = 0;  // copies that ended well

@@ -59,6 +59,7 @@ class ServedExperts(ServedLayer):
 
     shape: ExpertsShape
     formula: str | None
+    tied_to: frozenset[str]  # paths of modules whose parameters are to be the same ones
     num_experts: int
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -128,9 +129,26 @@ def _interleaved(up: Tensor) -> Tensor:
     return torch.stack(up.chunk(2, dim=-1), dim=-1).flatten(-2)
 
 
+def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, frozenset[str]]:
+    """Take the experts' parameters out of what transformers ties after loading; module path -> paths tied to it."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs: dict[str, set[str]] = {}
+    for target, source in list(tied.items()):
+        one, other = target.rpartition(".")[0], source.rpartition(".")[0]
+        if one in modules and target.rpartition(".")[2] in PARAMETERS:
+            pairs.setdefault(one, set()).add(other)
+            pairs.setdefault(other, set()).add(one)
+            del tied[target]
+    return {name: frozenset(others) for name, others in pairs.items()}
+
+
 @functools.cache
 def _served_class(kind: Any) -> type[nn.Module]:
-    return type(f"Served{kind.__name__}", (ServedExperts, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+    # Found under its qualified name, so that pickling a model gets as far as the runtime, which says why not.
+    place = f"{kind.__module__}.{kind.__qualname__}".replace(".", "_")
+    named = {"__module__": __name__, "__qualname__": place, "__doc__": kind.__doc__}
+    globals()[place] = made = type(f"Served{kind.__name__}", (ServedExperts, kind), named)
+    return made
 
 
 def _verify(layer: ServedExperts) -> None:
@@ -170,12 +188,14 @@ class SeamFamily:
         served: list[ServedLayer] = []
         modules = experts_modules(model)
         owners = shared_modules(modules)
+        tied = _untie(model, modules)
         for position, (name, module) in enumerate(modules.items()):
             own: Any = module
             shape = ExpertsShape.of(module)
             own.__class__ = _served_class(cast(Any, type(module)))
             # A module that shares another's parameters is served by the other's experts.
             own.name, own.table_layer, own.shape = owners.get(name, name), position, shape
+            own.tied_to = tied.get(name, frozenset())
             for parameter in PARAMETERS:
                 gone = own._parameters.pop(parameter, None)
                 if gone is not None:
@@ -206,12 +226,11 @@ class SeamFamily:
     @staticmethod
     def check_fit(model: PreTrainedModel, header: StoreHeader, layers: list[ServedLayer], path: str) -> None:
         """The store must hold the model's layers in the model's shapes."""
-        tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
         for layer in layers:
             module = cast(ServedExperts, layer)
             if module.name not in header.layers:
-                owner = tied.get(f"{module.name}.down_proj", "").rpartition(".")[0]
-                if owner not in header.layers:
+                owner = next((name for name in header.layers if name in module.tied_to), None)
+                if owner is None:
                     raise ValueError(f"{path} lacks the experts of {module.name}; it was packed from another model")
                 module.name = owner
             for field in ("num_experts", "d_model", "gated", "biased"):

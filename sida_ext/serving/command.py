@@ -96,9 +96,9 @@ def load(
     """Load what is served; ``options`` go to :func:`sida_ext.from_pretrained`."""
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.models.swap import from_pretrained
-    from sida_ext.models.tokenizer import tokenizer_of
     from sida_ext.prediction.protocol import find_predictor, split_predictors
     from sida_ext.serving.model import ServedModel
+    from sida_ext.texts import tokenizer_of
 
     tokenizer = tokenizer_of(model)
     loaded = from_pretrained(model, **options)

@@ -27,8 +27,8 @@ def choose_lookahead(slots: int, experts: int, wanted: int, disk_rate: float, me
     many. Batches that want w of N experts each leave (1 - w/N)^k of them unnamed after k batches; S slots are covered
     from k = ln(1 - S/N) / ln(1 - w/N) on. Twice that is taken, for routing is not uniform: some experts are named again
     and again, and on random base-128 shapes it reaches 97 % of the hits of the optimum at budgets from 10 to 90 %
-    (docs/measured.md). Where an expert is read no slower than it is computed with, reads hide behind the computation and
-    fewer of them save nothing.
+    (docs/measured.md). Where an expert is read no slower than it is computed with, reads hide behind the computation
+    and fewer of them save nothing.
 
     Args:
         slots, experts: of the whole model.

@@ -16,6 +16,7 @@ from torch import nn
 import sida_ext
 from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
+from sida_ext.experts.quantise import Quantised
 from sida_ext.models.layers import swapped_layers
 from tests.support.reference import assert_within
 
@@ -88,7 +89,7 @@ def test_bits_do_not_depend_on_the_budget(reference, family):
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     family=st.sampled_from(FAMILIES),
-    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8", "int4", "mxfp4"]),
     slots=st.integers(1, 12),
     eviction=st.sampled_from(["next_use", "lru", "lfu", "fifo"]),
     delay=st.integers(0, 300),
@@ -123,10 +124,7 @@ def float64_layer(runtime, layer, x, index, weights):
     bound = torch.zeros_like(out)
     own = copy.copy(layer)
     for expert, stored in runtime.borrow(layer.name, [int(e) for e in index.unique() if 0 <= e < layer.num_experts]):
-        wi, wo = (
-            w.double() if scale is None else w.double() * scale.double()[:, None]
-            for w, scale in ((stored.wi, stored.wi_scale), (stored.wo, stored.wo_scale))
-        )
+        wi, wo = (w.dequantise().double() if isinstance(w, Quantised) else w.double() for w in (stored.wi, stored.wo))
         for row, choice in (index == expert).nonzero().tolist():
             up, spread = wi @ x[row].double(), wi.abs() @ x[row].double().abs()
             last = torch.zeros(1).double()
