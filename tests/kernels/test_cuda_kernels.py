@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import ROOT, TOOLS, build
+from tests.support.native_build import ROOT, TOOLS, build, tests_folder
 from tools import sass_report
 
 TESTS = [
@@ -33,7 +33,7 @@ TESTS = [
 
 @pytest.fixture(scope="session")
 def harness_build() -> Path:
-    return build("cpp", [*TESTS, "cuda_record_counts"], "-DSIDA_CPP_TESTS=ON") / "tests" / "cuda"
+    return build(tests_folder(), [*TESTS, "cuda_record_counts"], "-DSIDA_CPP_TESTS=ON") / "tests" / "cuda"
 
 
 @pytest.mark.parametrize("name", TESTS)
