@@ -1,4 +1,4 @@
-"""The ``sida`` command: pack, train, run, plan, info."""
+"""The ``sida`` command: pack, train, run, plan, serve, info."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="sida",
-    help="Serve Switch Transformers whose experts do not fit where they are computed.",
+    help="Serve Mixture-of-Experts transformers whose experts do not fit where they are computed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
