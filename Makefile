@@ -10,7 +10,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 export OMP_WAIT_POLICY ?= passive
 TESTS_ENVIRONMENT := PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) MAX_JOBS=$(JOBS)
 
-.PHONY: help setup demo test check test-cpp lint bench bench-gpu paper cuda-build cuda-extension sass soak nightly clean
+.PHONY: help setup demo test check test-cpp lint bench bench-gpu gpu-check paper cuda-build cuda-extension sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ and the Python tests; with the set-up about ten minutes on two slow cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
 	@echo "make paper   the tables of the SiDA-MoE paper on models trained here, into docs/paper.md"
 	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
+	@echo "make gpu-check  all that wants a GPU, in eight minutes: tests, sanitizers, figures; DRY=1 without one"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
 	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
@@ -79,6 +80,11 @@ paper: setup
 bench-gpu: setup
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench/gpu/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
+
+# In the environment of GPU_PYTHON as it is: a GPU machine often has no network. DRY=1: as far as there is no device.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:
+	MAX_JOBS=$(JOBS) $(GPU_PYTHON) tools/gpu_check.py $(if $(DRY),--dry)
 
 cuda-build: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) PYTHON=$(BIN)/python tools/cuda_build.sh
