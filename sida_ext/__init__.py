@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sida_ext.models.classification import SwitchTransformersForSequenceClassification
     from sida_ext.models.packing import pack
     from sida_ext.models.swap import from_pretrained, swap_experts
+    from sida_ext.planning.verdict import Plan, plan
     from sida_ext.precision import get_precision, precisions, set_precision
     from sida_ext.prediction.protocol import (
         DecoderPredictor,
@@ -40,6 +41,7 @@ __all__ = [
     "HashTable",
     "LayerStats",
     "Options",
+    "Plan",
     "Predictor",
     "PredictorError",
     "Runtime",
@@ -52,6 +54,7 @@ __all__ = [
     "from_pretrained",
     "get_precision",
     "pack",
+    "plan",
     "precisions",
     "set_precision",
     "stream",
@@ -64,6 +67,7 @@ _HOME = {
     "errors": ("PredictorError", "StoreError"),
     "experts.options": ("Options",),
     "experts.runtime": ("Runtime",),
+    "planning.verdict": ("Plan", "plan"),
     "experts.stats": ("LayerStats", "Stats"),
     "models.classification": ("SwitchTransformersForSequenceClassification",),
     "models.packing": ("pack",),

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from sida_ext.files import written_whole
+from sida_ext.planning.command import plan
 from sida_ext.progress import console, progress_bar, show_log
+from sida_ext.serving.command import serve
+from sida_ext.texts import read_pairs, read_texts, tokenizer_of
 
 if TYPE_CHECKING:
     from sida_ext.experts.runtime import Runtime
@@ -29,13 +33,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(serve)
 
 
 @app.command()
 def pack(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The store to write.")],
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     allow_pickle: Annotated[bool, typer.Option(help="Read pytorch_model.bin files, which are pickles.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
@@ -50,47 +55,8 @@ def pack(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
         f"{format_bytes(header.record_bytes)} each, {format_bytes(header.experts_bytes)} in all"
     )
-
-
-def read_texts(files: list[Path]) -> list[str]:
-    """Texts of text files (one a line) and JSON lines (key ``text``); empty lines are skipped.
-
-    Raises:
-        ValueError: names file and line.
-    """
-    return [text for text, _ in _read_lines(files)]
-
-
-def read_pairs(files: list[Path]) -> list[str | tuple[str, str]]:
-    """As :func:`read_texts`; a text whose JSON object has a ``target`` is a pair of both."""
-    return [text if target is None else (text, target) for text, target in _read_lines(files)]
-
-
-def _read_lines(files: list[Path]) -> list[tuple[str, str | None]]:
-    texts: list[tuple[str, str | None]] = []
-    for path in files:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if path.suffix != ".jsonl":
-                    texts.append((line.strip(), None))
-                    continue
-                try:
-                    found = json.loads(line)
-                    text, target = found["text"], found.get("target")
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path}:{number} is {line.strip()[:60]!r}, expected a JSON object with a 'text': {error!r}"
-                    ) from error
-                if not isinstance(text, str):
-                    raise ValueError(f"{path}:{number}: 'text' is {type(text).__name__}, expected a string")
-                if target is not None and not isinstance(target, str):
-                    raise ValueError(f"{path}:{number}: 'target' is {type(target).__name__}, expected a string")
-                texts.append((text, target))
-    if not texts:
-        raise ValueError(f"no text in {', '.join(map(str, files))}")
-    return texts
+    for name, error in zip(header.layers, header.rounding, strict=False):
+        print(f"  {name}: weights moved by {100 * error:.2f} % (root of mean squares)")
 
 
 @app.command()
@@ -135,7 +101,7 @@ def train(
     try:
         (train_decoder_predictor if decoder else train_predictor)(
             loaded,
-            _tokenizer_of(model),
+            tokenizer_of(model),
             lines,
             out,
             TrainingOptions(
@@ -178,66 +144,7 @@ def table_advice(held_out: dict[str, Any], out: Path) -> str | None:
     )
 
 
-@app.command()
-def plan(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
-    predictor: Annotated[str | None, typer.Option(help="Folder or entry point; default: perfect tables.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sentences in a batch.")] = 1,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
-    lookahead: Annotated[int, typer.Option(min=1, help="Batches whose tables are known ahead.")] = 4,
-    store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
-) -> None:
-    """What-if: hit rates of OPT, next_use, LRU, LFU and FIFO on the routing of your text, at every budget."""
-    import torch
-
-    from sida_ext import from_pretrained
-    from sida_ext.batching import windows
-    from sida_ext.experts.options import EVICTIONS
-    from sida_ext.experts.runtime import runtime_of
-    from sida_ext.planning.hit_rates import compare, record_routing
-    from sida_ext.prediction.protocol import find_predictor
-    from sida_ext.serving.token_batches import TokenBatch
-
-    lines = read_texts(texts)
-    loaded = from_pretrained(model, expert_memory="auto", store=store)
-    try:
-        chosen = find_predictor(predictor, loaded) if predictor is not None else None
-        tokenizer = _tokenizer_of(model)
-        sentences = enumerate(
-            torch.tensor(tokenizer(line, truncation=True, max_length=max_length)["input_ids"]) for line in lines
-        )
-        given = (TokenBatch(part, tokenizer.pad_token_id or 0) for part in windows(sentences, batch_size))
-        with progress_bar("routing") as bar:
-
-            def counted() -> Iterator[dict[str, Any]]:
-                for number, batch in enumerate(given, 1):
-                    yield batch
-                    bar(min(number * batch_size, len(lines)), len(lines))
-
-            routing = record_routing(loaded, counted(), chosen)
-    finally:
-        runtime_of(loaded).close()
-    rows = compare(routing, [share / 100 for share in range(10, 100, 10)], lookahead)
-    named = "perfect tables" if predictor is None else escape(predictor)
-    table = Table(title=f"hit rates, {named}, lookahead {lookahead}")
-    for column in ("budget", "experts", "OPT", *EVICTIONS):
-        table.add_column(column, justify="right")
-    for row in rows:
-        rates = [f"{row.hit_rate[name]:.1%}" for name in ("opt", *EVICTIONS)]
-        table.add_row(f"{row.share:.0%}", str(row.slots), *rates)
-    Console().print(table)
-
-
-def _tokenizer_of(model: str) -> Any:
-    """The tokenizer of a checkpoint. Where its files are missing, transformers makes one that knows no word."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    words = {word for word, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids}
-    if words <= {"\u2581"}:  # the sign that stands for a space
-        raise ValueError(f"{model} has no tokenizer: every word would be unknown; save it beside the model")
-    return tokenizer
+app.command()(plan)
 
 
 @app.command()
@@ -245,7 +152,7 @@ def run(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
     expert_memory: Annotated[str, typer.Option(help="Budget: 2GiB, 25%, auto or bytes.")] = "auto",
-    expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
+    expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
     routing: Annotated[str, typer.Option(help="router, predicted or confident.")] = "router",
@@ -259,6 +166,9 @@ def run(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
     lookahead: Annotated[str, typer.Option(help="Batches whose experts are predicted ahead; auto: picked.")] = "auto",
     order: Annotated[str, typer.Option(help="given or overlap.")] = "given",
+    generate: Annotated[
+        int, typer.Option(min=0, help="Of a language model: so many tokens after each text; 0: score the texts.")
+    ] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here, and a PNG beside it.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one JSON line for each text here.")] = None,
 ) -> None:
@@ -269,6 +179,7 @@ def run(
     from sida_ext.batching import windows
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.prediction.protocol import find_predictor
+    from sida_ext.serving.language import is_language_model
     from sida_ext.serving.savings import watch_order
     from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
 
@@ -290,9 +201,15 @@ def run(
     try:
         if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
             raise ValueError("sida run takes encoders and classifiers; for generate() use the Python interface")
-        tokenizer = _tokenizer_of(model)
+        tokenizer = tokenizer_of(model)
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         pad = tokenizer.pad_token_id or 0
+        if is_language_model(loaded):
+            language = _LanguageRun(loaded, tokenizer, pad, batch_size or 1, max_length)
+            language.run(lines, chosen, ahead, order, generate, out)
+            return
+        if generate:
+            raise ValueError(f"--generate is {generate}, expected 0: {type(loaded).__name__} is no language model")
 
         def encoded() -> Iterator[list[int]]:
             for line in lines:
@@ -337,6 +254,48 @@ def run(
             _write_trace(runtime, trace)
     finally:
         runtime.close()
+
+
+@dataclass
+class _LanguageRun:
+    """``sida run`` of a decoder-only language model: scores texts, or goes on with them."""
+
+    model: Any
+    tokenizer: Any
+    pad: int
+    batch_size: int
+    max_length: int
+
+    def run(
+        self, lines: list[str], predictor: Any, lookahead: int | str, order: str, generate: int, out: Path | None
+    ) -> None:
+        from sida_ext.experts.runtime import runtime_of
+        from sida_ext.serving.language import continuations, likelihoods, perplexity
+
+        ids = [self.tokenizer(line, truncation=True, max_length=self.max_length)["input_ids"] for line in lines]
+        common: dict[str, Any] = {"batch_size": self.batch_size, "pad_token_id": self.pad}
+        rows: list[dict[str, Any]] = []
+        begin = time.perf_counter()
+        with progress_bar("running") as bar:
+            if generate:
+                for written in continuations(self.model, ids, generate, **common):
+                    rows.append({"generated": self.tokenizer.decode(written), "tokens": len(written)})
+                    bar(len(rows), len(lines))
+            else:
+                for value, count in likelihoods(self.model, ids, predictor, lookahead=lookahead, order=order, **common):
+                    rows.append({"log_likelihood": value, "tokens": count})
+                    bar(len(rows), len(lines))
+        seconds = time.perf_counter() - begin
+        if out is not None:
+            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
+                for text, row in zip(lines, rows, strict=True):
+                    file.write(json.dumps({"text": text, **row}) + "\n")
+        print_stats(runtime_of(self.model), sum(row["tokens"] for row in rows), seconds)
+        if generate:
+            for row in rows[:3]:
+                print(escape(row["generated"]))
+        else:
+            print(f"perplexity {perplexity([(row['log_likelihood'], row['tokens']) for row in rows]):.2f}")
 
 
 def _summary(output: Any) -> dict[str, Any]:

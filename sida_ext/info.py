@@ -31,6 +31,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
     from sida_ext._load import _C, check_build
     from sida_ext.experts.budget import available_memory, format_bytes
     from sida_ext.experts.folders import default_cache
+    from sida_ext.experts.read_plan import folder_plan
 
     build = check_build()
     found: dict[str, Any] = {
@@ -55,7 +56,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
         folder = path if path is not None else default_cache()
         folder.mkdir(parents=True, exist_ok=True)
         found["measured"] = {**_memory_rate(torch.get_num_threads()), **_disk_rate(folder)}
-        plan = _measured_plan(folder)
+        plan = folder_plan(folder, again=True)
         found["reads of an expert store there"] = {
             "lanes": plan.lanes,
             "largest read": format_bytes(plan.read_bytes),
@@ -102,30 +103,6 @@ def _least() -> str:
     from sida_ext.experts.budget import format_bytes
 
     return format_bytes(4 * LEAST)
-
-
-def _measured_plan(folder: Path) -> Any:
-    """What Runtime would pick for a store in the folder, from a file of our own that is removed again."""
-    import tempfile
-
-    from sida_ext.experts.budget import format_bytes
-    from sida_ext.experts.read_plan import SMALLEST_STORE_BYTES, default_plan, read_plan
-
-    free = shutil.disk_usage(folder).free
-    if free < 4 * SMALLEST_STORE_BYTES:
-        return default_plan(
-            f"not measured: {format_bytes(free)} are free in {folder}, least {format_bytes(4 * SMALLEST_STORE_BYTES)}"
-        )
-    piece = os.urandom(1 << 20)
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".read-plan-") as file:
-            for _ in range(SMALLEST_STORE_BYTES >> 20):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            return read_plan(Path(file.name), again=True)
-    except OSError as error:
-        return default_plan(f"no file to measure with: {error}")
 
 
 def _cuda_devices() -> dict[str, str]:

@@ -58,6 +58,7 @@ def seam_folders() -> set[str]:
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)  # a diffusion model begins with noise
     output = model(input_ids=ids)
     found = getattr(output, "logits", None)
     return found if found is not None else output[0]
@@ -117,7 +118,8 @@ def page(rows: list[Row], folders: set[str]) -> str:
         "",
         f"**{len(run & folders)} of the {len(folders)} folders of `transformers/models` that use the experts seam "
         "run.** *Difference*: the largest of logits, over the largest logit. *Gate*: the kernel's formula, found by "
-        "asking module and kernel; where no kernel computes it, the module's own function runs between two matrix products.",
+        "asking module and kernel; where no kernel computes it, the module's own function runs between two matrix "
+        "products.",
         "",
         "| family | class | runs | difference | gate | layers x experts | how its checkpoint holds experts |",
         "|---|---|---|---|---|---|---|",

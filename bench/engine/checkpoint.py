@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 import torch
+from rich.progress import track
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
 SHARD_BYTES = 1_000_000_000
@@ -50,7 +50,7 @@ def write_checkpoint(num_experts: int, folder: Path, num_layers: int = 12) -> No
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for key, shape in tqdm(shapes.items(), desc="tensors"):
+    for key, shape in track(shapes.items(), "tensors"):
         count = shape.numel()
         if "layer_norm" in key:
             tensor = torch.ones(shape)

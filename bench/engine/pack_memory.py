@@ -8,9 +8,8 @@ import threading
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sida_ext.models.packing import pack
+from sida_ext.progress import progress_bar
 
 
 def anonymous_bytes() -> int:
@@ -36,13 +35,8 @@ def main() -> None:
     watcher.start()
     begin = time.perf_counter()
     try:
-        with tqdm(unit="expert") as bar:
-
-            def progress(written: int, total: int) -> None:
-                bar.total = total
-                bar.update(written - bar.n)
-
-            header = pack(arguments.checkpoint, arguments.store, arguments.dtype, progress=progress)
+        with progress_bar("packing, experts") as bar:
+            header = pack(arguments.checkpoint, arguments.store, arguments.dtype, progress=bar)
     finally:
         done.set()
         watcher.join()

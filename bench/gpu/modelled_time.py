@@ -19,37 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sida_ext.planning.gpu import CALL_SECONDS, GPUS, LAUNCH_SECONDS, LINKS, Card
+
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = ROOT / "bench/results/cuda_counts.json"
 MODELLED = ROOT / "bench/results/cuda_modelled.json"
 DOCUMENT = ROOT / "docs/cuda_modelled.md"
 
 MMA_FLOPS = 2 * 16 * 8 * 16  # of one m16n8k16
-
-# Assumed, not measured: what stands between two dependent kernels, and a call of the runtime on the copying thread.
-LAUNCH_SECONDS = 3e-6
-CALL_SECONDS = 2e-6
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Published peaks: memory bandwidth in bytes/s, dense bf16 tensor-core FLOP/s with fp32 sums."""
-
-    name: str
-    bandwidth: float
-    flops: float
-    links: tuple[int, ...]  # generations of PCIe that it is modelled with, x16
-    source: str
-
-
-GPUS = (
-    Gpu("A100 80 GB SXM", 2039e9, 312e12, (4,), "NVIDIA A100 Tensor Core GPU data sheet"),
-    Gpu("RTX 4090", 1008e9, 165.2e12, (4,), "NVIDIA Ada GPU architecture white paper"),
-    Gpu("H100 80 GB SXM", 3350e9, 989.4e12, (4, 5), "NVIDIA H100 Tensor Core GPU data sheet"),
-    Gpu("L4", 300e9, 121e12, (4,), "NVIDIA L4 Tensor Core GPU data sheet (half of the figure with sparsity)"),
-)
-# Bytes/s that pinned copies commonly reach; the links' own rates are 31.5 and 63 GB/s (PCI-SIG, 16 and 32 GT/s x16).
-LINKS = {4: 25e9, 5: 50e9}
 
 PUBLISHED = (
     ("throughput over the mean of HF, DeepSpeed and Tutel, base-128", "2.60x", "2.52x", "1.26x"),
@@ -76,7 +53,7 @@ class Row:
     modelled_nothing_kept_seconds: float
 
 
-def layer_seconds(launches: list[dict[str, Any]], gpu: Gpu) -> float:
+def layer_seconds(launches: list[dict[str, Any]], gpu: Card) -> float:
     """Modelled roofline of a layer's launches, one after another."""
     return sum(
         LAUNCH_SECONDS

@@ -12,6 +12,7 @@
 
 #include "bindings/borrow.h"
 #include "bindings/layers.h"
+#include "bindings/measure_compute.h"
 #include "bindings/python_errors.h"
 #include "experts/measure.h"
 #include "experts/policy_trace.h"
@@ -119,6 +120,23 @@ py::dict stats_of(const TransferEngine& engine) {
   fields["read_seconds"] = stats.read_seconds;
   fields["direct"] = stats.direct;
   return fields;
+}
+
+// Two strings of [layers * experts]: places as bytes, demands as int64 in the machine's order.
+py::tuple standings_of(const TransferEngine& engine) {
+  std::vector<ExpertStanding> standings;
+  {
+    const py::gil_scoped_release released;
+    standings = engine.standings();
+  }
+  std::string places;
+  std::vector<int64_t> demands;
+  for (const ExpertStanding& expert : standings) {
+    places.push_back(static_cast<char>(expert.place));
+    demands.push_back(expert.demands);
+  }
+  return py::make_tuple(py::bytes(places),
+                        py::bytes(reinterpret_cast<const char*>(demands.data()), demands.size() * sizeof(int64_t)));
 }
 
 using Wanted = std::vector<std::pair<int32_t, std::vector<int32_t>>>;
@@ -375,6 +393,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("capacity", &TransferEngine::capacity)
       .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
       .def("stats", &stats_of)
+      .def("standings", &standings_of)
       .def("reset_stats", &TransferEngine::reset_stats, WithoutLock())
       .def(
           "set_trace", [](TransferEngine& engine, bool on) { engine.trace().set_on(on); }, py::arg("on"))
@@ -403,6 +422,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("path"), py::arg("seconds"));
   m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
         WithoutLock());
+  m.def("measure_moe_ffn", &measure_moe_ffn, py::arg("d_model"), py::arg("d_ff"), py::arg("activation"),
+        py::arg("dtype"), py::arg("experts"), py::arg("tokens"), py::arg("seconds"), WithoutLock());
+  m.def("measure_linear", &measure_linear, py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tokens"),
+        py::arg("seconds"), WithoutLock());
   m.def("measure_multiply_add_rate", &cpu::measure_multiply_add_rate, py::arg("threads"), WithoutLock());
 
   m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),

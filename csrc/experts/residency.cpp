@@ -483,6 +483,18 @@ int64_t Residency::queued() const {
   return static_cast<int64_t>(absent.size());
 }
 
+std::vector<ExpertStanding> Residency::standings() const {
+  using Place = ExpertStanding::Place;
+  std::vector<ExpertStanding> standings(experts_.size());
+  for (size_t id = 0; id < experts_.size(); ++id) {
+    const Expert& expert = experts_[id];
+    standings[id].demands = expert.frequency;
+    if (expert.state == State::loading) standings[id].place = Place::arriving;
+    if (expert.state == State::ready) standings[id].place = expert.pins > 0 ? Place::in_use : Place::here;
+  }
+  return standings;
+}
+
 void Residency::reset_counters() {
   std::fill(counters_.begin(), counters_.end(), LayerCounters{});
   peak_committed_ = committed_;

@@ -109,6 +109,7 @@ class Residency {
   int64_t queued() const;                     // experts that demands want and that no copy has been started for
   const std::vector<LayerCounters>& counters() const { return counters_; }
   void reset_counters();
+  std::vector<ExpertStanding> standings() const;  // [layers * experts]
 
  private:
   enum class State : uint8_t { absent, loading, ready };

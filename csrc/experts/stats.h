@@ -10,7 +10,7 @@ struct LayerCounters {
   int64_t requested = 0;  // demands
   int64_t unique = 0;     // distinct experts over all demands: hits + late + misses
   int64_t hits = 0;       // in memory when demanded
-  int64_t late = 0;       // demanded while a prefetch was bringing them in
+  int64_t late = 0;       // demanded while a copy was bringing them in
   int64_t misses = 0;     // neither
   int64_t evictions = 0;
   int64_t loads = 0;  // copies that ended well
@@ -20,6 +20,13 @@ struct LayerCounters {
   int64_t wasted_prefetches = 0;     // prefetched and evicted without a demand
   int64_t cancelled_prefetches = 0;  // announced, and passed or retired before their copy began
   double stall_seconds = 0;          // waits with nothing to compute
+};
+
+// One expert as it stands now. Python reads the places as numbers.
+struct ExpertStanding {
+  enum class Place : uint8_t { absent, arriving, here, in_use };
+  Place place = Place::absent;
+  int64_t demands = 0;  // that have wanted it since the start
 };
 
 struct EngineStats {

@@ -386,6 +386,12 @@ EngineStats TransferEngine::stats() const {
   return stats;
 }
 
+std::vector<ExpertStanding> TransferEngine::standings() const {
+  impl_->check_process();
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->residency.standings();
+}
+
 void TransferEngine::reset_stats() {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "device/device.h"
 #include "experts/expert.h"
@@ -75,6 +76,7 @@ class TransferEngine {
 
   EngineStats stats() const;
   void reset_stats();
+  std::vector<ExpertStanding> standings() const;  // [layers * experts]: what is in memory at this moment
   Trace& trace();
   // Ends every wait with Error(closed), joins the lanes, gives the memory back. Twice is once. In a forked child
   // it does nothing: nothing of the engine is there.

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import secrets
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sida_ext.experts.folders import default_cache
+from sida_ext.files import written_whole
 
 __all__ = ["identity_of"]
+
+log = logging.getLogger("sida_ext")
 
 BUFFER = 4 << 20
 # A file may change again within the clock's granularity and keep its times: what changed so recently is not remembered.
@@ -49,7 +52,7 @@ def _hash(path: Path) -> str:
 def _remembered(entry: Path, facts: dict[str, int | str]) -> str | None:
     try:
         known = json.loads(entry.read_text())
-    except (FileNotFoundError, ValueError):  # a torn entry is no entry
+    except (OSError, ValueError):  # none yet, or one that cannot be read: it costs time, nothing else
         return None
     if not isinstance(known, dict) or {name: known.get(name) for name in facts} != facts:
         return None
@@ -69,13 +72,12 @@ def _digest(path: Path, folder: Path) -> str:
     if _facts(path) != facts:
         raise ValueError(f"{path} changed while it was read; wait until its writer is done")
     if begin - max(int(facts["mtime_ns"]), int(facts["ctime_ns"])) > SETTLED_NS:
-        partial = entry.with_suffix(f".{secrets.token_hex(4)}.partial")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({**facts, "sha256": digest}))
-            os.replace(partial, entry)
-        except OSError:  # a cache that cannot be written costs time, nothing else
-            partial.unlink(missing_ok=True)
+            with written_whole(entry) as partial:
+                partial.write_text(json.dumps({**facts, "sha256": digest}))
+        except OSError as error:
+            log.info("the hash of %s cannot be remembered and will be computed anew: %s", path, error)
     return digest
 
 

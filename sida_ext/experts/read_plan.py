@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
+import sys
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sida_ext._load import _C
 from sida_ext.experts.budget import available_memory, format_bytes
+from sida_ext.experts.folders import default_cache
 from sida_ext.files import written_whole
 
-__all__ = ["DEFAULT_LANES", "DEFAULT_READ_BYTES", "ReadPlan", "choose", "read_plan"]
+__all__ = ["DEFAULT_LANES", "DEFAULT_READ_BYTES", "ReadPlan", "choose", "folder_plan", "read_plan"]
 
 DEFAULT_LANES, DEFAULT_READ_BYTES = 4, 4 << 20
 # Below this a store is read in a moment whatever the plan, and the measuring would take longer than it saves.
@@ -85,7 +87,9 @@ def _memory_rate() -> float:
     room = available_memory() // 8
     if room < LEAST_MEMORY_BYTES:
         return 0.0
-    return _C.measure_memory_bandwidth(torch.get_num_threads(), min(room, MOST_MEMORY_BYTES))
+    torch = sys.modules.get("torch")  # planning measures without it
+    threads = len(os.sched_getaffinity(0)) if torch is None else torch.get_num_threads()
+    return _C.measure_memory_bandwidth(threads, min(room, MOST_MEMORY_BYTES))
 
 
 def _remember(cache: Path, machine: str, plan: ReadPlan) -> None:
@@ -113,8 +117,6 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
             ``~/.cache/sida``).
         again: measure though a plan is remembered.
     """
-    from sida_ext.experts.folders import default_cache
-
     try:
         cache = cache if cache is not None else default_cache() / "read_plans.json"
         bytes_there = path.stat().st_size
@@ -137,3 +139,25 @@ def read_plan(path: Path, cache: Path | None = None, again: bool = False) -> Rea
     except OSError as error:
         plan = replace(plan, why=f"{plan.why}; not remembered: {error}")
     return plan
+
+
+def folder_plan(folder: Path, again: bool = False) -> ReadPlan:
+    """The plan for stores in a folder: remembered, or measured with a file of our own that is removed again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        known = None if again else _remembered(default_cache() / "read_plans.json", _machine(folder))
+        if known is not None:
+            return known
+        free = shutil.disk_usage(folder).free
+        if free < 4 * SMALLEST_STORE_BYTES:
+            least = format_bytes(4 * SMALLEST_STORE_BYTES)
+            return default_plan(f"not measured: {format_bytes(free)} are free in {folder}, least {least}")
+        piece = os.urandom(1 << 20)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".read-plan-") as file:
+            for _ in range(SMALLEST_STORE_BYTES >> 20):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            return read_plan(Path(file.name), again=True)
+    except OSError as error:
+        return default_plan(f"no file to measure with: {error}")

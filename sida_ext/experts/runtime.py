@@ -21,7 +21,7 @@ from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.read_plan import ReadPlan, read_plan
 from sida_ext.experts.record import stored_expert
 from sida_ext.experts.source import ExpertWeights
-from sida_ext.experts.stats import Stats
+from sida_ext.experts.stats import LayerStanding, Stats
 from sida_ext.experts.store import StoreHeader, open_store
 from sida_ext.experts.timeline import Event, write_chrome_trace
 
@@ -263,6 +263,22 @@ class Runtime(ServingState):
     def stats(self) -> Stats:
         """Counters since the start or the last :meth:`reset_stats`; see :class:`sida_ext.experts.stats.Stats`."""
         return Stats.from_engine(self._engine.stats(), self.header.layers)
+
+    def standings(self) -> list[LayerStanding]:
+        """Where every expert is at this moment, layer by layer as in ``header.layers``."""
+        places, raw = self._engine.standings()
+        demands = memoryview(raw).cast("q")
+        experts = self.header.num_experts
+        return [
+            LayerStanding(places[first : first + experts], demands[first : first + experts].tolist())
+            for first in range(0, len(places), experts)
+        ]
+
+    def held(self) -> frozenset[tuple[int, int]]:
+        """(MoE layer, expert) of all experts that are in memory or on their way at this moment."""
+        places, _ = self._engine.standings()
+        experts = self.header.num_experts
+        return frozenset(divmod(at, experts) for at, place in enumerate(places) if place)
 
     @property
     def host_memory(self) -> int | None:

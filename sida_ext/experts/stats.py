@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["LayerStats", "Stats"]
+__all__ = ["LayerStanding", "LayerStats", "Stats"]
+
+
+class LayerStanding(NamedTuple):
+    """The experts of one MoE layer at a moment.
+
+    Args:
+        places: a byte an expert: 0 on disk alone, 1 arriving, 2 in memory, 3 in memory and computed from.
+        demands: how often each was wanted since the start.
+    """
+
+    places: bytes
+    demands: list[int]
 
 
 def counts(text: str, metric: str | None = None) -> dict[str, Any]:

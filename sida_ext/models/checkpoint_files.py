@@ -15,6 +15,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import hub as transformers_hub
 
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+from sida_ext.models.refused import refuse_configuration
 
 __all__ = ["LOCATION_ARGUMENTS", "CheckpointFiles", "model_class_of", "resolve_checkpoint"]
 
@@ -152,6 +153,7 @@ def resolve_checkpoint(
             "(peft: merge_and_unload) and save that"
         )
     found = _config(place, config, model_class, hub)
+    refuse_configuration(found, place)
     base = model_class_of(found, model_class)
     found = _fitting(found, base)
     use_safetensors = location.get("use_safetensors")

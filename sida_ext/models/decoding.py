@@ -1,8 +1,8 @@
-"""Prediction inside `generate`: before each step of the decoder its experts are predicted and announced.
+"""Prediction inside ``generate``: before each step of the decoder its experts are predicted and announced.
 
-`generate` tells nobody but its cache which row goes on as which: a beam that is copied or dropped shows in
-`cache.reorder_cache` alone. So the predictor's state lives in the cache: at its first step a cache becomes an instance
-of a subclass of its own class whose methods move the state along with the keys and values.
+``generate`` tells nobody but its cache which row goes on as which: a beam that is copied or dropped shows in
+``cache.reorder_cache`` alone. So the predictor's state lives in the cache: at its first step a cache becomes an
+instance of a subclass of its own class whose methods move the state along with the keys and values.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _ARGUMENTS = (
 class DecoderSteps:
     """A DecoderPredictor's state over the steps of one generation, and the tokens that it has seen.
 
-    The tokens serve to build the state again when it cannot be moved along: after `crop`, which takes back tokens that
-    a speculation got wrong, and when the model is given another predictor between two steps.
+    The tokens serve to build the state again when it cannot be moved along: after ``crop``, which takes back tokens
+    that a speculation got wrong, and when the model is given another predictor between two steps.
     """
 
     def __init__(self) -> None:
@@ -85,12 +85,12 @@ class DecoderSteps:
             self._seen = self._seen.index_select(0, index.to(self._seen.device))
 
     def repeat(self, repeats: int) -> None:
-        """Every row becomes `repeats` rows, one after the other."""
+        """Every row becomes ``repeats`` rows, one after the other."""
         if self._seen is not None:
             self.reorder(torch.arange(self._seen.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens: int) -> None:
-        """The last `tokens` tokens were never there; the state is built again at the next step."""
+        """The last ``tokens`` tokens were never there; the state is built again at the next step."""
         if self._seen is not None:
             self._predictor, self._state = None, None
             self._seen = self._seen[:, : max(self._seen.shape[1] - tokens, 0)]
@@ -150,7 +150,7 @@ class PredictedCache(_WithSteps, EncoderDecoderCache):
 
 @functools.cache
 def _with_steps(kind: type[Cache]) -> type[Cache]:
-    """The class that a cache of class `kind` becomes."""
+    """The class that a cache of class ``kind`` becomes."""
     return PredictedCache if kind is EncoderDecoderCache else type(f"Predicted{kind.__name__}", (_WithSteps, kind), {})
 
 
@@ -162,7 +162,7 @@ def _steps_of(cache: Cache) -> DecoderSteps:
 
 
 def predict_decoder(model: nn.Module, runtime: Runtime, layers: list[str]) -> None:
-    """Let each step of `model.decoder` be predicted by `runtime.decoder_predictor`, while there is one.
+    """Let each step of ``model.decoder`` be predicted by ``runtime.decoder_predictor``, while there is one.
 
     Args:
         model: holds a Switch decoder with swapped experts.

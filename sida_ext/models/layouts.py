@@ -182,7 +182,7 @@ def _run(recipe: Recipe, collected: dict[str, list[Tensor]], model: Any, config:
     for name, made in result.items():
         full = name if prefix is None else f"{prefix}{name}{suffix}"
         if full == recipe.target or name == recipe.target:
-            return made[0] if isinstance(made, list) else made
+            return (made[0] if isinstance(made, list) else made).detach()
     raise ValueError(f"transformers' rule for {recipe.target} makes {sorted(result)}, not that; update sida_ext")
 
 
@@ -214,6 +214,7 @@ class ExpertLayout:
         for name, recipes in self.recipes.items():
             for recipe in recipes.values():
                 self._check(self.modules[name], recipe)
+            self._check_neighbours(name, collected)
 
     @property
     def keys(self) -> set[str]:
@@ -352,6 +353,23 @@ class ExpertLayout:
                 + (f"; expert {extra[0]} is too many" if extra else "")
             )
 
+    def _check_neighbours(
+        self, name: str, collected: Mapping[str, tuple[dict[str, list[str]], WeightConverter | None]]
+    ) -> None:
+        """What stands beside the experts, the router above all, is of the configuration's shapes too: told before
+        anything is packed, not when the rest of the model is loaded."""
+        block = name.rpartition(".")[0] + "."
+        for target, (sources, rule) in collected.items():
+            if rule is not None or not target.startswith(block) or target.startswith(f"{name}."):
+                continue
+            key = next(iter(sources.values()))[0]
+            expected = tuple(self.model.get_parameter_or_buffer(target).shape)
+            if self.files.shape(key) != expected and self.files.dtype(key).itemsize > 1:
+                raise ValueError(
+                    f"{key} has shape {self.files.shape(key)}, expected {expected} by config.json, beside the "
+                    f"{self.modules[name].num_experts} experts of {name}; it is of another model than the weights"
+                )
+
     def _described(self, recipe: Recipe) -> str:
         keys = recipe.keys
         shown = ", ".join(f"{key} {self.files.shape(key)}" for key in keys[:2])
@@ -365,12 +383,13 @@ class ExpertLayout:
         """
         module, recipes = self.modules[name], self.recipes[name]
         experts = int(module.num_experts)  # type: ignore[arg-type]
-        parts = {
-            role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
-            for role, recipe in recipes.items()
-            if roles is None or role in roles
-        }
-        return canonical(module, parts)
+        with torch.no_grad():
+            parts = {
+                role: _run(recipe, self._collected(recipe, index, experts), self._one_expert, self.model.config)[0]
+                for role, recipe in recipes.items()
+                if roles is None or role in roles
+            }
+            return canonical(module, parts)
 
     def _form(self, key: str) -> str:
         return f"{self.files.dtype(key)} of shape {self.files.shape(key)}"

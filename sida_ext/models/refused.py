@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["refuse_family"]
+__all__ = ["refuse_configuration", "refuse_family"]
 
 _OWN_EXPERTS = (
     "its experts modules are its own and do not go through transformers' experts interface, so nothing can take their "
@@ -25,6 +25,15 @@ _REASONS = {
     "vitpose": _OWN_EXPERTS,
     "vitpose_backbone": _OWN_EXPERTS,
 }
+
+
+def refuse_configuration(config: PretrainedConfig, where: str) -> None:
+    """Raises ValueError for the configuration of a family that cannot be served: before a model is built of it, and
+    before its weights are looked for."""
+    for name in (config.model_type, config.get_text_config(decoder=True).model_type):
+        if name in _REASONS:
+            names = ", ".join(config.architectures or []) or type(config).__name__
+            raise ValueError(f"{where}: {names} (model_type {name}) cannot be served: {_REASONS[name]}")
 
 
 def refuse_family(model: nn.Module, has_experts: bool) -> None:

@@ -157,7 +157,7 @@ def shadow_options(stack: Any, moe_blocks: tuple[int, ...], hidden: int | None =
     Args:
         stack: a Switch encoder stack.
         moe_blocks: the numbers of its MoE blocks.
-        hidden: width; None means d_model, at most 256.
+        hidden: width; None means d_model, at most 160.
         given: overrides any other size.
     """
     config = stack.config

@@ -14,7 +14,7 @@ from bench.gpu import modelled_time as model
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GPU = model.Gpu("a device", 100e9, 1e12, (4,), "made up")
+GPU = model.Card("a device", 100e9, 1e12, (4,), "made up")
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def load(**changes):
 
 def script(folder, body, **run):
     code = SCRIPT + body
-    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60, **run)
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=300, **run)
 
 
 def test_ctrl_c_in_mid_batch(folder):

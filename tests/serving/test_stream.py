@@ -432,3 +432,37 @@ def test_the_budget_changes_at_any_time_and_no_bit_with_it(folder):
     slots = model.sida.slots
     wait_until(lambda: model.sida.stats().committed_slots <= slots)
     model.sida.close()
+
+
+def test_two_streams_that_begin_at_once_keep_the_number_of_threads(folder, monkeypatch):
+    """The hash-building thread computes with one thread. Until its stream has put the number back, every thread that is
+    born takes that one for its own; the caller of a second stream must not."""
+    models = [sida_ext.from_pretrained(folder, expert_memory="50%") for _ in range(2)]
+    before, set_threads = torch.get_num_threads(), torch.set_num_threads
+    window, found = threading.Event(), []
+
+    def slow(count):
+        set_threads(count)
+        if threading.current_thread().name == "sida-hash-builder":
+            window.set()
+            time.sleep(0.2)
+
+    def consume(model, warm):
+        if warm:  # a thread takes its number of threads at its first product
+            expected(model, batches(1))
+        list(sida_ext.stream(model, batches(1), Random()))
+        found.append(torch.get_num_threads())
+
+    monkeypatch.setattr(torch, "set_num_threads", slow)
+    first = threading.Thread(target=consume, args=(models[0], True))
+    first.start()
+    window.wait(10)
+    second = threading.Thread(target=consume, args=(models[1], False))
+    second.start()
+    first.join()
+    second.join()
+    monkeypatch.undo()
+    for model in models:
+        model.sida.close()
+    assert found == [before, before]
+    assert torch.get_num_threads() == before

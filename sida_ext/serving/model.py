@@ -1,0 +1,243 @@
+"""A loaded model as the server drives it: what it can do, and its computations. Used by one thread at a time."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sida_ext.experts.runtime import Runtime
+from sida_ext.serving.joined import JoinedModel, Row, joins
+from sida_ext.serving.joined_encoder import JoinedEncoder, batches
+
+__all__ = ["Alone", "ServedModel"]
+
+Experts = frozenset[tuple[int, int]]
+
+# Settings of generation_config.json that would change logits, and their values that change none.
+_UNSERVED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,),
+    "forced_bos_token_id": (None,),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None,),
+    "min_length": (None, 0),
+}
+
+
+@dataclass
+class Alone:
+    """The cache of a row that cannot be joined with others; it steps by itself."""
+
+    cache: Any
+    length: int
+    encoded: Any = None  # the encoder's output
+
+
+class ServedModel:
+    """What is served.
+
+    Args:
+        model: a transformers model in evaluation mode, its experts swapped or not.
+        tokenizer: its tokenizer.
+        name: what clients call it.
+        context: tokens of prompt and answer together at the most; None: the model's own limit.
+        rows: rows that will run at once; with 1 nothing is joined.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, *, context: int | None = None, rows: int = 16) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        config = model.config
+        self.runtime: Runtime | None = getattr(model, "sida", None)
+        self.seq2seq = bool(config.is_encoder_decoder)
+        self.generates = bool(model.can_generate())
+        self.classifies = type(model).__name__.endswith("ForSequenceClassification")
+        self.context = context if context is not None else _context_of(config, tokenizer)
+        self.created = int(time.time())
+        self.labels = [str(config.id2label[index]) for index in range(config.num_labels)] if self.classifies else []
+        self.notes: list[str] = []
+        self.joined: JoinedModel | None = None
+        self.encoder: JoinedEncoder | None = None
+        if self.generates:
+            self.ends = _ends(model)
+            self._note_settings()
+            obstacle = joins(model)
+            if rows > 1 and obstacle is None:
+                self.joined = JoinedModel(model)
+            elif rows > 1:
+                self.notes.append(f"rows are computed one after the other: {obstacle}")
+            self._start = getattr(model.generation_config, "decoder_start_token_id", None)
+            if self._start is None:
+                self._start = getattr(config, "decoder_start_token_id", None)
+            self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if self.classifies and rows > 1 and JoinedEncoder.fits(model):
+            self.encoder = JoinedEncoder(model)
+
+    def _note_settings(self) -> None:
+        settings = self.model.generation_config
+        for name, neutral in _UNSERVED_SETTINGS.items():
+            value = getattr(settings, name, None)
+            if value not in neutral:
+                self.notes.append(f"generation_config.json sets {name} to {value}, which is not applied")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of joined rows."""
+        return self.joined.cache_bytes if self.joined is not None else 0
+
+    # Generation
+
+    @torch.no_grad()
+    def start(self, ids: Sequence[int], new_tokens: int) -> tuple[Tensor, Row | Alone]:
+        """Compute a prompt alone, as ``generate`` does; its last logits [vocabulary] and the row's place."""
+        given = torch.tensor([list(ids)])
+        mask = torch.ones_like(given)
+        encoded: Any = None
+        if self.seq2seq:
+            encoded = self.model.get_encoder()(input_ids=given, attention_mask=mask, return_dict=True)
+            output = self.model(
+                encoder_outputs=encoded,
+                attention_mask=mask,
+                decoder_input_ids=torch.tensor([[self._start]]),
+                use_cache=True,
+            )
+        else:
+            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+            output = self.model(input_ids=given, attention_mask=mask, use_cache=True, **keep)
+        cache = output.get("cache", output.get("past_key_values"))
+        logits = output.logits[0, -1].clone()
+        if self.joined is not None:
+            return logits, self.joined.take(cache, new_tokens)
+        return logits, Alone(cache, 1 if self.seq2seq else len(ids), encoded)
+
+    def start_all(
+        self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]
+    ) -> list[tuple[Tensor, Row | Alone]]:
+        """:meth:`start` of several prompts, those of similar length together."""
+        found: list[Any] = [None] * len(prompts)
+        if self.joined is None or not self.joined.starts_together or not self._keeps_logits:
+            return [self.start(ids, new) for ids, new in zip(prompts, new_tokens, strict=True)]
+        for batch in batches(list(map(len, prompts))):
+            if len(batch) == 1:
+                found[batch[0]] = self.start(prompts[batch[0]], new_tokens[batch[0]])
+                continue
+            started = self.joined.start([prompts[place] for place in batch], [new_tokens[place] for place in batch])
+            for place, answer in zip(batch, started, strict=True):
+                found[place] = answer
+        return found
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[Row | Alone], tokens: Sequence[int]) -> Tensor:
+        """The logits [B, vocabulary] after each row's next token; a step that raises has changed no joined row."""
+        if self.joined is not None:
+            return self.joined.step(rows, tokens)  # type: ignore[arg-type]
+        return torch.stack([self._step_alone(row, token) for row, token in zip(rows, tokens, strict=True)])  # type: ignore[arg-type]
+
+    def _step_alone(self, row: Alone, token: int) -> Tensor:
+        given = torch.tensor([[token]])
+        if row.encoded is not None:
+            output = self.model(
+                encoder_outputs=row.encoded,
+                attention_mask=torch.ones(1, row.encoded.last_hidden_state.shape[1], dtype=torch.long),
+                decoder_input_ids=given,
+                cache=row.cache,
+                use_cache=True,
+            )
+        else:
+            mask = torch.ones(1, row.length + 1, dtype=torch.long)
+            output = self.model(input_ids=given, attention_mask=mask, cache=row.cache, use_cache=True)
+        row.length += 1
+        return output.logits[0, -1]
+
+    @property
+    def steps_can_be_repeated(self) -> bool:
+        """Whether a step that raised may be tried again: a cache of a row that steps alone may be half written."""
+        return self.joined is not None
+
+    def drop(self, row: Row | Alone) -> None:
+        """The row is over."""
+        if isinstance(row, Row) and self.joined is not None:
+            self.joined.drop(row)
+
+    # One-step work
+
+    @torch.no_grad()
+    def classify(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The logits of each text."""
+        if self.encoder is not None:
+            return [row.tolist() for row in self.encoder.logits(prompts)]
+        found = []
+        for ids in prompts:
+            given = torch.tensor([list(ids)])
+            found.append(self.model(input_ids=given, attention_mask=torch.ones_like(given)).logits[0].float().tolist())
+        return found
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The mean over each text's last hidden states, of unit length."""
+        found = []
+        for ids in prompts:
+            given = torch.tensor([list(ids)])
+            mask = torch.ones_like(given)
+            if self.seq2seq or self.classifies:
+                states = self.model.get_encoder()(input_ids=given, attention_mask=mask).last_hidden_state
+            else:
+                states = self.model.base_model(input_ids=given, attention_mask=mask).last_hidden_state
+            mean = states[0].float().mean(0)
+            found.append((mean / mean.norm()).tolist())
+        return found
+
+    @torch.no_grad()
+    def score(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+        """The log-probability of each token of ``continuation`` after ``prompt``."""
+        wanted = torch.tensor(list(continuation))
+        if self.seq2seq:
+            given = torch.tensor([list(prompt)])
+            before = torch.tensor([[self._start, *continuation[:-1]]])
+            output = self.model(input_ids=given, attention_mask=torch.ones_like(given), decoder_input_ids=before)
+            logits = output.logits[0]
+        else:
+            given = torch.tensor([[*prompt, *continuation]])
+            output = self.model(input_ids=given, attention_mask=torch.ones_like(given))
+            logits = output.logits[0, len(prompt) - 1 : -1]
+        logprobs = logits.float().log_softmax(-1)
+        return logprobs.gather(1, wanted[:, None])[:, 0].tolist()
+
+    # Experts
+
+    def predicted(self, ids: Sequence[int]) -> Experts:
+        """The experts that a prompt is predicted to want, one prediction a token; empty without a predictor."""
+        predictor = getattr(self.runtime, "predictor", None)
+        if predictor is None:
+            return frozenset()
+        table = predictor.predict(torch.tensor([list(ids)]))
+        best = table.expert_index[0, :, :, 0]  # [tokens, layers]
+        return frozenset(
+            (layer, expert)
+            for layer in range(best.shape[1])
+            for expert in best[:, layer].unique().tolist()
+            if expert >= 0
+        )
+
+
+def _ends(model: Any) -> frozenset[int]:
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = getattr(model.config, "eos_token_id", None)
+    return frozenset([ends] if isinstance(ends, int) else ends or [])
+
+
+def _context_of(config: Any, tokenizer: Any) -> int:
+    """The most tokens that the model was made for; 2,048 where neither its configuration nor its tokenizer says."""
+    found = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(tokenizer, "model_max_length", None)
+    sizes = [size for size in (found, limit) if isinstance(size, int) and 0 < size < 10**9]
+    return min(sizes, default=2048)

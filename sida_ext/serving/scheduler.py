@@ -1,0 +1,167 @@
+"""Who runs next: admission and leaving of rows at step boundaries. A deterministic state machine without threads, clock
+or model: it is told events and the time, and answers steps.
+
+Rows wait in the order of their arrival. When places are free, the waiting row whose predicted experts are held already,
+by the expert memory or by rows that run, goes first; but a row is passed over ``patience`` times at the most, after
+which nobody overtakes it, also when it is too large for what is free and has to wait for room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+__all__ = ["Item", "Limits", "QueueFullError", "Scheduler", "Step"]
+
+Experts = frozenset[tuple[int, int]]  # (MoE layer, expert)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a scheduler may take on.
+
+    Args:
+        rows: rows that run at once.
+        queue: rows that wait at the most.
+        tokens: of all rows that run, prompt and what they may yet write: bounds the memory of their keys and values.
+        prompt_tokens: of prompts that are started in one step, so that running rows wait no longer than for these; a
+            longer prompt is started alone.
+        patience: how often others may be admitted before a waiting row.
+    """
+
+    rows: int = 16
+    queue: int = 256
+    tokens: int = 65_536
+    prompt_tokens: int = 2048
+    patience: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "queue", "tokens", "prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.patience < 0:
+            raise ValueError(f"patience is {self.patience}, expected 0 (first come, first served) or more")
+
+
+@dataclass
+class Item:
+    """A row that waits or runs."""
+
+    id: int
+    prompt: int  # tokens
+    new: int  # tokens that it may write at the most
+    deadline: float  # on the clock of ``now``
+    once: bool = False  # done after one step: a classification, an embedding, a score
+    experts: Experts = frozenset()
+    passed: int = 0  # how often others were admitted before it
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.new
+
+
+@dataclass
+class Step:
+    """What the driver does next."""
+
+    expired: list[int] = field(default_factory=list)  # over their deadline: they have left
+    join: list[int] = field(default_factory=list)  # start these prompts, in this order
+    rows: list[int] = field(default_factory=list)  # these take one more token
+
+
+class QueueFullError(RuntimeError):
+    """As many rows wait as may."""
+
+
+class Scheduler:
+    """See the module."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._waiting: dict[int, Item] = {}  # in the order of arrival
+        self._running: dict[int, Item] = {}  # in the order of admission
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    @property
+    def wants_overlap(self) -> bool:
+        """Whether the next step's admission depends on which experts are held."""
+        return len(self._running) < self.limits.rows and any(item.experts for item in self._waiting.values())
+
+    def submit(self, items: Collection[Item]) -> None:
+        """Rows that wait from now on: all of them or, with QueueFullError, none.
+
+        Raises:
+            QueueFullError: the queue has no room for all.
+            ValueError: one can never run.
+        """
+        for item in items:
+            if item.tokens > self.limits.tokens:
+                raise ValueError(f"a row of {item.tokens} tokens, expected at most {self.limits.tokens}")
+            if item.id in self._waiting or item.id in self._running:
+                raise ValueError(f"row {item.id} is there already")
+        if len(self._waiting) + len(items) > self.limits.queue:
+            raise QueueFullError(f"{len(self._waiting)} rows wait, {len(items)} more exceed {self.limits.queue}")
+        for item in items:
+            self._waiting[item.id] = item
+
+    def leave(self, id: int) -> bool:
+        """The row is done, has failed, or nobody wants it any more; False if it was not there."""
+        return self._waiting.pop(id, None) is not None or self._running.pop(id, None) is not None
+
+    def next_step(self, now: float, held: Experts = frozenset()) -> Step:
+        """Take expired rows out, admit waiting ones, and say which rows go on.
+
+        Args:
+            now: seconds, on the clock of the deadlines.
+            held: experts in memory, for the order of admission.
+        """
+        expired = [item.id for part in (self._running, self._waiting) for item in part.values() if item.deadline <= now]
+        for id in expired:
+            self.leave(id)
+        rows = [item.id for item in self._running.values() if not item.once]
+        return Step(expired, self._admit(held), rows)
+
+    def _admit(self, held: Experts) -> list[int]:
+        admitted: list[int] = []
+        tokens = sum(item.tokens for item in self._running.values())
+        prompts = 0
+        wanted = set(held).union(*(item.experts for item in self._running.values()))
+        while self._waiting and len(self._running) < self.limits.rows:
+            item = self._choose(wanted, self.limits.tokens - tokens, self.limits.prompt_tokens - prompts, not admitted)
+            if item is None:
+                break
+            for other in self._waiting.values():
+                if other is item:
+                    break
+                other.passed += 1
+            del self._waiting[item.id]
+            self._running[item.id] = item
+            admitted.append(item.id)
+            tokens += item.tokens
+            prompts += item.prompt
+            wanted |= item.experts
+        return admitted
+
+    def _choose(self, wanted: set[tuple[int, int]], tokens: int, prompts: int, first: bool) -> Item | None:
+        best: Item | None = None
+        best_share = -1.0
+        for item in self._waiting.values():
+            if item.tokens <= tokens and (item.prompt <= prompts or first):
+                share = len(item.experts & wanted) / len(item.experts) if item.experts else 0.0
+                if share > best_share:
+                    best, best_share = item, share
+            if item.passed >= self.limits.patience:
+                # Nobody behind it goes first any more: either one before it, or it, or nobody.
+                return best
+        return best

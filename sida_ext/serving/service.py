@@ -1,0 +1,143 @@
+"""Between requests and the driver: jobs are submitted, awaited and cancelled here. Lives in the server's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.requests import Request
+
+from sida_ext.serving.driver import Answer, Driver, Job, Work
+from sida_ext.serving.metrics import ServerMetrics
+from sida_ext.serving.model import ServedModel
+from sida_ext.serving.protocol import RequestError
+from sida_ext.serving.scheduler import Limits
+from sida_ext.serving.settings import ServerSettings
+
+__all__ = ["Answers", "ClientLeftError", "Service"]
+
+log = logging.getLogger("sida_ext.serving")
+
+
+class ClientLeftError(Exception):
+    """The client has closed the connection."""
+
+
+class Answers:
+    """What the rows of one job answer, in the order in which it comes."""
+
+    def __init__(self, rows: int) -> None:
+        self._open = rows
+        self._queue: asyncio.Queue[tuple[int, Answer | None]] = asyncio.Queue()
+
+    def tell(self, row: int, answer: Answer) -> None:
+        self._queue.put_nowait((row, answer))
+
+    def left(self) -> None:
+        """The client is gone."""
+        self._queue.put_nowait((-1, None))
+
+    def row_is_over(self) -> None:
+        self._open -= 1
+
+    async def each(self) -> AsyncIterator[tuple[int, Any]]:
+        """(row, answer) until all rows are over.
+
+        Raises:
+            RequestError: what a row ended with. ClientLeftError.
+        """
+        while self._open:
+            row, answer = await self._queue.get()
+            if answer is None:
+                raise ClientLeftError
+            if isinstance(answer, RequestError):
+                raise answer
+            yield row, answer
+            if getattr(answer, "finish", "over") is not None:
+                self._open -= 1
+
+
+class Service:
+    """One served model in one process.
+
+    Args:
+        model: what is served; closed with the service.
+        limits: of batching.
+        settings: of the server.
+    """
+
+    def __init__(self, model: ServedModel, limits: Limits, settings: ServerSettings) -> None:
+        self.model, self.limits, self.settings = model, limits, settings
+        self.driver = Driver(model, limits, self._deliver)
+        self.metrics = ServerMetrics(self.driver)
+        self.draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._cut: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Called in the event loop, once."""
+        self._loop = asyncio.get_running_loop()
+        self.driver.start()
+
+    def drain(self) -> None:
+        """Take no more requests; those that run are cut off after ``settings.drain`` seconds. Safe in a signal's
+        handler."""
+        self.draining = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        assert self._loop is not None
+        self.driver.refuse()
+        if self._cut is None:
+            self._cut = self._loop.call_later(self.settings.drain, self.driver.cut)
+
+    async def stop(self) -> None:
+        """End what is left and close the model."""
+        self.draining = True
+        if self._cut is not None:
+            self._cut.cancel()
+        self.driver.refuse()
+        self.driver.cut()
+        await asyncio.to_thread(self.driver.join)
+        if self.model.runtime is not None:
+            self.model.runtime.close()
+
+    def _deliver(self, answers: Sequence[Callable[[], None]]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_run, answers)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            log.warning("%d answers came after the server had ended", len(answers))
+
+    @asynccontextmanager
+    async def run(self, request: Request, work: list[Work], deadline: float) -> AsyncIterator[Answers]:
+        """Submit a job; inside the block its answers are read; afterwards nothing of it runs any more.
+
+        Raises:
+            RequestError: the queue is full, or the server is shutting down.
+        """
+        answers = Answers(len(work))
+        job = Job(work, time.monotonic() + deadline, answers.tell)
+        self.driver.submit(job)
+        watch = asyncio.create_task(_watch(request, answers))
+        try:
+            yield answers
+        finally:
+            watch.cancel()
+            self.driver.cancel(job)
+
+
+def _run(answers: Sequence[Callable[[], None]]) -> None:
+    for answer in answers:
+        answer()
+
+
+async def _watch(request: Request, answers: Answers) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    answers.left()

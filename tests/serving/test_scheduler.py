@@ -1,0 +1,170 @@
+"""Admission and leaving: a state machine on a clock of the test's own."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sida_ext.serving.scheduler import Item, Limits, QueueFullError, Scheduler
+
+FAR = 1e9
+
+
+def item(number: int, prompt: int = 10, new: int = 10, **more: object) -> Item:
+    return Item(number, prompt, new, **{"deadline": FAR, **more})  # type: ignore[arg-type]
+
+
+def test_rows_join_in_the_order_of_their_arrival_and_leave_at_a_boundary():
+    scheduler = Scheduler(Limits(rows=2))
+    scheduler.submit([item(1), item(2), item(3)])
+    step = scheduler.next_step(0.0)
+    assert (step.join, step.rows) == ([1, 2], [])
+    step = scheduler.next_step(0.0)
+    assert (step.join, step.rows) == ([], [1, 2])
+    assert scheduler.leave(1)
+    step = scheduler.next_step(0.0)
+    assert (step.join, step.rows) == ([3], [2])
+    assert not scheduler.leave(1)
+
+
+def test_a_full_queue_takes_all_rows_of_a_request_or_none():
+    scheduler = Scheduler(Limits(rows=1, queue=2))
+    scheduler.submit([item(1)])
+    with pytest.raises(QueueFullError, match="1 rows wait, 2 more exceed 2"):
+        scheduler.submit([item(2), item(3)])
+    assert scheduler.waiting == 1
+    scheduler.submit([item(4)])
+    assert scheduler.waiting == 2
+
+
+def test_a_row_that_can_never_run_is_refused():
+    scheduler = Scheduler(Limits(tokens=100))
+    with pytest.raises(ValueError, match="a row of 101 tokens, expected at most 100"):
+        scheduler.submit([item(1, 100, 1)])
+
+
+def test_running_rows_keep_within_the_tokens():
+    scheduler = Scheduler(Limits(rows=8, tokens=100))
+    scheduler.submit([item(1, 30, 30), item(2, 30, 30), item(3, 10, 10)])
+    assert scheduler.next_step(0.0).join == [1, 3]  # 2 does not fit beside 1
+    scheduler.leave(1)
+    assert scheduler.next_step(0.0).join == [2]
+
+
+def test_prompts_of_one_step_keep_within_their_tokens_and_a_long_one_starts_alone():
+    scheduler = Scheduler(Limits(rows=8, prompt_tokens=50))
+    scheduler.submit([item(1, 40), item(2, 40), item(3, 400)])
+    assert [scheduler.next_step(0.0).join for _ in range(4)] == [[1], [2], [3], []]
+
+
+def test_the_row_whose_experts_are_held_goes_first():
+    scheduler = Scheduler(Limits(rows=1))
+    scheduler.submit([item(1, experts=frozenset({(0, 1)})), item(2, experts=frozenset({(0, 7)}))])
+    assert scheduler.wants_overlap
+    assert scheduler.next_step(0.0, frozenset({(0, 7)})).join == [2]
+
+
+def test_rows_that_share_experts_with_running_ones_go_first():
+    scheduler = Scheduler(Limits(rows=2))
+    one, other = frozenset({(0, 1), (1, 2)}), frozenset({(0, 5), (1, 6)})
+    scheduler.submit([item(1, experts=one), item(2, experts=other), item(3, experts=one)])
+    assert scheduler.next_step(0.0).join == [1, 3]
+
+
+@pytest.mark.parametrize("patience", [0, 1, 5])
+def test_a_row_is_overtaken_patience_times_at_the_most(patience):
+    scheduler = Scheduler(Limits(rows=1, patience=patience))
+    scheduler.submit([item(0, experts=frozenset({(0, 9)}))])
+    scheduler.submit([item(number, experts=frozenset({(0, 1)})) for number in range(1, 20)])
+    order = []
+    for _ in range(20):
+        order += scheduler.next_step(0.0, frozenset({(0, 1)})).join
+        scheduler.leave(order[-1])
+    assert order.index(0) == patience
+    assert sorted(order) == list(range(20))
+
+
+def test_a_large_row_that_has_waited_long_is_not_starved_by_small_ones():
+    scheduler = Scheduler(Limits(rows=4, tokens=100, patience=3))
+    scheduler.submit([item(0, 5, 5), item(1, 50, 50)])
+    assert scheduler.next_step(0.0).join == [0]
+    number = 2
+    for _ in range(10):
+        scheduler.submit([item(number, 5, 5)])
+        number += 1
+        scheduler.next_step(0.0)
+    assert scheduler.running == 4  # 0 and the three that might overtake
+    for running in (0, 2, 3, 4):
+        scheduler.leave(running)
+    assert scheduler.next_step(0.0).join == [1]
+
+
+def test_rows_over_their_deadline_leave_whether_they_wait_or_run():
+    scheduler = Scheduler(Limits(rows=1))
+    scheduler.submit([item(1, deadline=5.0), item(2, deadline=3.0), item(3, deadline=9.0)])
+    assert scheduler.next_step(0.0).join == [1]
+    step = scheduler.next_step(5.0)
+    assert sorted(step.expired) == [1, 2]
+    assert step.join == [3]
+
+
+def test_a_row_of_one_step_is_not_decoded():
+    scheduler = Scheduler(Limits())
+    scheduler.submit([item(1, once=True), item(2)])
+    assert scheduler.next_step(0.0).join == [1, 2]
+    scheduler.leave(1)
+    assert scheduler.next_step(0.0).rows == [2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 6), patience=st.integers(0, 5))
+def test_every_row_runs_once_whatever_happens(seed, rows, patience):
+    draw = random.Random(seed)
+    limits = Limits(rows=rows, queue=30, tokens=200, prompt_tokens=60, patience=patience)
+    scheduler = Scheduler(limits)
+    arrived, joined, gone, passed = [], [], set(), {}
+    number = 0
+    for tick in range(300):
+        if number < 60 and draw.random() < 0.5:
+            experts = frozenset((0, draw.randrange(6)) for _ in range(draw.randrange(3)))
+            new = item(number, draw.randint(1, 90), draw.randint(0, 90), experts=experts)
+            try:
+                scheduler.submit([new])
+            except QueueFullError:
+                assert scheduler.waiting == limits.queue
+            else:
+                arrived.append(new)
+            number += 1
+        step = scheduler.next_step(float(tick), frozenset({(0, draw.randrange(6))}))
+        for id in step.join:
+            for other in arrived:
+                if other.id not in joined and other.id not in gone and other.id < id and other.id not in step.join:
+                    passed[other.id] = passed.get(other.id, 0) + 1
+            joined.append(id)
+        running = [other for other in arrived if other.id in joined and other.id not in gone]
+        assert len(running) <= rows
+        assert sum(other.tokens for other in running) <= limits.tokens
+        for other in running:
+            if draw.random() < 0.4:
+                scheduler.leave(other.id)
+                gone.add(other.id)
+    for _ in range(100):
+        scheduler.next_step(1e6)
+        for other in arrived:
+            scheduler.leave(other.id) if other.id in joined else None
+        step = scheduler.next_step(1e6)
+        joined += step.join
+        for id in step.join:
+            scheduler.leave(id)
+    assert sorted(set(joined)) == sorted(other.id for other in arrived)
+    assert len(joined) == len(set(joined))
+    assert all(count <= patience for count in passed.values()), passed
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("queue", 0), ("tokens", 0), ("prompt_tokens", 0)])
+def test_limits_below_one_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+        Limits(**{name: value})
