@@ -31,6 +31,8 @@ def test_intervals_are_what_counting_ticks_gives(seed):
 
 def test_a_run_in_which_all_failed_still_has_its_table():
     text = document("a card", ["build: FAILED, 3 s: no nvcc"], {}, MODELLED)
+    assert text.startswith("# Measured on: a card\n")
+    assert document("dry", [], {}, MODELLED).startswith("# Dry run: nothing here was measured on a GPU\n")
     assert "- build: FAILED, 3 s: no nvcc" in text
     assert "| a card | 4.0 | 10% | 39.00 | 62.00 |" in text
 
