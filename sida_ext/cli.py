@@ -217,7 +217,6 @@ def run(
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         pad = tokenizer.pad_token_id or 0
         if is_language_model(loaded):
-            _refuse_device(loaded, runtime)
             language = _LanguageRun(loaded, tokenizer, pad, batch_size or 1, max_length)
             language.run(lines, chosen, ahead, order, generate, out)
             return
@@ -300,6 +299,7 @@ class _LanguageRun:
         from sida_ext.experts.runtime import runtime_of
         from sida_ext.serving.language import continuations, likelihoods, perplexity
 
+        _refuse_device(self.model, runtime_of(self.model))
         ids = [self.tokenizer(line, truncation=True, max_length=self.max_length)["input_ids"] for line in lines]
         common: dict[str, Any] = {"batch_size": self.batch_size, "pad_token_id": self.pad}
         rows: list[dict[str, Any]] = []

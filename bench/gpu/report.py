@@ -9,7 +9,7 @@ def document(card: str, parts: list[str], figures: dict[str, Any], modelled: lis
     """Markdown of one run. `figures` has what its parts found, keys missing where a part failed; `modelled` is
     ``bench/results/cuda_modelled.json``."""
     lines = [
-        f"# Measured on: {card}",
+        "# Dry run: nothing here was measured on a GPU" if card == "dry" else f"# Measured on: {card}",
         "",
         "Made by `make gpu-check`; do not edit.",
         "",
