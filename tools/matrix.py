@@ -116,8 +116,8 @@ def render(record: dict[str, Any]) -> str:
         "",
         "Switch Transformers need transformers 5.18 or later, which pyproject.toml asks for. Up to 5.17 the model's "
         "router returns its results in another order and is handed tokens without their sentences, so that no capacity "
-        "holds; results of this package and of the model's own layers differ there. The experts interface came piece by "
-        "piece: a family that a release does not have, or does not have on the interface, is refused by its name.",
+        "holds; results of this package and of the model's own layers differ there. The experts interface came piece "
+        "by piece: a family that a release does not have, or does not have on the interface, is refused by its name.",
         "",
     ]
     rooms = sorted({room for found in record.values() for room in found.get("rooms", {})})
