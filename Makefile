@@ -10,7 +10,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 export OMP_WAIT_POLICY ?= passive
 TESTS_ENVIRONMENT := PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) MAX_JOBS=$(JOBS)
 
-.PHONY: help setup demo test check test-cpp lint bench bench-gpu paper cuda-build cuda-extension sass soak nightly clean
+.PHONY: help setup demo test check test-cpp lint bench bench-gpu gpu-check paper cuda-build cuda-extension sass soak nightly matrix clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ and the Python tests; with the set-up about ten minutes on two slow cores"
@@ -18,8 +18,10 @@ help:
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
 	@echo "make paper   the tables of the SiDA-MoE paper on models trained here, into docs/paper.md"
 	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
+	@echo "make gpu-check  all that wants a GPU, in eight minutes: tests, sanitizers, figures; DRY=1 without one"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator"
+	@echo "make matrix  the Python tests with the oldest and newest torch and transformers and two between, into docs/versions.md"
 	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
 	@echo "make cuda-extension CUDA_PYTHON=...  build the extension against a CUDA build of torch, and test it"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
@@ -80,6 +82,11 @@ bench-gpu: setup
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench/gpu/bench_gpu.py -m gpu -q -s --benchmark-enable --benchmark-json=bench/results/gpu.json
 
+# In the environment of GPU_PYTHON as it is: a GPU machine often has no network. DRY=1: as far as there is no device.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:
+	MAX_JOBS=$(JOBS) $(GPU_PYTHON) tools/gpu_check.py $(if $(DRY),--dry)
+
 cuda-build: $(VENV)/.tools
 	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) PYTHON=$(BIN)/python tools/cuda_build.sh
 
@@ -101,6 +108,9 @@ soak: setup
 
 nightly: setup
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh program test_simulator --seeds 20000
+
+matrix: $(VENV)/.tools
+	$(BIN)/python tools/matrix.py
 
 clean:
 	rm -rf build $(VENV) *.egg-info sida_ext/*.so sida_ext/_build_info.json

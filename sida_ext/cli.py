@@ -23,8 +23,12 @@ from sida_ext.serving.command import serve
 from sida_ext.texts import read_pairs, read_texts, tokenizer_of
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from sida_ext.experts.runtime import Runtime
     from sida_ext.serving.savings import OrderSavings
+    from sida_ext.serving.token_batches import TokenBatch
 
 app = typer.Typer(
     name="sida",
@@ -151,7 +155,13 @@ app.command()(plan)
 def run(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N: where experts lie and everything is computed.")
+    ] = "cpu",
     expert_memory: Annotated[str, typer.Option(help="Budget: 2GiB, 25%, auto or bytes.")] = "auto",
+    host_memory: Annotated[
+        str | None, typer.Option(help="With cuda: pinned memory for experts; default: picked.")
+    ] = None,
     expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
@@ -191,7 +201,9 @@ def run(
     lines = read_texts(texts)
     loaded = from_pretrained(
         model,
+        device=device,
         expert_memory=expert_memory,
+        host_memory=host_memory,
         expert_dtype=expert_dtype,
         store=store,
         routing=routing,
@@ -224,7 +236,7 @@ def run(
                 source = batches_by_tokens(encoded(), max_tokens, pad_token_id=pad)
             for batch in source:
                 formed.append(batch)
-                yield batch
+                yield _on_device(batch, runtime.device)
 
         rows: dict[int, dict[str, Any]] = {}
         if trace is not None:
@@ -256,6 +268,21 @@ def run(
         runtime.close()
 
 
+def _on_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    """The same batch, its tensors where the model computes."""
+    for name, tensor in batch.items():
+        batch[name] = tensor.to(device)
+    return batch
+
+
+def _refuse_device(model: PreTrainedModel, runtime: Runtime) -> None:
+    if runtime.device.type != "cpu":
+        raise ValueError(
+            f"--device is {str(runtime.device)!r}, expected cpu: sida run scores and continues texts with "
+            f"{type(model).__name__} on the CPU alone; for a GPU use the Python interface"
+        )
+
+
 @dataclass
 class _LanguageRun:
     """``sida run`` of a decoder-only language model: scores texts, or goes on with them."""
@@ -272,6 +299,7 @@ class _LanguageRun:
         from sida_ext.experts.runtime import runtime_of
         from sida_ext.serving.language import continuations, likelihoods, perplexity
 
+        _refuse_device(self.model, runtime_of(self.model))
         ids = [self.tokenizer(line, truncation=True, max_length=self.max_length)["input_ids"] for line in lines]
         common: dict[str, Any] = {"batch_size": self.batch_size, "pad_token_id": self.pad}
         rows: list[dict[str, Any]] = []

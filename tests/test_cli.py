@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import sida_ext
-from sida_ext.cli import main, read_texts, table_advice
+from sida_ext.cli import _on_device, main, read_texts, table_advice
 from sida_ext.info import collect, show
+from sida_ext.serving.token_batches import TokenBatch
 from tests.support.predictors import ByToken
 from tests.support.reference import build, small_config
 
@@ -155,11 +156,33 @@ def test_errors_of_run_are_one_line_and_close_the_runtime(folder, untokenized, t
     for arguments, message in (
         (["--batch-size", 2, "--max-tokens", 9], "are both given"),
         (["--trace", tmp_path / "x.png"], "expected a name for JSON"),
+        (["--host-memory", "1GiB"], "host_memory"),
+        (["--device", "meta"], "device is 'meta', expected 'cpu', 'cuda' or 'cuda:N'"),
     ):
         done = sida_here("run", folder, texts, *arguments)
         assert done.returncode == 1
         assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_batches_go_where_the_model_computes():
+    batch = TokenBatch([(0, torch.tensor([3, 4, 5])), (1, torch.tensor([6]))], 0)
+    moved = _on_device(batch, torch.device("meta"))
+    assert {name: tensor.device.type for name, tensor in moved.items()} == dict.fromkeys(
+        ("input_ids", "attention_mask"), "meta"
+    )
+    assert (moved.positions, moved.lengths) == ((0, 1), (3, 1))
+
+
+@pytest.mark.gpu
+def test_run_on_a_gpu_gives_the_cpus_answers(folder, texts, tmp_path, sida_here):
+    rows = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.jsonl"
+        done = sida_here("run", folder, texts, "--device", device, "--expert-dtype", "float32", "-o", out)
+        assert done.returncode == 0, done.stderr
+        rows.append(torch.tensor([json.loads(line)["logits"] for line in out.read_text().splitlines()]))
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-3)
 
 
 def test_train_says_when_the_token_table_is_better():

@@ -12,10 +12,10 @@ namespace {
 constexpr DType all_x[] = {DType::f32, DType::bf16, DType::f16};
 constexpr DType all_w[] = {DType::f32, DType::bf16, DType::f16, DType::i8, DType::int4, DType::mxfp4};
 
-// Every case_share-th of the counts, the largest among them.
+// Every case_share()-th of the counts, the largest among them.
 std::vector<int64_t> share_of(std::vector<int64_t> counts) {
   std::vector<int64_t> kept;
-  for (auto i = static_cast<int64_t>(counts.size()) - 1; i >= 0; i -= case_share) kept.push_back(counts[i]);
+  for (auto i = static_cast<int64_t>(counts.size()) - 1; i >= 0; i -= case_share()) kept.push_back(counts[i]);
   return kept;
 }
 
@@ -133,7 +133,7 @@ SIDA_TEST(swiglu_oai_needs_gated_weights) {
 }
 
 SIDA_TEST(random_shapes_are_within_the_bound) {
-  for (uint64_t seed = 0; seed < 150 / case_share; ++seed) {
+  for (int64_t seed = 0; seed < 150 / case_share(); ++seed) {
     std::mt19937_64 random(seed);
     Call call(random_shape(random), seed);
     check_against_reference(call, 1 + static_cast<int>(seed % 4));
@@ -164,7 +164,7 @@ SIDA_TEST(no_tokens_and_no_residents_write_nothing) {
 }
 
 SIDA_TEST(threads_do_not_change_bits) {
-  for (uint64_t seed = 0; seed < 40 / case_share; ++seed) {
+  for (int64_t seed = 0; seed < 40 / case_share(); ++seed) {
     std::mt19937_64 random(1000 + seed);
     Call call(random_shape(random), seed);
     call.run(1);
@@ -180,7 +180,7 @@ SIDA_TEST(threads_do_not_change_bits) {
 }
 
 SIDA_TEST(waves_and_slots_do_not_change_bits) {
-  for (uint64_t seed = 0; seed < 40 / case_share; ++seed) {
+  for (int64_t seed = 0; seed < 40 / case_share(); ++seed) {
     std::mt19937_64 random(2000 + seed);
     Shape shape = random_shape(random);
     shape.slots = shape.experts;

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from sida_ext import _C
 from tests.support.native_build import ROOT, TOOLS, build, tests_folder
 from tools import sass_report
 
@@ -132,7 +133,14 @@ def test_machine_code() -> None:
 @pytest.mark.parametrize("name", ["cuda_gpu_kernels_test", "cuda_gpu_route_test"])
 def test_on_a_device(name: str) -> None:
     """The same property tests, on a GPU."""
-    folder = build("cuda", [name], "-DSIDA_CUDA=ON", "-DSIDA_CPP_TESTS=ON", extra_path=str(Path(nvcc()).parent))
+    # Where the extension has CUDA its folder has these kernels compiled, for the device that is there.
+    folder = build(
+        tests_folder() if _C.cuda_built else "cuda",
+        [name],
+        "-DSIDA_CUDA=ON",
+        "-DSIDA_CPP_TESTS=ON",
+        extra_path=str(Path(nvcc()).parent),
+    )
     done = subprocess.run([str(folder / "tests/cuda" / name)], capture_output=True, text=True, check=False)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
