@@ -20,8 +20,8 @@ from sida_ext.models.refused import refuse_configuration
 
 __all__ = ["LOCATION_ARGUMENTS", "CheckpointFiles", "model_class_of", "resolve_checkpoint"]
 
-# Arguments of transformers' from_pretrained that say which files are meant; those of the second line pick among a
-# folder's weights and are not for its configuration.
+# Arguments of transformers' from_pretrained that say which files are meant; the last two pick among a folder's weights
+# and are not for its configuration.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 LOCATION_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "use_safetensors")
 
