@@ -99,10 +99,8 @@ def model_class_of(config: PretrainedConfig, model_class: Any = None) -> type[Pr
             ) from None
     if model_class is not None:
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            found = (
-                model_class if isinstance(model_class, (type, str)) else f"an object of {type(model_class).__name__}"
-            )
-            raise TypeError(f"model_class is {found}, expected a class of transformers models or an Auto class")
+            given = model_class if isinstance(model_class, type) else f"an object of {type(model_class).__name__}"
+            raise TypeError(f"model_class is {given}, expected a class of transformers models or an Auto class")
         return model_class
     names = list(config.architectures or [])
     own = {SwitchTransformersForSequenceClassification.__name__: SwitchTransformersForSequenceClassification}

@@ -69,8 +69,8 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
 def _save(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     """Stands before ``module.save_pretrained``, which would leave a configuration without weights behind."""
     raise RuntimeError(
-        f"save_pretrained() of {type(module).__name__}: its experts are in an expert store and would be missing; copy "
-        "the checkpoint that it was loaded from"
+        f"save_pretrained() of {type(module).__name__} would lack its experts, which are in an expert store; copy the "
+        "checkpoint that it was loaded from"
     )
 
 

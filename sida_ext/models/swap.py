@@ -226,13 +226,15 @@ def _own_memory(model: nn.Module) -> None:
                 tensor.data = tensor.data.clone()
 
 
-def _check_model(model: Any) -> None:
-    """A transformers model, with its weights."""
-    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), PreTrainedConfig):
+def _family_in_memory(model: Any) -> Family:
+    """The family of a transformers model that is in memory with its weights."""
+    family = family_of(model) if isinstance(model, nn.Module) else None
+    if family is None or not isinstance(getattr(model, "config", None), PreTrainedConfig):
         raise TypeError(f"model is {type(model).__name__}, expected a model of transformers")
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if empty is not None:
         raise ValueError(f"{empty} has no data (device meta); load the model's weights before its experts are swapped")
+    return family
 
 
 def swap_experts(
@@ -270,8 +272,7 @@ def swap_experts(
     if kwargs:
         raise TypeError(f"swap_experts got {next(iter(kwargs))!r}, expected a field of sida_ext.Options")
     resolve_device(options.device, options.host_memory)
-    _check_model(model)
-    family = family_of(model)
+    family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
     _check_predictor(model, family, predictor, options)

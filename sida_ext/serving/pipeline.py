@@ -14,9 +14,10 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sida_ext.experts.cuda import on_predictor
@@ -360,7 +361,7 @@ def stream(
         runtime,
         names,
         runtime.header.num_experts,
-        model.get_input_embeddings().weight.shape[0],  # of now: it may have been resized
+        cast(Tensor, model.get_input_embeddings().weight).shape[0],  # of now: it may have been resized
         predictor,
         policy,
         None if lookahead == "auto" else int(lookahead),
