@@ -248,9 +248,9 @@ class Runtime(ServingState):
         """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``;
         ``chosen`` takes what the layers' routers choose."""
         before = self.current
-        self._thread.batch = _Batch(number, table, chosen, entered)
-        _C.set_current_batch(number)
         try:
+            self._thread.batch = _Batch(number, table, chosen, entered)
+            _C.set_current_batch(number)
             yield
         finally:
             self._thread.batch = before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,11 @@ REFUSED_ARGUMENTS = {
     "quantization_config": "experts are quantised by expert_dtype='int8'",
     "tp_plan": "tensor parallelism is not supported",
     "state_dict": "the experts are read from the checkpoint's files",
+    "gguf_file": "experts are read from safetensors files; load the model that the GGUF file was made from",
+    "key_mapping": "the experts are found by the names in the checkpoint; save it with transformers and load that",
+    "tp_size": "tensor parallelism is not supported",
+    "distributed_config": "a model is served by one process",
+    "device_mesh": "a model is served by one process",
     "output_loading_info": "the model alone is returned",
 }
 
@@ -46,7 +53,15 @@ def _gathered(options: Options | None, arguments: dict[str, Any], **named: Any) 
     Args:
         arguments: further keyword arguments; those that are options are taken out.
         named: options that are parameters of the callee. Beside ``options=`` one that equals its default yields to it.
+
+    Raises:
+        TypeError: one of the further arguments is nearly the name of an option.
     """
+    known = [field.name for field in fields(Options)]
+    for name in arguments:
+        meant = get_close_matches(name, known, n=1, cutoff=0.85)
+        if meant and name not in known:
+            raise TypeError(f"{name}= is no argument; did you mean {meant[0]}= (see sida_ext.Options)?")
     for name, value in named.items():
         if options is None or value != Options.__dataclass_fields__[name].default:
             arguments[name] = value
@@ -74,8 +89,7 @@ def _connect(
     """Let the stripped model compute from the runtime's experts."""
     for layer in layers:
         layer.connect(runtime, family.activation(model, layer))
-    if runtime.device.type != "cpu":
-        model.to(runtime.device)  # type: ignore[arg-type]
+    model.to(runtime.device)  # type: ignore[arg-type]
     guard_model(model, list(family.layers(model)))
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
     family.enter(model, runtime, layers)
@@ -128,11 +142,13 @@ def from_pretrained(
         predictor: a :class:`~sida_ext.prediction.protocol.Predictor`, what ``stream`` takes when it is given none; or a
             :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both.
         model_class: the transformers class to load, or an Auto class; None: the one that config.json names.
-        options: all options in one object; options given by name go before it.
+        options: all options in one object; options given by name go before it, unless they are this function's
+            defaults.
         progress: is told experts packed and experts in all.
-        kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else is passed to
-            transformers (``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
-            ``cache_dir``, ...); ``device_map`` and ``quantization_config`` are refused.
+        kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else means what it means
+            to transformers: ``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
+            ``cache_dir``, fields of the configuration (``num_labels``, ``output_router_logits``, ...). ``device_map``,
+            ``quantization_config`` and others that would bring the experts from elsewhere are refused.
 
     Returns:
         A model of ``model_class`` in evaluation mode, parameters frozen; its runtime is ``model.sida``.
@@ -152,14 +168,15 @@ def from_pretrained(
     resolve_device(options.device, options.host_memory)
     split_predictors(predictor)
     for name, reason in REFUSED_ARGUMENTS.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is {kwargs[name]!r}, expected nothing: {reason}")
+        if (given := kwargs.pop(name, None)) not in (None, False):
+            raise ValueError(f"{name} is {given!r}, expected nothing: {reason}")
     location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
     found = resolve_checkpoint(
         path_or_id,
         config=kwargs.pop("config", None),
         model_class=model_class,
         allow_pickle=options.allow_pickle,
+        fields=kwargs,
         **location,
     )
     with source_of(found) as source:
@@ -171,6 +188,11 @@ def from_pretrained(
             path = Path(options.store)
             _, header = open_store(path)
             check_source(header, source, str(path))
+            if options.expert_dtype not in (header.dtype, Options.expert_dtype):
+                raise ValueError(
+                    f"expert_dtype is {options.expert_dtype!r}, expected {header.dtype!r}, what store={str(path)!r} "
+                    "holds; leave it out, or pack a store of the type that you want"
+                )
         # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
         other_bytes = source.other_bytes(itemsize=4)
     stripped: list[tuple[Family, list[ServedLayer]]] = []
@@ -185,6 +207,7 @@ def from_pretrained(
         _own_memory(model)
         family.check_fit(model, runtime.header, layers, str(path))
         _check_predictor(model, family, predictor, options)
+        family.check_activation(model, runtime)
         _connect(model, family, layers, runtime, predictor)
     except BaseException:
         runtime.close()
@@ -201,6 +224,17 @@ def _own_memory(model: nn.Module) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()
+
+
+def _family_in_memory(model: Any) -> Family:
+    """The family of a transformers model that is in memory with its weights."""
+    family = family_of(model) if isinstance(model, nn.Module) else None
+    if family is None or not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(f"model is {type(model).__name__}, expected a model of transformers")
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{empty} has no data (device meta); load the model's weights before its experts are swapped")
+    return family
 
 
 def swap_experts(
@@ -238,7 +272,7 @@ def swap_experts(
     if kwargs:
         raise TypeError(f"swap_experts got {next(iter(kwargs))!r}, expected a field of sida_ext.Options")
     resolve_device(options.device, options.host_memory)
-    family = family_of(model)
+    family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
     _check_predictor(model, family, predictor, options)
@@ -259,5 +293,9 @@ def swap_experts(
         if folder is not None:
             folder.cleanup()
         raise
-    _connect(model, family, family.strip(model), runtime, predictor)
+    try:
+        _connect(model, family, family.strip(model), runtime, predictor)
+    except BaseException:
+        runtime.close()
+        raise
     return model
