@@ -239,12 +239,12 @@ TransferEngine::~TransferEngine() {
   }
 }
 
-BatchId TransferEngine::announce(AnnouncedBatch batch) {
+BatchId TransferEngine::announce(AnnouncedBatch batch, bool begin) {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
   impl_->check_usable("announce");
   const BatchId number = impl_->residency.announce(std::move(batch));
-  impl_->run_commands();
+  if (begin) impl_->run_commands();
   return number;
 }
 
@@ -390,6 +390,17 @@ std::vector<ExpertStanding> TransferEngine::standings() const {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
   return impl_->residency.standings();
+}
+
+std::pair<int64_t, int64_t> TransferEngine::prefetch_counts() const {
+  impl_->check_process();
+  const std::lock_guard lock(impl_->mutex);
+  int64_t useful = 0, wasted = 0;
+  for (const LayerCounters& layer : impl_->residency.counters()) {
+    useful += layer.useful_prefetches;
+    wasted += layer.wasted_prefetches;
+  }
+  return {useful, wasted};
 }
 
 void TransferEngine::reset_stats() {
