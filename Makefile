@@ -4,12 +4,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Workers of pytest. Each has a torch with threads of its own, which must not spin while they wait for one another.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+export OMP_WAIT_POLICY ?= passive
+TESTS_ENVIRONMENT := PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) MAX_JOBS=$(JOBS)
 
-.PHONY: help setup demo test test-cpp lint bench bench-gpu paper cuda-build cuda-extension sass soak nightly clean
+.PHONY: help setup demo test check test-cpp lint bench bench-gpu paper cuda-build cuda-extension sass soak nightly clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
-	@echo "make test    the C++ tests, also under sanitizers, and the Python tests"
+	@echo "make test    the C++ and the Python tests; with the set-up about ten minutes on two slow cores"
+	@echo "make check   what make test leaves out: sanitizers, planted bugs, emulated instruction sets and CUDA kernels, long tests"
 	@echo "make bench   a five-minute subset of the benchmarks, with a roofline picture"
 	@echo "make paper   the tables of the SiDA-MoE paper on models trained here, into docs/paper.md"
 	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
@@ -20,16 +25,23 @@ help:
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
 	@echo "make lint    ruff, mypy, clang-format"
 
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
 $(VENV)/.tools: pyproject.toml Makefile
+	@echo "== set-up, 1 of 3: an environment with torch in $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q "setuptools>=77" "cmake>=3.24" "ninja>=1.11" "pybind11>=2.12" wheel
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)"
+	$(PIP) install -q "setuptools>=77" "cmake>=3.24" "ninja>=1.11" "pybind11>=2.12" wheel
 	touch $@
 
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
+# pip shows nothing of a build: it is made before, into the folder where pip finds everything compiled.
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,dev]"
+	@echo "== set-up, 2 of 3: the extension"
+	$(TESTS_ENVIRONMENT) $(BIN)/python setup.py -q build_ext
+	@echo "== set-up, 3 of 3: the packages that it and its tests need"
+	$(TESTS_ENVIRONMENT) $(PIP) install --no-build-isolation -e ".[test]"
 	touch $@
 
 setup: $(VENV)/.installed
@@ -37,13 +49,24 @@ setup: $(VENV)/.installed
 demo: setup
 	$(BIN)/python -m examples.demo
 
-test: setup test-cpp
-	$(BIN)/python -m pytest tests -q
+test: setup
+	$(TESTS_ENVIRONMENT) tests/cpp/run.sh quick
+	@echo "== Python tests"
+	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist loadfile
+
+check: setup
+	$(TESTS_ENVIRONMENT) tests/cpp/run.sh check
+	@echo "== long Python tests"
+	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -v --check -m "check or slow"
 
 test-cpp: $(VENV)/.tools
-	PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) tests/cpp/run.sh
+	$(TESTS_ENVIRONMENT) tests/cpp/run.sh
 
-lint: setup
+$(VENV)/.lint: $(VENV)/.installed
+	$(TESTS_ENVIRONMENT) $(PIP) install -q --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -73,15 +96,11 @@ $(VENV)/.sass-tools: $(VENV)/.tools
 sass: cuda-build $(VENV)/.sass-tools
 	@if [ -e build/cuda/compiled ]; then $(BIN)/python tools/sass_report.py --check; else echo "sass: skipped, see above"; fi
 
-soak: $(VENV)/.tools
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DSIDA_CPP_TESTS=ON
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp -j $(JOBS) --target test_soak
-	build/cpp/test_soak --seconds 600
+soak: setup
+	$(TESTS_ENVIRONMENT) tests/cpp/run.sh program test_soak --seconds 600
 
-nightly: $(VENV)/.tools
-	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/cpp -G Ninja -DSIDA_CPP_TESTS=ON
-	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp -j $(JOBS) --target test_simulator
-	build/cpp/test_simulator --seeds 20000
+nightly: setup
+	$(TESTS_ENVIRONMENT) tests/cpp/run.sh program test_simulator --seeds 20000
 
 clean:
 	rm -rf build $(VENV) *.egg-info sida_ext/*.so sida_ext/_build_info.json

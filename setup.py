@@ -133,6 +133,10 @@ class CMakeBuild(build_ext):
         )
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([cmake, "--build", str(build), "--target", "sida_extension", "-j", jobs], check=True)
+        # Where the tests of kernels and engine find them compiled (tests/cpp/run.sh).
+        newest = ROOT / "build" / "extension"
+        newest.unlink(missing_ok=True)
+        newest.symlink_to(build.name)
         info = {
             "torch": torch["version"],
             "cuda": bool(nvcc),

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ app.command()(serve)
 def pack(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The store to write.")],
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     allow_pickle: Annotated[bool, typer.Option(help="Read pytorch_model.bin files, which are pickles.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = None,
 ) -> None:
@@ -54,6 +55,8 @@ def pack(
         f"{out}: {header.total_experts} experts in {len(header.layers)} MoE layers, {header.dtype}, "
         f"{format_bytes(header.record_bytes)} each, {format_bytes(header.experts_bytes)} in all"
     )
+    for name, error in zip(header.layers, header.rounding, strict=False):
+        print(f"  {name}: weights moved by {100 * error:.2f} % (root of mean squares)")
 
 
 @app.command()
@@ -149,7 +152,7 @@ def run(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     texts: Annotated[list[Path], typer.Argument(help="Text files (a line each) or .jsonl files (key text).")],
     expert_memory: Annotated[str, typer.Option(help="Budget: 2GiB, 25%, auto or bytes.")] = "auto",
-    expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16 or int8.")] = "bfloat16",
+    expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
     routing: Annotated[str, typer.Option(help="router, predicted or confident.")] = "router",
@@ -163,6 +166,9 @@ def run(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sentence at the most.")] = 512,
     lookahead: Annotated[str, typer.Option(help="Batches whose experts are predicted ahead; auto: picked.")] = "auto",
     order: Annotated[str, typer.Option(help="given or overlap.")] = "given",
+    generate: Annotated[
+        int, typer.Option(min=0, help="Of a language model: so many tokens after each text; 0: score the texts.")
+    ] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here, and a PNG beside it.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one JSON line for each text here.")] = None,
 ) -> None:
@@ -173,6 +179,7 @@ def run(
     from sida_ext.batching import windows
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.prediction.protocol import find_predictor
+    from sida_ext.serving.language import is_language_model
     from sida_ext.serving.savings import watch_order
     from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
 
@@ -197,6 +204,12 @@ def run(
         tokenizer = tokenizer_of(model)
         chosen = find_predictor(predictor, loaded) if predictor is not None else None
         pad = tokenizer.pad_token_id or 0
+        if is_language_model(loaded):
+            language = _LanguageRun(loaded, tokenizer, pad, batch_size or 1, max_length)
+            language.run(lines, chosen, ahead, order, generate, out)
+            return
+        if generate:
+            raise ValueError(f"--generate is {generate}, expected 0: {type(loaded).__name__} is no language model")
 
         def encoded() -> Iterator[list[int]]:
             for line in lines:
@@ -241,6 +254,48 @@ def run(
             _write_trace(runtime, trace)
     finally:
         runtime.close()
+
+
+@dataclass
+class _LanguageRun:
+    """``sida run`` of a decoder-only language model: scores texts, or goes on with them."""
+
+    model: Any
+    tokenizer: Any
+    pad: int
+    batch_size: int
+    max_length: int
+
+    def run(
+        self, lines: list[str], predictor: Any, lookahead: int | str, order: str, generate: int, out: Path | None
+    ) -> None:
+        from sida_ext.experts.runtime import runtime_of
+        from sida_ext.serving.language import continuations, likelihoods, perplexity
+
+        ids = [self.tokenizer(line, truncation=True, max_length=self.max_length)["input_ids"] for line in lines]
+        common: dict[str, Any] = {"batch_size": self.batch_size, "pad_token_id": self.pad}
+        rows: list[dict[str, Any]] = []
+        begin = time.perf_counter()
+        with progress_bar("running") as bar:
+            if generate:
+                for written in continuations(self.model, ids, generate, **common):
+                    rows.append({"generated": self.tokenizer.decode(written), "tokens": len(written)})
+                    bar(len(rows), len(lines))
+            else:
+                for value, count in likelihoods(self.model, ids, predictor, lookahead=lookahead, order=order, **common):
+                    rows.append({"log_likelihood": value, "tokens": count})
+                    bar(len(rows), len(lines))
+        seconds = time.perf_counter() - begin
+        if out is not None:
+            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
+                for text, row in zip(lines, rows, strict=True):
+                    file.write(json.dumps({"text": text, **row}) + "\n")
+        print_stats(runtime_of(self.model), sum(row["tokens"] for row in rows), seconds)
+        if generate:
+            for row in rows[:3]:
+                print(escape(row["generated"]))
+        else:
+            print(f"perplexity {perplexity([(row['log_likelihood'], row['tokens']) for row in rows]):.2f}")
 
 
 def _summary(output: Any) -> dict[str, Any]:

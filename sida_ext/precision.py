@@ -20,7 +20,8 @@ def set_precision(precision: Precision) -> None:
 
     ``"fast"`` rounds activations (x, and the hidden layer between the two products) to bfloat16 where weights are
     bfloat16, and multiplies pairs: VDPBF16PS under ``avx512`` on a CPU with AVX512_BF16, one term under ``amx``.
-    Weights of other dtypes, and rows of an odd number of columns under ``avx512``, are computed as in ``"exact"``.
+    Weights of other dtypes (float32, float16, int8, int4, mxfp4), and rows of an odd number of columns under
+    ``avx512``, are computed as in ``"exact"``.
     For each dot product of K columns::
 
         |error| <= (2^-8 + (K + 2) 2^-24) * sum_k |w_k| |x_k|  +  2^-126 (sum_k |w_k| + sum_k |x_k| + 4 K)

@@ -110,6 +110,15 @@ def sida_here(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("int4", 6.0, 9.5), ("mxfp4", 9.0, 13.0)])
+def test_pack_says_how_far_it_moved_the_weights(folder, tmp_path, sida_here, dtype, least, most):
+    done = sida_here("pack", folder, "-o", tmp_path / "experts.sida", "--dtype", dtype)
+    assert done.returncode == 0, done.stderr
+    moved = re.findall(r"(\S+): weights moved by ([\d.]+) %", done.stdout)
+    assert len(moved) == 2
+    assert all(name.endswith(".mlp") and least < float(percent) < most for name, percent in moved)
+
+
 def test_batches_by_tokens_give_the_same_answers_in_the_same_order(folder, texts, tmp_path, sida_here):
     rows = []
     for number, options in enumerate((["--batch-size", 7], ["--max-tokens", 50])):

@@ -207,7 +207,8 @@ def _notes(facts: ModelFacts, dtype: str, found: Capacity, rows: Sequence[DtypeR
             f"{facts.ignored_numbers:,} numbers of the checkpoint are not loaded by transformers and not counted "
             "(layers that predict further tokens, scales of quantised weights, tied heads)"
         )
-    better = [row for row in rows if row.fits and row.resident_share > found.resident_share]
+    one = record_bytes(facts.shape, dtype)
+    better = [row for row in rows if row.fits and row.expert_bytes < one and row.resident_share > found.resident_share]
     if better and found.resident_share < 1:
         best = max(better, key=lambda row: row.resident_share)
         notes.append(f"{best.dtype} would keep {best.resident_share:.0%} of the experts in memory")

@@ -136,7 +136,7 @@ def generation_work(
 
 
 class CompletionShape:
-    """How `/v1/completions` answers."""
+    """How ``/v1/completions`` answers."""
 
     prefix = "cmpl"
     object = chunk_object = "text_completion"
@@ -164,7 +164,7 @@ class CompletionShape:
 
 
 class ChatShape:
-    """How `/v1/chat/completions` answers."""
+    """How ``/v1/chat/completions`` answers."""
 
     prefix = "chatcmpl"
     object = "chat.completion"

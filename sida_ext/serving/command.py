@@ -1,4 +1,4 @@
-"""`sida serve`: loads a model and runs the server until it is told to stop."""
+"""``sida serve``: loads a model and runs the server until it is told to stop."""
 
 from __future__ import annotations
 

@@ -269,18 +269,16 @@ class Driver:
         )
 
     def _join(self, joining: Sequence[tuple[int, _Running]]) -> None:
-        once = [(number, running) for number, running in joining if running.work.kind == "classify"]
-        if once:
-            self._classify(once)
-        for number, running in joining:
+        self.counts.prompt_tokens += sum(len(running.work.ids) for _, running in joining)
+        by_kind: dict[str, list[tuple[int, _Running]]] = {}
+        for pair in joining:
+            by_kind.setdefault(pair[1].work.kind, []).append(pair)
+        self._classify(by_kind.pop("classify", []))
+        self._start(by_kind.pop("generate", []))
+        for number, running in itertools.chain.from_iterable(by_kind.values()):
             work = running.work
-            self.counts.prompt_tokens += len(work.ids)
-            if work.kind == "classify":
-                continue
             try:
-                if work.kind == "generate":
-                    self._start(number, running)
-                elif work.kind == "embed":
+                if work.kind == "embed":
                     self._leave(number, self.model.embed([work.ids])[0])
                 else:
                     self._leave(number, self.model.score(work.ids, work.continuation))
@@ -288,6 +286,8 @@ class Driver:
                 self._fail(number, error)
 
     def _classify(self, once: Sequence[tuple[int, _Running]]) -> None:
+        if not once:
+            return
         try:
             found = self.model.classify([running.work.ids for _, running in once])
         except Exception as error:
@@ -300,12 +300,24 @@ class Driver:
         for (number, _), logits in zip(once, found, strict=True):
             self._leave(number, logits)
 
-    def _start(self, number: int, running: _Running) -> None:
-        sampling = running.work.sampling
-        assert sampling is not None
-        running.writer = Writer(self.model.tokenizer, sampling, self.model.ends)
-        logits, running.row = self.model.start(running.work.ids, sampling.new_tokens)
-        self._take(number, running, choose([running.writer], logits[None])[0], logits)
+    def _start(self, starting: Sequence[tuple[int, _Running]]) -> None:
+        if not starting:
+            return
+        new = [running.work.sampling.new_tokens for _, running in starting if running.work.sampling is not None]
+        try:
+            found = self.model.start_all([running.work.ids for _, running in starting], new)
+        except Exception as error:
+            if len(starting) == 1:
+                self._fail(starting[0][0], error)
+            else:  # the prompts that the error does not concern are still answered
+                for single in starting:
+                    self._start([single])
+            return
+        for (number, running), (logits, row) in zip(starting, found, strict=True):
+            assert running.work.sampling is not None
+            running.writer = Writer(self.model.tokenizer, running.work.sampling, self.model.ends)
+            running.row = row
+            self._take(number, running, choose([running.writer], logits[None])[0], logits)
 
     def _take(self, number: int, running: _Running, token: int, logits: Tensor) -> None:
         assert running.writer is not None

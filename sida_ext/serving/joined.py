@@ -87,6 +87,51 @@ class JoinedModel:
         self._own = self._own or KvPool(len(states))
         return Row(self._own.put(states, spare))
 
+    @property
+    def starts_together(self) -> bool:
+        """Whether several prompts can be computed together: their causal attention needs no mask of its own."""
+        return not self.seq2seq and self.implementation == "sdpa"
+
+    @torch.no_grad()
+    def start(self, prompts: Sequence[Sequence[int]], spare: Sequence[int]) -> list[tuple[Tensor, Row]]:
+        """Compute prompts of similar length together, padded on the left; the last logits and the place of each."""
+        lengths = list(map(len, prompts))
+        longest = max(lengths)
+        given = torch.zeros(len(prompts), longest, dtype=torch.long)
+        positions = torch.zeros_like(given)
+        for row, prompt in enumerate(prompts):
+            given[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+            positions[row, longest - len(prompt) :] = torch.arange(len(prompt))
+        attended = 0
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+        ) -> tuple[Tensor, None]:
+            nonlocal attended
+            attended += 1
+            alone = self.attention.alone(module)
+            output = query.new_zeros(query.shape[0], longest, query.shape[1], value.shape[3])
+            for row, length in enumerate(lengths):
+                own = (slice(row, row + 1), slice(None), slice(longest - length, None))
+                found = alone(module, query[own].clone(), key[own].clone(), value[own].clone(), None, **options)[0]
+                output[row, longest - length :] = found[0]
+            return output, None
+
+        with self.attention.switched(attend), RowExact(lengths, left=True) as exact:
+            output = self.model(input_ids=given, position_ids=positions, use_cache=True, logits_to_keep=1)
+        states = _states(output.cache)
+        _check_attended(attended, len(states))
+        self.split_products += exact.split
+        self._own = self._own or KvPool(len(states))
+        found = []
+        for row, length in enumerate(lengths):
+            own = [
+                (keys[row : row + 1, :, longest - length :], values[row : row + 1, :, longest - length :])
+                for keys, values in states
+            ]
+            found.append((output.logits[row, -1].clone(), Row(self._own.put(own, spare[row]))))
+        return found
+
     def drop(self, row: Row) -> None:
         """The row is over."""
         assert self._own is not None
@@ -116,11 +161,7 @@ class JoinedModel:
             else:
                 positions = torch.tensor([row.own.length for row in rows])[:, None]
                 output = self.model(input_ids=given, position_ids=positions, cache=step.cache, use_cache=True)
-        if step.attended != self._own.layers:
-            raise RuntimeError(
-                f"{step.attended} of {self._own.layers} attention layers came through transformers' interface; "
-                "serve this model with --rows 1"
-            )
+        _check_attended(step.attended, self._own.layers)
         self.split_products += exact.split
         for row in rows:
             row.own.length += 1
@@ -133,6 +174,14 @@ class JoinedModel:
                 self._bias.clear()
             self._bias[length] = module.compute_bias(1, length, past_seen_tokens=length - 1)
         return self._bias[length]
+
+
+def _check_attended(attended: int, layers: int) -> None:
+    if attended != layers:
+        raise RuntimeError(
+            f"{attended} of {layers} attention layers came through transformers' interface; serve this model with "
+            "--rows 1"
+        )
 
 
 def _states(cache: Cache) -> list[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.serving.joined import JoinedModel, Row, joins
-from sida_ext.serving.joined_encoder import JoinedEncoder
+from sida_ext.serving.joined_encoder import JoinedEncoder, batches
 
 __all__ = ["Alone", "ServedModel"]
 
@@ -117,6 +117,22 @@ class ServedModel:
         if self.joined is not None:
             return logits, self.joined.take(cache, new_tokens)
         return logits, Alone(cache, 1 if self.seq2seq else len(ids), encoded)
+
+    def start_all(
+        self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]
+    ) -> list[tuple[Tensor, Row | Alone]]:
+        """:meth:`start` of several prompts, those of similar length together."""
+        found: list[Any] = [None] * len(prompts)
+        if self.joined is None or not self.joined.starts_together or not self._keeps_logits:
+            return [self.start(ids, new) for ids, new in zip(prompts, new_tokens, strict=True)]
+        for batch in batches(list(map(len, prompts))):
+            if len(batch) == 1:
+                found[batch[0]] = self.start(prompts[batch[0]], new_tokens[batch[0]])
+                continue
+            started = self.joined.start([prompts[place] for place in batch], [new_tokens[place] for place in batch])
+            for place, answer in zip(batch, started, strict=True):
+                found[place] = answer
+        return found
 
     @torch.no_grad()
     def step(self, rows: Sequence[Row | Alone], tokens: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Requests and answers: the shapes of OpenAI's interface that are served, and `/classify` and `/score`.
+"""Requests and answers: the shapes of OpenAI's interface that are served, and ``/classify`` and ``/score``.
 
 A field that is not served is an error that names it, unless its value asks for nothing (``"presence_penalty": 0``).
 """

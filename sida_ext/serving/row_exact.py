@@ -134,12 +134,14 @@ class RowExact(TorchFunctionMode):
 
     Args:
         lengths: tokens of each row; the joined tensors are [rows, longest, ...] or, flattened, [rows * longest, ...].
+        left: rows are padded on the left.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], left: bool = False) -> None:
         super().__init__()
         self.lengths = list(lengths)
         self.longest = max(self.lengths)
+        self.left = left
         self.split = 0  # products that were computed row by row
 
     def __torch_function__(
@@ -152,25 +154,26 @@ class RowExact(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if linear_joins(weight, bias):
             return F.linear(input, weight, bias)
-        count, longest = len(self.lengths), self.longest
-        if input.dim() == 3 and input.shape[:2] == (count, longest):
-            cut = [input[row : row + 1, :length].clone() for row, length in enumerate(self.lengths)]
-        elif input.dim() == 2 and longest == 1:
-            # An expert's rows, each of another row of the step: alone it would see one.
-            cut = list(input.clone().split(1))
-        elif input.dim() == 2 and input.shape[0] == count * longest:
-            cut = [input[row * longest : row * longest + length].clone() for row, length in enumerate(self.lengths)]
-        else:
-            raise RuntimeError(
-                f"a matrix product of input {tuple(input.shape)} in a step of {count} rows of {longest} tokens: its "
-                "rows cannot be told apart; serve this model with --rows 1"
-            )
         self.split += 1
-        parts = [F.linear(part, weight, bias) for part in cut]
-        if input.dim() == 3:
-            if longest == 1:
-                return torch.cat(parts)
-            return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
-        if longest == 1:
-            return torch.cat(parts)
-        return torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[0])) for part in parts])
+        count, longest = len(self.lengths), self.longest
+        if input.dim() == 3 and input.shape[:2] == (count, 1):  # one token of each row: a decoding step, or a head
+            return torch.cat([F.linear(part, weight, bias) for part in input.clone().split(1)])
+        if input.dim() == 2 and longest == 1:
+            # A router's rows, or an expert's, each of another row of the step: alone it would see one.
+            return torch.cat([F.linear(part, weight, bias) for part in input.clone().split(1)])
+        if input.dim() == 3 and input.shape[:2] == (count, longest):
+            return self._padded(input, weight, bias)
+        if input.dim() == 2 and input.shape[0] == count * longest:
+            return self._padded(input.view(count, longest, -1), weight, bias, flat=True).flatten(0, 1)
+        raise RuntimeError(
+            f"a matrix product of input {tuple(input.shape)} in a step of {count} rows of {longest} tokens: its rows "
+            "cannot be told apart; serve this model with --rows 1"
+        )
+
+    def _padded(self, input: Tensor, weight: Tensor, bias: Tensor | None, flat: bool = False) -> Tensor:
+        output = input.new_zeros(*input.shape[:2], weight.shape[0])
+        for row, length in enumerate(self.lengths):
+            own = slice(self.longest - length, None) if self.left else slice(length)
+            part = input[row, own].clone()
+            output[row, own] = F.linear(part if flat else part[None], weight, bias)
+        return output

@@ -12,6 +12,7 @@ from bench.paper import __main__ as paper
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.check
 def test_the_papers_tables_are_made_in_parts(tmp_path, capsys):
     """The subset that `--smoke` is: few sentences, base-8 shapes of four blocks."""
     out, work = tmp_path / "docs", tmp_path / "work"

@@ -19,7 +19,7 @@ import sida_ext
 from sida_ext import _C, ops
 from sida_ext.experts.cuda import host_slots, resolve_device
 from tests.support import emulated
-from tests.support.native_build import build
+from tests.support.native_build import build, tests_folder
 
 TINY = {
     "d_model": 64,
@@ -135,9 +135,9 @@ class Site:
 
 @pytest.fixture(scope="session")
 def emulated_module():
-    return emulated.load(
-        build("cpp", ["sida_emulated_cuda"], "-DSIDA_CPP_TESTS=ON", *emulated.BUILD_OPTIONS) / "tests/cuda"
-    )
+    folder = tests_folder()
+    options = emulated.BUILD_OPTIONS if folder == "cpp" else ()  # the extension's own folder has them
+    return emulated.load(build(folder, ["sida_emulated_cuda"], "-DSIDA_CPP_TESTS=ON", *options) / "tests/cuda")
 
 
 @pytest.fixture(params=["recording", pytest.param("gpu", marks=pytest.mark.gpu)])

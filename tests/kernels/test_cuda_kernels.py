@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.native_build import ROOT, TOOLS, build
+from tests.support.native_build import ROOT, TOOLS, build, tests_folder
 from tools import sass_report
 
 TESTS = [
@@ -33,9 +33,10 @@ TESTS = [
 
 @pytest.fixture(scope="session")
 def harness_build() -> Path:
-    return build("cpp", [*TESTS, "cuda_record_counts"], "-DSIDA_CPP_TESTS=ON") / "tests" / "cuda"
+    return build(tests_folder(), [*TESTS, "cuda_record_counts"], "-DSIDA_CPP_TESTS=ON") / "tests" / "cuda"
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", TESTS)
 def test_on_the_cpu(harness_build: Path, name: str) -> None:
     done = subprocess.run([str(harness_build / name)], capture_output=True, text=True, check=False)
@@ -43,6 +44,7 @@ def test_on_the_cpu(harness_build: Path, name: str) -> None:
     assert re.fullmatch(r"[1-9]\d* passed, 0 failed", done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.check
 def test_counts_of_a_small_model(harness_build: Path) -> None:
     """What the modelled times are made from: four launches, every weight of the chosen experts read once, and copies
     that fall as the budget rises."""
@@ -112,6 +114,7 @@ SHIPPED = {
 }
 
 
+@pytest.mark.check
 def test_machine_code() -> None:
     """Of every architecture where `make cuda-build` has compiled these sources; else of the oldest one and the one with
     the most shared memory, which takes two cores about a minute."""

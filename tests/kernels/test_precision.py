@@ -113,7 +113,7 @@ def test_fast_is_within_its_bound_and_batch_invariant(case):
 
 
 @needs_fast
-@pytest.mark.parametrize("w_dtype", [torch.float32, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.float16, torch.int8, "int4", "mxfp4"], ids=str)
 def test_fast_changes_nothing_for_other_weights(w_dtype):
     case = {
         "tokens": 9, "top_k": 1, "d_model": 64, "d_ff": 96, "experts": 3, "extra_slots": 0,

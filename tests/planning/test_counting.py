@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
 
 from sida_ext import _C
+from sida_ext.models.seam_source import expert_facts
 from sida_ext.planning.capacity import EXPERT_DTYPES, experts_bytes, kv_cache_bytes, other_bytes, record_bytes, room
 from sida_ext.planning.counting import ExpertShape, count_experts
 from sida_ext.planning.headers import CheckpointHeaders, TensorHeader, read_headers
@@ -47,6 +48,16 @@ def test_counts_are_those_of_the_loaded_model(family, tmp_path):
     assert facts.experts == 4
     assert facts.top_k == 2
     assert other_bytes(facts) == 2 * facts.other_numbers  # saved in bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_are_those_of_the_packer(family, tmp_path):
+    """By transformers' own conversion rules, as sida_ext.models reads a checkpoint."""
+    packed = expert_facts(save_tiny(family, tmp_path))
+    facts = count_experts(read_headers(tmp_path))
+    assert (len(facts.layers), facts.experts) == (len(packed.layers), packed.num_experts)
+    assert facts.shape == ExpertShape(packed.d_model, packed.d_ff, packed.gated, packed.biased)
+    assert {facts.top_k} == set(packed.top_k)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])

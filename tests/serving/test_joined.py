@@ -108,6 +108,25 @@ def test_a_row_has_the_bits_of_generate_whatever_runs_beside_it(kind, budget, tm
         assert served.cache_bytes == 0
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if "switch" not in kind])
+def test_prompts_that_start_together_have_the_bits_they_have_alone(kind, tmp_path):
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    model = sida_ext.swap_experts(MODELS[kind](), store=tmp_path / "experts.sida")
+    with model.sida:
+        served = ServedModel(model, tiny_tokenizer(), "tiny")
+        prompts = [
+            [draw.randrange(2, VOCABULARY) for _ in range(draw.choice([3, 9, 10, 12, 40, 41]))] for _ in range(9)
+        ]
+        together = served.start_all(prompts, [4] * len(prompts))
+        rows = [row for _, row in together]
+        after = served.step(rows, [int(logits.argmax()) for logits, _ in together])
+        for place, prompt in enumerate(prompts):
+            _, expected = alone(model, prompt, 2)
+            assert torch.equal(together[place][0].float(), expected[0]), f"seed {seed}, row {place}"
+            assert torch.equal(after[place].float(), expected[1]), f"seed {seed}, row {place}"
+
+
 def test_the_model_is_as_it_was_after_a_step_that_failed(tmp_path):
     model = sida_ext.swap_experts(tiny_causal(), expert_memory="100%", store=tmp_path / "experts.sida")
     with model.sida:

@@ -30,16 +30,25 @@ struct Group {
   static constexpr int vectors = static_cast<int>(group_columns / S::lanes);
   static constexpr int64_t bytes = group_columns / 2, scale_bytes = group_scale_bytes(dtype);
 
-  [[gnu::always_inline]] static F scale(const char* at) {
+  // The scales of `groups` groups as fp32.
+  static void unfold_scales(float* out, const char* scales, int64_t groups) {
     if constexpr (dtype == DType::int4) {
-      return S::broadcast_f16(at);
+      int64_t g = 0;
+      for (; g + S::lanes <= groups; g += S::lanes) store<S>(out + g, S::load_f16(scales + 2 * g));
+      if (g < groups) {
+        char tail[2 * S::lanes] = {};
+        alignas(64) float last[S::lanes];
+        __builtin_memcpy(tail, scales + 2 * g, 2 * (groups - g));
+        store<S>(last, S::load_f16(tail));
+        __builtin_memcpy(out + g, last, 4 * (groups - g));
+      }
     } else {
-      return broadcast<S>(powers_of_two.value[static_cast<uint8_t>(*at)]);
+      for (int64_t g = 0; g < groups; ++g) out[g] = powers_of_two.value[static_cast<uint8_t>(scales[g])];
     }
   }
 
-  [[gnu::always_inline]] static void unfold(F (&weight)[vectors], const char* at, const char* scale_at) {
-    S::template unfold_group<dtype>(weight, at, scale(scale_at));
+  [[gnu::always_inline]] static void unfold(F (&weight)[vectors], const char* at, float scale) {
+    S::template unfold_group<dtype>(weight, at, scale - F{});  // a difference with zero is the number itself
   }
 };
 
@@ -54,39 +63,47 @@ struct GroupedRows {
   [[gnu::noinline]] static void run_segment(const char* w, int64_t row_bytes, const char* scales,
                                             int64_t scale_row_bytes, int64_t groups, const float* x, int64_t ahead,
                                             float* out, int64_t stride, bool first) {
+    // Converted once for the segment: a scale in a group's own turn would cost as much as its weights.
+    alignas(64) float scale[R][S::segment / group_columns];
+    for (int r = 0; r < R; ++r) G::unfold_scales(scale[r], scales + r * scale_row_bytes, groups);
     T tile{};
-    for (int64_t g = 0; g < groups; ++g) {
-      const bool asks = ahead != 0 && g % 4 == 0;
+    const auto step = [&](int64_t g) SIDA_INLINE {
       unroll<R>([&](auto r) SIDA_INLINE {
         F weight[G::vectors];
-        const char* const at = w + r.value * row_bytes;
-        if (asks) __builtin_prefetch(at + ahead, 0, 2);
-        G::unfold(weight, at, scales + r.value * scale_row_bytes);
-        unroll<G::vectors>([&](auto v) SIDA_INLINE {
-          constexpr int64_t offset = v.value / 2 * (2 * S::lanes * N) + v.value % 2 * S::lanes;
-          const F one = S::in_register(weight[v.value]);
+        G::unfold(weight, w + r.value * row_bytes, scale[r.value][g]);
+        unroll<G::vectors / 2>([&](auto pair) SIDA_INLINE {
           unroll<N>([&](auto n) SIDA_INLINE {
-            S::accumulate_from(tile.sum[n.value * R + r.value], one, x + offset + n.value * 2 * S::lanes);
+            S::accumulate_two(tile.sum[n.value * R + r.value], weight[2 * pair.value], weight[2 * pair.value + 1],
+                              x + (pair.value * N + n.value) * 2 * S::lanes);
           });
         });
       });
       w += G::bytes;
-      scales += G::scale_bytes;
       x += group_columns * N;
+    };
+    // A cache line holds four groups.
+    for (int64_t g = 0; g < groups;) {
+      if (ahead != 0) {
+        const char* wanted = w + ahead;
+        for (int r = 0; r < R; ++r, wanted += row_bytes) __builtin_prefetch(wanted, 0, 2);
+      }
+      for (const int64_t end = g + 4 < groups ? g + 4 : groups; g < end; ++g) step(g);
     }
     tile.reduce(out, stride, first);
   }
 };
 
-// The weights of `rows` rows, `groups` groups each, as fp32 in the panel's order: [rows][groups * 32].
+// The weights of `rows` rows, a segment's `groups` groups each, as fp32 in the panel's order: [rows][groups * 32].
 template <class S, DType dtype>
 [[gnu::noinline]] static void unfold_rows(const char* w, int64_t row_bytes, const char* scales, int64_t scale_row_bytes,
                                           int64_t rows, int64_t groups, float* out) {
   using G = Group<S, dtype>;
+  alignas(64) float scale[S::segment / group_columns];
   for (int64_t row = 0; row < rows; ++row, w += row_bytes, scales += scale_row_bytes) {
+    G::unfold_scales(scale, scales, groups);
     for (int64_t g = 0; g < groups; ++g, out += group_columns) {
       typename S::F weight[G::vectors];
-      G::unfold(weight, w + g * G::bytes, scales + g * G::scale_bytes);
+      G::unfold(weight, w + g * G::bytes, scale[g]);
       for (int v = 0; v < G::vectors; ++v) store<S>(out + v * S::lanes, weight[v]);
     }
   }

@@ -36,9 +36,12 @@ struct Simd {
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
   static void accumulate(F& sum, F a, F b) { asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(a), "x"(b)); }
-  // The same with the vector at b.
-  static void accumulate_from(F& sum, F a, const float* b) {
-    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
+  // sum += a * the vector at x, sum += b * the one after it: together, as the compiler would move the sum between them.
+  static void accumulate_two(F& sum, F a, F b, const float* x) {
+    asm volatile("vfmadd231ps %3, %1, %0\n\tvfmadd231ps %4, %2, %0"
+                 : "+&x"(sum)
+                 : "x"(a), "x"(b), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x)),
+                   "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x + lanes)));
   }
   // The upper 16 bits of each lane. The mask is an operand in memory: a tile has no register left for it.
   static Types::U upper_halves(Types::U value) {
@@ -53,11 +56,6 @@ struct Simd {
   }
   static F load_i8(const void* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
-  }
-  static F broadcast_f16(const void* from) {
-    int16_t one;
-    __builtin_memcpy(&one, from, sizeof(one));
-    return _mm256_cvtph_ps(_mm_set1_epi16(one));
   }
   template <DType dtype>
   static void unfold_group(F (&weight)[4], const char* at, F scale) {

@@ -26,9 +26,12 @@ struct Simd : Simd512Shape {
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
   static void accumulate(F& sum, F a, F b) { asm volatile("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(a), "v"(b)); }
-  // The same with the vector at b.
-  static void accumulate_from(F& sum, F a, const float* b) {
-    asm volatile("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(b)));
+  // sum += a * the vector at x, sum += b * the one after it: together, as the compiler would move the sum between them.
+  static void accumulate_two(F& sum, F a, F b, const float* x) {
+    asm volatile("vfmadd231ps %3, %1, %0\n\tvfmadd231ps %4, %2, %0"
+                 : "+&v"(sum)
+                 : "v"(a), "v"(b), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x)),
+                   "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x + lanes)));
   }
   // The upper 16 bits of each lane.
   static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
@@ -38,11 +41,6 @@ struct Simd : Simd512Shape {
   }
   static F load_i8(const void* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
-  }
-  static F broadcast_f16(const void* from) {
-    int16_t one;
-    __builtin_memcpy(&one, from, sizeof(one));
-    return _mm512_cvtph_ps(_mm256_set1_epi16(one));
   }
   // A register holds all sixteen values of 4 bits: scaled, it is the table in which the weights are looked up.
   template <DType dtype>

@@ -25,8 +25,11 @@ struct Simd {
   static F fma(F a, F b, F c) { return a * b + c; }
   // sum += a * b
   static void accumulate(F& sum, F a, F b) { sum = fma(a, b, sum); }
-  // sum += a * the vector at b
-  static void accumulate_from(F& sum, F a, const float* b) { accumulate(sum, a, load<Simd>(b)); }
+  // sum += a * the vector at x, sum += b * the one after it
+  static void accumulate_two(F& sum, F a, F b, const float* x) {
+    accumulate(sum, a, load<Simd>(x));
+    accumulate(sum, b, load<Simd>(x + lanes));
+  }
   // The upper 16 bits of each lane.
   static Types::U upper_halves(Types::U value) { return value & 0xffff0000u; }
   static F load_f16(const void* from) { return widen_f16<Simd>(*static_cast<const Types::HalfWordsAnywhere*>(from)); }
@@ -42,13 +45,6 @@ struct Simd {
   template <DType dtype>
   static void unfold_group(F (&weight)[32 / lanes], const char* at, F scale) {
     unfold_plain<Simd, dtype>(weight, at, scale);
-  }
-  static F broadcast_f16(const void* from) {
-    Types::HalfWords half;
-    uint16_t one;
-    __builtin_memcpy(&one, from, sizeof(one));
-    for (int i = 0; i < lanes; ++i) half[i] = one;
-    return widen_f16<Simd>(half);
   }
   static Float4 fold(F value) { return value; }
 };

@@ -36,8 +36,11 @@ struct Simd {
   // sum += a * b, fused. Written as the instruction whose target is the sum: given the choice, the compiler moves sums
   // between registers and spills some.
   static void accumulate(F& sum, F a, F b) { asm volatile("fmla %0.4s, %1.4s, %2.4s" : "+w"(sum) : "w"(a), "w"(b)); }
-  // sum += a * the vector at b
-  static void accumulate_from(F& sum, F a, const float* b) { accumulate(sum, a, load<Simd>(b)); }
+  // sum += a * the vector at x, sum += b * the one after it
+  static void accumulate_two(F& sum, F a, F b, const float* x) {
+    accumulate(sum, a, load<Simd>(x));
+    accumulate(sum, b, load<Simd>(x + lanes));
+  }
   // The upper 16 bits of each lane. By immediates: a tile has no register left for a mask.
   static Types::U upper_halves(Types::U value) {
     asm("bic %0.4s, #255\n\tbic %0.4s, #255, lsl #8" : "+w"(value));
@@ -54,11 +57,6 @@ struct Simd {
     __builtin_memcpy(&four, from, sizeof(four));
     const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
-  }
-  static F broadcast_f16(const void* from) {
-    uint16_t one;
-    __builtin_memcpy(&one, from, sizeof(one));
-    return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(one)));
   }
   template <DType dtype>
   static void unfold_group(F (&weight)[8], const char* at, F scale) {
