@@ -388,7 +388,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("store"), py::kw_only(), py::arg("slots"), py::arg("lanes"), py::arg("eviction"),
            py::arg("wait_deadline_ms"), py::arg("faults"), py::arg("populate"), py::arg("read_bytes"))
       .def("announce", &announce, py::arg("wanted"), py::arg("begin") = true)
-      .def("prefetch_counts", &TransferEngine::prefetch_counts, WithoutLock())
+      .def("pace",
+           [](const TransferEngine& engine) {
+             const Pace pace = engine.pace();
+             return py::make_tuple(pace.useful_prefetches, pace.wasted_prefetches, pace.loads, pace.read_seconds,
+                                   pace.stall_seconds);
+           })
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
       .def_property_readonly("capacity", &TransferEngine::capacity)

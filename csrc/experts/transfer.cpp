@@ -392,15 +392,18 @@ std::vector<ExpertStanding> TransferEngine::standings() const {
   return impl_->residency.standings();
 }
 
-std::pair<int64_t, int64_t> TransferEngine::prefetch_counts() const {
+Pace TransferEngine::pace() const {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
-  int64_t useful = 0, wasted = 0;
+  Pace pace;
   for (const LayerCounters& layer : impl_->residency.counters()) {
-    useful += layer.useful_prefetches;
-    wasted += layer.wasted_prefetches;
+    pace.useful_prefetches += layer.useful_prefetches;
+    pace.wasted_prefetches += layer.wasted_prefetches;
+    pace.loads += layer.loads;
   }
-  return {useful, wasted};
+  for (const Impl::Stalls& stalls : impl_->stalls) pace.stall_seconds += stalls.seconds;
+  pace.read_seconds = impl_->lane_seconds;
+  return pace;
 }
 
 void TransferEngine::reset_stats() {

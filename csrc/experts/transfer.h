@@ -8,7 +8,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "device/device.h"
@@ -79,8 +78,8 @@ class TransferEngine {
   EngineStats stats() const;
   void reset_stats();
   std::vector<ExpertStanding> standings() const;  // [layers * experts]: what is in memory at this moment
-  // Of all layers together: prefetches that were wanted, and those that were evicted unused. Cheap enough to ask often.
-  std::pair<int64_t, int64_t> prefetch_counts() const;
+  // Of all layers and lanes together; cheap enough to be asked at every layer.
+  Pace pace() const;
   Trace& trace();
   // Ends every wait with Error(closed), joins the lanes, gives the memory back. Twice is once. In a forked child
   // it does nothing: nothing of the engine is there.

@@ -276,10 +276,10 @@ class Runtime(ServingState):
         return stats if self.ahead is None else replace(stats, lookahead=self.ahead.stats())
 
     @property
-    def prefetch_counts(self) -> Callable[[], tuple[int, int]]:
-        """A function that tells useful and wasted prefetches, as ``stats()`` does, cheaply enough to be asked at every
-        layer; it does not keep the runtime alive."""
-        return self._engine.prefetch_counts
+    def pace(self) -> Callable[[], tuple[int, int, int, float, float]]:
+        """A function that tells useful and wasted prefetches, loads, and the seconds of reads and of stalls, as
+        ``stats()`` does, cheaply enough to be asked at every layer; it does not keep the runtime alive."""
+        return self._engine.pace
 
     def standings(self) -> list[LayerStanding]:
         """Where every expert is at this moment, layer by layer as in ``header.layers``."""

@@ -172,11 +172,10 @@ def find_routers(
         for module in model.modules()
         if id(module) not in inside
     ]
-    stood = {name: module.__dict__.get("forward") for name, module in experts.items()}
     tokens = torch.tensor([DRY_TOKENS], device=next(model.parameters()).device)
     try:
         for name, module in experts.items():
-            module.forward = _stand_in(watch, name)  # type: ignore[method-assign]
+            module.forward = _stand_in(watch, name)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(input_ids=tokens)
     except Exception as error:
@@ -187,10 +186,8 @@ def find_routers(
     finally:
         for hook in hooks:
             hook.remove()
-        for name, module in experts.items():
-            del module.forward
-            if stood[name] is not None:
-                module.forward = stood[name]  # type: ignore[method-assign]
+        for module in experts.values():
+            module.__dict__.pop("forward", None)
     for name in experts:
         if name not in watch.found:
             watch.obstacles.setdefault(name, "it does not run on text alone")

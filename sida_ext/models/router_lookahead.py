@@ -32,6 +32,7 @@ class _Standing:
         self.runtime = runtime
         self.number = 0  # of the announcement that stands; 0: none
         self.hidden: Tensor | None = None  # what the layer under way reads
+        self.began: float | None = None  # when the layer before began, in this forward
         self.named: dict[tuple[str, int], list[int]] = {}  # (layer, distance) -> experts
 
     def retire(self) -> None:
@@ -100,7 +101,9 @@ class LayerAhead:
         hidden, standing.hidden = standing.hidden, None
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
             return
-        level = min(state.level(asked=min(len(self.targets), 1)), len(self.targets))
+        before, standing.began = standing.began, state.now()
+        passed = None if before is None else standing.began - before
+        level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))
         if not level and not standing.named:
             return
         chosen = [expert for expert in expert_index.unique().tolist() if expert >= 0]
@@ -127,6 +130,7 @@ class LayerAhead:
             standing = self.shared.standing
             standing.retire()
             standing.named.clear()
+            standing.began = None
 
 
 def attach_lookahead(
@@ -145,9 +149,8 @@ def attach_lookahead(
     if obstacles:
         what = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
         logger.warning("RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
-    state = LookaheadState(
-        lookahead, runtime.header.record_bytes, runtime.prefetch_counts, time.monotonic, not_asked=obstacles
-    )
+    record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
+    state = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked=obstacles)
     shared = _Shared(runtime, state)
     ran = list(dict.fromkeys(order))
     for at, name in enumerate(ran):

@@ -8,8 +8,12 @@ experts may be announced:
          +------ worth it for a whole window: one more layer         +--- in vain: rest twice as long
 
 An expert that is read in vain costs what a missed one costs where the disk is always reading, so that the default asks
-for more useful bytes than wasted ones. Where nothing is read ahead at all, since everything is in memory already, there
-is nothing to gain: it rests as well, so that the routers are not asked in vain.
+for more useful bytes than wasted ones. It costs more where a read takes longer than the layer beside which it runs:
+read in time it saves no more than that layer's time, and in vain it keeps the next layer's own reads waiting for the
+rest. With reads of r layers' time the share p of them has to be right for which p * 1 > (1 - p) * (r - 1).
+
+Where nothing is read ahead at all, since everything is in memory already, there is nothing to gain: it rests as well,
+so that the routers are not asked in vain.
 """
 
 from __future__ import annotations
@@ -25,10 +29,11 @@ class GuardOptions:
     """When the guard backs off, and for how long.
 
     Args:
-        waste_cost: cost of a byte read in vain as a share of that of a byte read in time; the least share of useful
-            bytes is ``waste_cost / (1 + waste_cost)``.
+        waste_cost: cost of a byte read in vain as a share of that of a byte read in time, at the least; with it the
+            least share of useful bytes is ``waste_cost / (1 + waste_cost)``. 0: waste never counts.
         margin: by how much the share must be above the least before it goes one layer further.
-        window: experts read ahead that the share is taken over; nothing is decided before so many were judged.
+        window: experts read ahead that the share is taken over. It backs off as soon as more of them were wasted than a
+            window may hold.
         rest: seconds of the first rest. It doubles with each fall, and halves with each step up.
         longest_rest: seconds.
         idle: askings in a row after which nothing was read ahead that begin a rest.
@@ -57,15 +62,15 @@ class GuardOptions:
                 f"rest is {self.rest!r}, expected seconds above 0 and not above longest_rest, {self.longest_rest!r}"
             )
 
-    @property
-    def least_share(self) -> float:
+    def least_share(self, slowness: float = 0.0) -> float:
         """Of useful bytes among those read ahead, below which reading ahead costs more than it saves."""
-        return self.waste_cost / (1 + self.waste_cost)
+        cost = max(self.waste_cost, slowness - 1) if self.waste_cost else 0.0
+        return cost / (1 + cost)
 
-    @property
-    def rising_share(self) -> float:
+    def rising_share(self, slowness: float = 0.0) -> float:
         """From which it goes one layer further; below 1 whatever the cost of waste."""
-        return min(self.least_share + self.margin, (self.least_share + 1) / 2)
+        least = self.least_share(slowness)
+        return min(least + self.margin, (least + 1) / 2)
 
 
 class LookaheadGuard:
@@ -102,7 +107,7 @@ class LookaheadGuard:
         judged = self._useful + self._wasted
         return self._useful / judged if judged else None
 
-    def observe(self, now: float, useful: int, wasted: int, asked: int = 1) -> int:
+    def observe(self, now: float, useful: int, wasted: int, asked: int = 1, slowness: float = 0.0) -> int:
         """What came of reading ahead since the last call; the level from now on.
 
         Args:
@@ -110,6 +115,7 @@ class LookaheadGuard:
             useful: bytes of experts that were read ahead and then wanted.
             wasted: bytes of experts that were read ahead and evicted unused.
             asked: how often routers were asked meanwhile.
+            slowness: time of a read over that of a layer's computation (:class:`~sida_ext.prediction.pace.Pace`).
         """
         if useful < 0 or wasted < 0 or asked < 0:
             raise ValueError(
@@ -124,8 +130,10 @@ class LookaheadGuard:
         self._add(useful, wasted)
         if self._idle >= self.options.idle:
             self._rest_until(now + self.options.rest)  # nobody is to blame: the next rest is not longer
+        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
+            self._back_off(now)  # whatever the rest of the window brings
         elif self._useful + self._wasted >= self._window_bytes:
-            self._decide(now, self._useful / (self._useful + self._wasted))
+            self._decide(now, self._useful / (self._useful + self._wasted), slowness)
         return self.level
 
     def _add(self, useful: int, wasted: int) -> None:
@@ -137,23 +145,25 @@ class LookaheadGuard:
             old_useful, old_wasted = self._judged.popleft()
             self._useful, self._wasted = self._useful - old_useful, self._wasted - old_wasted
 
-    def _decide(self, now: float, share: float) -> None:
-        least = self.options.least_share
-        if share < least:
-            self._no_rise = now + self._rest
-            if self.level > 1:
-                self._enter(self.level - 1, "open")
-            else:
-                self._rest_until(now + self._rest)
-            self._rest = min(2 * self._rest, self.options.longest_rest)
+    def _decide(self, now: float, share: float, slowness: float) -> None:
+        if share < self.options.least_share(slowness):
+            self._back_off(now)
             return
         if self.state == "probing":
             self._enter(1, "open")
-        elif self.level < self.depth and now >= self._no_rise and share >= self.options.rising_share:
+        elif self.level < self.depth and now >= self._no_rise and share >= self.options.rising_share(slowness):
             self._enter(self.level + 1, "open")
         else:
             return
         self._rest = max(self._rest / 2, self.options.rest)
+
+    def _back_off(self, now: float) -> None:
+        self._no_rise = now + self._rest
+        if self.level > 1:
+            self._enter(self.level - 1, "open")
+        else:
+            self._rest_until(now + self._rest)
+        self._rest = min(2 * self._rest, self.options.longest_rest)
 
     def _rest_until(self, time: float) -> None:
         self._wake = time

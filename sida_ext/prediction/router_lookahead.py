@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
+from sida_ext.prediction.pace import Pace
 from sida_ext.prediction.prefetch import WASTE_COST
 
 __all__ = ["LookaheadState", "LookaheadStats", "RouterLookahead", "most_wanted", "split_lookahead", "within_room"]
@@ -111,6 +112,7 @@ class LookaheadStats:
         depth: the most layers ahead.
         level: layers ahead that are announced now; 0: the guard has stopped it.
         state: of the guard: "open", "resting" or "probing".
+        slowness: what a read takes, over what a layer computes; 0 while too little was read.
         useful_share: bytes that were wanted among the latest that were read ahead; None while too few were judged.
         asked: layers at which routers were asked.
         announced: experts that were announced, those in memory already included.
@@ -123,6 +125,7 @@ class LookaheadStats:
     depth: int
     level: int
     state: str
+    slowness: float
     useful_share: float | None
     asked: int
     announced: int
@@ -137,7 +140,9 @@ class LookaheadState:
     Args:
         lookahead: what the user gave.
         record_bytes: of one expert.
-        counts: (experts read ahead and then wanted, experts read ahead and evicted unused), since any beginning.
+        lanes: reads that may be under way at once.
+        counts: tells (experts read ahead and then wanted, experts read ahead and evicted unused, reads, seconds of
+            reads, seconds of stalls), since any beginning.
         now: seconds.
         not_asked: layer's name -> why its router is not asked.
     """
@@ -146,27 +151,36 @@ class LookaheadState:
         self,
         lookahead: RouterLookahead,
         record_bytes: int,
-        counts: Callable[[], tuple[int, int]],
+        lanes: int,
+        counts: Callable[[], tuple[int, int, int, float, float]],
         now: Callable[[], float],
         not_asked: Mapping[str, str],
     ) -> None:
         self.guard = LookaheadGuard(lookahead.depth, record_bytes, lookahead.guard)
+        self.pace = Pace(lanes)
         self.not_asked = dict(not_asked)
-        self._record_bytes, self._counts, self._now = record_bytes, counts, now
+        self._record_bytes, self._counts, self.now = record_bytes, counts, now
         self._last = counts()
         self._lock = threading.Lock()
         self._asked = self._announced = 0
         self._recall: dict[tuple[int, str], deque[tuple[int, int]]] = {}  # (distance, layer) -> (found, wanted)
 
-    def level(self, asked: int = 1) -> int:
-        """Layers ahead to announce for now, after a look at what came of the ones before."""
+    def level(self, passed: float | None, asked: int = 1) -> int:
+        """Layers ahead to announce for now, after a look at what came of the ones before.
+
+        Args:
+            passed: seconds since the layer before began; None: this is a forward's first.
+            asked: how often routers were asked since the last call.
+        """
         with self._lock:
             counts = self._counts()
             # Counters that were set back begin at 0 again.
-            fresh = [n - old if n >= old else n for n, old in zip(counts, self._last, strict=True)]
+            fresh: list[Any] = [n - old if n >= old else n for n, old in zip(counts, self._last, strict=True)]
             self._last = counts
-            useful, wasted = (n * self._record_bytes for n in fresh)
-            return self.guard.observe(self._now(), useful, wasted, asked)
+            useful, wasted, loads, read, stall = fresh
+            self.pace.observe(loads, read, stall, passed)
+            record = self._record_bytes
+            return self.guard.observe(self.now(), useful * record, wasted * record, asked, self.pace.slowness)
 
     def announced(self, experts: int) -> None:
         """Routers were asked at a layer, and so many experts announced."""
@@ -196,6 +210,7 @@ class LookaheadState:
                 guard.depth,
                 guard.level,
                 guard.state,
+                self.pace.slowness,
                 guard.share,
                 self._asked,
                 self._announced,

@@ -46,8 +46,13 @@ def test_it_backs_off_down_to_nothing_and_rests():
 
 def test_nothing_is_decided_before_enough_was_judged():
     clock = Clock()
-    assert clock.run(0, 1, 9) == [1] * 9
-    assert clock.run(0, 1) == [0]
+    assert clock.run(1, 1, 4) == [1] * 4
+    assert clock.run(1, 0) == [1]
+    assert clock.run(4, 0) == [2]  # nine of thirteen
+
+
+def test_it_backs_off_once_no_window_can_be_good_any_more():
+    assert Clock().run(0, 1, 6) == [1] * 5 + [0]
 
 
 def test_it_probes_rarely_and_rests_twice_as_long_after_each_that_fails():
@@ -59,15 +64,15 @@ def test_it_probes_rarely_and_rests_twice_as_long_after_each_that_fails():
             probes.append(clock.now)
         before = level
     between = [later - earlier for earlier, later in pairwise(probes)]
-    # Each probe takes the ten experts of a window.
-    assert between == [10 + rest for rest in (8, 16, 32, *[64] * 20)][: len(between)]
+    # Each probe takes six experts: more than half of a window's ten.
+    assert between == [6 + rest for rest in (8, 16, 32, *[64] * 20)][: len(between)]
     assert len(between) >= 6
     assert sum(level > 0 for level in clock.run(0, 1, 740)) <= 110  # one in seven at the most
 
 
 def test_a_probe_that_pays_opens_it_again():
     clock = Clock(depth=2, rest=4.0)
-    clock.run(0, 1, 10)
+    clock.run(0, 1, 6)
     assert clock.guard.state == "resting"
     assert clock.run(1, 0, 3) == [0, 0, 0]
     assert clock.run(1, 0) == [1]
@@ -78,7 +83,7 @@ def test_a_probe_that_pays_opens_it_again():
 
 def test_what_was_read_before_a_rest_does_not_count_after_it():
     clock = Clock(depth=1, rest=5.0)
-    clock.run(0, 1, 10)
+    clock.run(0, 1, 6)
     clock.run(0, 100, 5)
     assert clock.guard.state == "probing"
     assert clock.guard.share is None
@@ -105,8 +110,17 @@ def test_a_cost_of_nothing_never_backs_off_for_waste():
 
 def test_the_share_to_go_further_from_can_be_reached_whatever_waste_costs():
     for cost in (0.0, 0.5, 1.0, 9.0, 1e6):
-        options = GuardOptions(waste_cost=cost)
-        assert options.least_share <= options.rising_share < 1
+        for slowness in (0.0, 1.0, 100.0):
+            options = GuardOptions(waste_cost=cost)
+            assert options.least_share(slowness) <= options.rising_share(slowness) < 1
+
+
+def test_slow_reads_ask_for_fewer_in_vain():
+    options = GuardOptions()
+    assert options.least_share(0.0) == options.least_share(2.0) == 0.5
+    assert options.least_share(3.0) == pytest.approx(2 / 3)
+    assert options.least_share(10.0) == pytest.approx(0.9)
+    assert GuardOptions(waste_cost=0.0).least_share(10.0) == 0.0
 
 
 def test_it_rests_where_there_is_nothing_to_read_ahead():

@@ -7,6 +7,7 @@ import torch
 
 import sida_ext
 from sida_ext.prediction.lookahead_guard import GuardOptions
+from sida_ext.prediction.pace import Pace
 from sida_ext.prediction.prefetch import PrefetchPolicy
 from sida_ext.prediction.router_lookahead import (
     LookaheadState,
@@ -66,17 +67,17 @@ def test_it_stands_alone_or_beside_others():
 
 class Counts:
     def __init__(self):
-        self.useful = self.wasted = 0
-        self.now = 0.0
+        self.useful = self.wasted = self.loads = 0
+        self.read = self.stall = self.now = 0.0
 
     def __call__(self):
-        return self.useful, self.wasted
+        return self.useful, self.wasted, self.loads, self.read, self.stall
 
 
 def made(**options):
     counts = Counts()
     lookahead = RouterLookahead(2, guard=GuardOptions(window=4, **options))
-    return counts, LookaheadState(lookahead, 10, counts, lambda: counts.now, {"x": "why"})
+    return counts, LookaheadState(lookahead, 10, 2, counts, lambda: counts.now, {"x": "why"})
 
 
 def test_recall_is_told_by_distance_and_layer():
@@ -94,17 +95,46 @@ def test_recall_is_told_by_distance_and_layer():
 
 def test_the_guard_sees_what_the_counters_have_grown_by():
     counts, state = made()
+    counts.wasted = 2
+    assert state.level(0.1) == 1
     counts.wasted = 3
-    assert state.level() == 1
-    counts.wasted = 4
-    assert state.level() == 0
+    assert state.level(0.1) == 0
     assert state.stats().state == "resting"
 
 
 def test_counters_that_were_set_back_begin_again():
     counts, state = made()
     counts.useful = 3
-    state.level()
+    state.level(0.1)
     counts.useful = 1  # reset_stats() in between
-    assert state.level() == 2
+    assert state.level(0.1) == 2
     assert state.stats().useful_share is None  # another level, judged anew
+
+
+def test_waste_costs_more_where_reads_are_slower_than_layers():
+    """Three of four useful: enough where reads are fast, not where one takes ten layers' time."""
+    for read, goes_on in ((0.1, True), (10.0, False)):
+        counts, state = made()
+        for _ in range(40):
+            counts.useful, counts.wasted = counts.useful + 3, counts.wasted + 1
+            counts.loads, counts.read = counts.loads + 1, counts.read + read
+            state.level(1.0)
+        assert state.stats().slowness == pytest.approx(read)
+        assert (state.guard.level > 0) == goes_on
+
+
+def test_slowness_leaves_out_stalls_and_shares_the_disk_between_lanes():
+    pace = Pace(lanes=4)
+    for _ in range(5):
+        pace.observe(2, 4.0, 3.0, passed=5.0)  # two reads a layer, each 2 s long beside the other; 2 s computed
+    assert pace.slowness == pytest.approx((4.0 / 2) / 2 / 2.0)
+    pace.observe(50, 50.0, 0.0, passed=None)
+    assert pace.slowness == pytest.approx(0.5)
+
+
+def test_nothing_is_said_of_the_pace_before_enough_was_read():
+    pace = Pace(lanes=1)
+    pace.observe(7, 7.0, 0.0, passed=1.0)
+    assert pace.slowness == 0.0
+    with pytest.raises(ValueError, match="lanes is 0"):
+        Pace(lanes=0)
