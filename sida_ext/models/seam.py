@@ -76,9 +76,19 @@ class ServedExperts(ServedLayer):
         """
         named = (top_k_index >= 0) & (top_k_index < self.num_experts) & (top_k_weights != 0)
         expert_index = torch.where(named, top_k_index, NO_EXPERT)
-        if not torch.compiler.is_compiling():
-            self._tell_choices(expert_index)
         gate = top_k_weights.float()
+        if torch.compiler.is_compiling():
+            return self._experts(hidden_states, expert_index, gate)
+        self._tell_choices(expert_index)
+        if self.ahead is None:
+            return self._experts(hidden_states, expert_index, gate)
+        self.ahead.before(expert_index)
+        try:
+            return self._experts(hidden_states, expert_index, gate)
+        finally:
+            self.ahead.after()
+
+    def _experts(self, hidden_states: Tensor, expert_index: Tensor, gate: Tensor) -> Tensor:
         if self.formula is None:
             return self._through_module(hidden_states, expert_index, gate)
         return ops.moe_layer(hidden_states, expert_index, gate, self.handle)

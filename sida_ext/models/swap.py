@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,11 @@ from sida_ext.models.guards import guard_model
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.packing import source_of
 from sida_ext.models.quantized import dequantised
+from sida_ext.models.router_asking import find_routers
+from sida_ext.models.router_lookahead import attach_lookahead
+from sida_ext.models.seam import SeamFamily
 from sida_ext.prediction.protocol import split_predictors
+from sida_ext.prediction.router_lookahead import split_lookahead
 
 __all__ = ["from_pretrained", "swap_experts"]
 
@@ -68,9 +72,31 @@ def _gathered(options: Options | None, arguments: dict[str, Any], **named: Any) 
     return options_from(options, arguments)
 
 
+def _check_predictors(predictor: Any, device: torch.device) -> None:
+    """What is known of the predictors before there is a model."""
+    rest, lookahead = split_lookahead(predictor)
+    split_predictors(rest)
+    if lookahead is not None and device.type != "cpu":
+        raise ValueError(
+            f"predictor holds RouterLookahead, expected device='cpu' with it, not {str(device)!r}: its answers would "
+            "have to be copied from the GPU at every layer, which is not supported"
+        )
+
+
+def _routers(model: PreTrainedModel, family: Family, predictor: Any) -> Any:
+    """Where the model's routers are, if somebody is going to ask them."""
+    return None if split_lookahead(predictor)[1] is None else find_routers(model, family.layers(model))
+
+
 def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: Options) -> None:
     """What the predictors and the routing need of the model."""
+    predictor, lookahead = split_lookahead(predictor)
     _, decoder = split_predictors(predictor)
+    if lookahead is not None and not isinstance(family, SeamFamily):
+        raise ValueError(
+            f"predictor holds RouterLookahead, which asks the routers of the {SeamFamily.name}, but "
+            f"{type(model).__name__} is served by a swap of its own"
+        )
     if options.routing != "router" and not family.predicted_routing:
         raise ValueError(
             f"routing is {options.routing!r}, expected 'router' for {type(model).__name__}: tables replace the "
@@ -84,15 +110,28 @@ def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: 
 
 
 def _connect(
-    model: PreTrainedModel, family: Family, layers: list[ServedLayer], runtime: Runtime, predictor: Any
+    model: PreTrainedModel,
+    family: Family,
+    layers: list[ServedLayer],
+    runtime: Runtime,
+    predictor: Any,
+    routers: Any = None,
 ) -> None:
-    """Let the stripped model compute from the runtime's experts."""
+    """Let the stripped model compute from the runtime's experts.
+
+    Args:
+        routers: what :func:`find_routers` has found of it, where the predictor holds a RouterLookahead.
+    """
+    predictor, lookahead = split_lookahead(predictor)
     for layer in layers:
         layer.connect(runtime, family.activation(model, layer))
     model.to(runtime.device)  # type: ignore[arg-type]
     guard_model(model, list(family.layers(model)))
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
     family.enter(model, runtime, layers)
+    if lookahead is not None:
+        served = cast(dict[str, ServedLayer], family.layers(model))
+        attach_lookahead(runtime, served, lookahead, routers)
     model.sida = runtime  # type: ignore[assignment]
 
 
@@ -140,7 +179,9 @@ def from_pretrained(
             transformers' experts seam (docs/families.md).
         device, expert_memory, host_memory, expert_dtype, routing: see :class:`~sida_ext.experts.options.Options`.
         predictor: a :class:`~sida_ext.prediction.protocol.Predictor`, what ``stream`` takes when it is given none; or a
-            :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both.
+            :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both; or a
+            :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`, for a model of the experts seam, alone or
+            beside them.
         model_class: the transformers class to load, or an Auto class; None: the one that config.json names.
         options: all options in one object; options given by name go before it, unless they are this function's
             defaults.
@@ -165,8 +206,7 @@ def from_pretrained(
         expert_dtype=expert_dtype,
         routing=routing,
     )
-    resolve_device(options.device, options.host_memory)
-    split_predictors(predictor)
+    _check_predictors(predictor, resolve_device(options.device, options.host_memory))
     for name, reason in REFUSED_ARGUMENTS.items():
         if (given := kwargs.pop(name, None)) not in (None, False):
             raise ValueError(f"{name} is {given!r}, expected nothing: {reason}")
@@ -208,7 +248,7 @@ def from_pretrained(
         family.check_fit(model, runtime.header, layers, str(path))
         _check_predictor(model, family, predictor, options)
         family.check_activation(model, runtime)
-        _connect(model, family, layers, runtime, predictor)
+        _connect(model, family, layers, runtime, predictor, _routers(model, family, predictor))
     except BaseException:
         runtime.close()
         raise
@@ -271,11 +311,12 @@ def swap_experts(
     )
     if kwargs:
         raise TypeError(f"swap_experts got {next(iter(kwargs))!r}, expected a field of sida_ext.Options")
-    resolve_device(options.device, options.host_memory)
+    _check_predictors(predictor, resolve_device(options.device, options.host_memory))
     family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
     _check_predictor(model, family, predictor, options)
+    routers = _routers(model, family, predictor)
     folder = None
     if options.store is None:
         folder = scratch_folder()
@@ -294,7 +335,7 @@ def swap_experts(
             folder.cleanup()
         raise
     try:
-        _connect(model, family, family.strip(model), runtime, predictor)
+        _connect(model, family, family.strip(model), runtime, predictor, routers)
     except BaseException:
         runtime.close()
         raise
