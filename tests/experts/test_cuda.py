@@ -327,7 +327,7 @@ def test_the_end_of_a_runtime(whole, site) -> None:
         logits_of(model, site.batch())
     with pytest.raises(ValueError, match="host_memory is 1; the smallest that works"):
         site.swap(whole, host_memory=1)
-    with pytest.raises(ValueError, match="pin is 'maybe', expected 'require' or 'try'"):
+    with pytest.raises(ValueError, match="pin is 'maybe', expected one of require, try"):
         site.swap(whole, pin="maybe")
 
 

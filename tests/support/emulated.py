@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-import sida_ext
+import sida_ext.experts.cuda
+import sida_ext.experts.runtime
+import sida_ext.models.swap
 from sida_ext import _C
 from sida_ext.experts.runtime import Runtime
 
