@@ -204,7 +204,7 @@ class Clock:
 def replay(forwards: list[Forward], way: str, slots: int, read: float, depth: int) -> dict[str, float]:
     """A run on the clock. way: "none", "lookahead" (guarded), "unguarded" or "oracle"."""
     clock = Clock(slots, read)
-    guard = LookaheadGuard(depth, 1, GuardOptions(rest=1000.0, longest_rest=60_000.0))
+    guard = LookaheadGuard(depth, 1, GuardOptions(rest=5000.0, longest_rest=150_000.0))
     before = (0, 0)
     for forward in forwards:
         for layer, wanted in enumerate(forward.wanted):

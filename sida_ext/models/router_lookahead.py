@@ -106,7 +106,7 @@ class LayerAhead:
         level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))
         if not level and not standing.named:
             return
-        chosen = [expert for expert in expert_index.unique().tolist() if expert >= 0]
+        chosen = most_wanted(expert_index, None, runtime.header.num_experts)
         for key in [key for key in standing.named if key[0] == self.name]:
             state.compare(self.name, key[1], standing.named.pop(key), chosen)
         # What this layer computes from stays where it is: no more is named than there is room for beside it.

@@ -10,7 +10,8 @@ experts may be announced:
 An expert that is read in vain costs what a missed one costs where the disk is always reading, so that the default asks
 for more useful bytes than wasted ones. It costs more where a read takes longer than the layer beside which it runs:
 read in time it saves no more than that layer's time, and in vain it keeps the next layer's own reads waiting for the
-rest. With reads of r layers' time the share p of them has to be right for which p * 1 > (1 - p) * (r - 1).
+rest. With reads of r layers' time the share p of them has to be right for which p * 1 > (1 - p) * (r - 1). Where reads
+are faster than layers the disk has slack, and waste costs less, down to half: it still evicts and takes the processor.
 
 Where nothing is read ahead at all, since everything is in memory already, there is nothing to gain: it rests as well,
 so that the routers are not asked in vain.
@@ -23,14 +24,17 @@ from dataclasses import dataclass
 
 __all__ = ["GuardOptions", "LookaheadGuard"]
 
+# Of waste_cost, where reads take next to no time beside the layers.
+LEAST_COST = 0.5
+
 
 @dataclass(frozen=True)
 class GuardOptions:
     """When the guard backs off, and for how long.
 
     Args:
-        waste_cost: cost of a byte read in vain as a share of that of a byte read in time, at the least; with it the
-            least share of useful bytes is ``waste_cost / (1 + waste_cost)``. 0: waste never counts.
+        waste_cost: cost of a byte read in vain as a share of that of a byte read in time, where a read takes a
+            layer's time; the least share of useful bytes is ``cost / (1 + cost)``. 0: waste never counts.
         margin: by how much the share must be above the least before it goes one layer further.
         window: experts read ahead that the share is taken over. It backs off as soon as more of them were wasted than a
             window may hold.
@@ -45,8 +49,8 @@ class GuardOptions:
     waste_cost: float = 1.0
     margin: float = 0.15
     window: int = 64
-    rest: float = 2.0
-    longest_rest: float = 120.0
+    rest: float = 10.0
+    longest_rest: float = 300.0
     idle: int = 512
 
     def __post_init__(self) -> None:
@@ -63,8 +67,15 @@ class GuardOptions:
             )
 
     def least_share(self, slowness: float = 0.0) -> float:
-        """Of useful bytes among those read ahead, below which reading ahead costs more than it saves."""
-        cost = max(self.waste_cost, slowness - 1) if self.waste_cost else 0.0
+        """Of useful bytes among those read ahead, below which reading ahead costs more than it saves.
+
+        Args:
+            slowness: as ``observe`` takes it; 0: not known.
+        """
+        if not self.waste_cost:
+            return 0.0
+        slack = min(1.0, max(slowness, LEAST_COST)) if slowness else 1.0
+        cost = max(self.waste_cost * slack, slowness - 1)
         return cost / (1 + cost)
 
     def rising_share(self, slowness: float = 0.0) -> float:

@@ -23,6 +23,7 @@ from sida_ext.prediction.prefetch import WASTE_COST
 __all__ = ["LookaheadState", "LookaheadStats", "RouterLookahead", "most_wanted", "split_lookahead", "within_room"]
 
 DEEPEST = 3  # layers ahead that depth=None lets the guard go to
+FEW = 128  # choices that are counted in Python
 LATEST = 256  # predictions of each layer and distance that recall looks back on
 
 
@@ -86,11 +87,23 @@ def most_wanted(index: Tensor, weights: Tensor | None, num_experts: int) -> list
         weights: [tokens, top_k], or None.
     """
     flat = index.reshape(-1)
+    if flat.numel() <= FEW:
+        return _of_few(flat.tolist(), None if weights is None else weights.reshape(-1).tolist(), num_experts)
     worth = torch.ones(flat.shape) if weights is None else weights.reshape(-1).float().abs()
     named = (flat >= 0) & (flat < num_experts) & (worth > 0)
     total = torch.zeros(num_experts).index_add_(0, flat.clamp(0, num_experts - 1).long(), worth * named)
     order = total.argsort(descending=True, stable=True)
     return order[: int((total > 0).sum())].tolist()
+
+
+def _of_few(chosen: list[int], weights: list[float] | None, num_experts: int) -> list[int]:
+    """The same for a step's few choices, where each of torch's calls costs more than all of this."""
+    total: dict[int, float] = {}
+    for at, expert in enumerate(chosen):
+        worth = 1.0 if weights is None else abs(weights[at])
+        if 0 <= expert < num_experts and worth > 0:
+            total[expert] = total.get(expert, 0.0) + worth
+    return sorted(total, key=lambda expert: (-total[expert], expert))
 
 
 def within_room(wanted: Sequence[tuple[Any, list[int]]], room: int) -> list[tuple[Any, list[int]]]:

@@ -118,6 +118,7 @@ def test_the_share_to_go_further_from_can_be_reached_whatever_waste_costs():
 def test_slow_reads_ask_for_fewer_in_vain():
     options = GuardOptions()
     assert options.least_share(0.0) == options.least_share(2.0) == 0.5
+    assert options.least_share(1e-6) == options.least_share(0.5) == pytest.approx(1 / 3)
     assert options.least_share(3.0) == pytest.approx(2 / 3)
     assert options.least_share(10.0) == pytest.approx(0.9)
     assert GuardOptions(waste_cost=0.0).least_share(10.0) == 0.0

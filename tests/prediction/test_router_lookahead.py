@@ -26,6 +26,16 @@ def test_experts_are_named_by_the_sum_of_their_weights():
     assert most_wanted(index[2:], weights[2:], 5) == []
 
 
+def test_few_choices_and_many_are_ordered_alike():
+    random = torch.Generator().manual_seed(0)
+    for rows in (1, 8, 64, 65, 300):
+        index = torch.randint(-1, 12, (rows, 2), generator=random)
+        weights = torch.randint(0, 5, (rows, 2), generator=random) / 4  # sums without rounding, and ties
+        for given in (weights, None):
+            repeated = None if given is None else given.repeat(200, 1)
+            assert most_wanted(index, given, 10) == most_wanted(index.repeat(200, 1), repeated, 10)
+
+
 def test_an_expert_of_no_weight_is_not_named():
     assert most_wanted(torch.tensor([[1, 0]]), torch.tensor([[0.0, 0.4]]), 2) == [0]
 
