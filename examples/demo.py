@@ -1,8 +1,9 @@
-"""The main job on the bundled model: serve held-out sentences with a quarter of the experts in memory.
+"""The main job on the bundled models: serve held-out sentences, score text and write it, with a quarter of the experts
+in memory.
 
     python -m examples.demo                    # a few minutes on 2 cores
 
-Prints one table and writes a timeline picture; every figure is measured by this run.
+Prints two tables and writes a timeline picture; every figure is measured by this run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import sida_ext
+from examples import demo_language
 from examples.corpus import DEMO_MODEL, MAX_TOKENS, load_sentences
 from sida_ext.experts.budget import format_bytes
 from sida_ext.experts.timeline import Event, draw, write_chrome_trace
@@ -88,6 +90,7 @@ def ours(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, help="held-out sentences to serve; default: all")
+    parser.add_argument("--passages", type=int, default=48, help="held-out passages for the language model")
     parser.add_argument("--batch", type=int, default=1, help="sentences in a batch")
     parser.add_argument("--budget", default="25%", help="expert memory")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture and the trace")
@@ -120,6 +123,7 @@ def main() -> None:
     write_chrome_trace(shown[-1][1], arguments.out / "trace.json")
     print(f"timeline of the first {PICTURE_SECONDS * 1e3:.0f} ms: {arguments.out / 'timeline.png'}")
     print(f"trace of the hash predictor's run: {arguments.out / 'trace.json'} (open it in ui.perfetto.dev)")
+    demo_language.demo(arguments.passages, arguments.budget)
 
 
 def show(runs: list[Run], labels: torch.Tensor, tokens: int) -> None:

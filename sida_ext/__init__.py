@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Predictor,
         TokenTablePredictor,
     )
+    from sida_ext.prediction.router_lookahead import RouterLookahead
     from sida_ext.serving.pipeline import stream
     from sida_ext.serving.schedule import stream_by_tokens
     from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens
@@ -44,6 +45,7 @@ __all__ = [
     "Plan",
     "Predictor",
     "PredictorError",
+    "RouterLookahead",
     "Runtime",
     "Stats",
     "StoreError",
@@ -74,6 +76,7 @@ _HOME = {
     "models.swap": ("from_pretrained", "swap_experts"),
     "precision": ("get_precision", "precisions", "set_precision"),
     "prediction.protocol": ("DecoderPredictor", "HashPredictor", "HashTable", "Predictor", "TokenTablePredictor"),
+    "prediction.router_lookahead": ("RouterLookahead",),
     "serving.pipeline": ("stream",),
     "serving.schedule": ("stream_by_tokens",),
     "serving.token_batches": ("TokenBatch", "batches_by_tokens"),

@@ -1,4 +1,4 @@
-"""The ``sida`` command: pack, train, run, plan, info."""
+"""The ``sida`` command: pack, train, run, plan, serve, info."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="sida",
-    help="Serve Switch Transformers whose experts do not fit where they are computed.",
+    help="Serve Mixture-of-Experts transformers whose experts do not fit where they are computed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -250,16 +250,8 @@ def run(
                     rows[position] = _summary(row)
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
-        if out is not None:
-            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
-                for number, text in enumerate(lines):
-                    file.write(json.dumps({"text": text, **rows[number]}) + "\n")
-        tokens = sum(sum(batch.lengths) for batch in formed)
-        padding = sum(batch["input_ids"].numel() for batch in formed) - tokens
-        print_stats(runtime, tokens, seconds)
-        print(f"{len(formed)} batches, {padding / (tokens + padding):.1%} of their tokens padding")
-        if runtime.lookahead is not None:
-            print(f"lookahead {runtime.lookahead.batches}: {runtime.lookahead.why}")
+        _write_rows(out, lines, [rows[number] for number in range(len(lines))])
+        _report_batches(runtime, formed, seconds)
         if watch is not None:
             _print_savings(watch.savings(runtime.lookahead.batches if runtime.lookahead is not None else int(ahead)))
         if trace is not None:
@@ -281,6 +273,23 @@ def _refuse_device(model: PreTrainedModel, runtime: Runtime) -> None:
             f"--device is {str(runtime.device)!r}, expected cpu: sida run scores and continues texts with "
             f"{type(model).__name__} on the CPU alone; for a GPU use the Python interface"
         )
+
+
+def _write_rows(out: Path | None, lines: list[str], rows: list[dict[str, Any]]) -> None:
+    """One JSON line for each text, if somebody wants them."""
+    if out is not None:
+        with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
+            for text, row in zip(lines, rows, strict=True):
+                file.write(json.dumps({"text": text, **row}) + "\n")
+
+
+def _report_batches(runtime: Runtime, formed: list[Any], seconds: float) -> None:
+    tokens = sum(sum(batch.lengths) for batch in formed)
+    padding = sum(batch["input_ids"].numel() for batch in formed) - tokens
+    print_stats(runtime, tokens, seconds)
+    print(f"{len(formed)} batches, {padding / (tokens + padding):.1%} of their tokens padding")
+    if runtime.lookahead is not None:
+        print(f"lookahead {runtime.lookahead.batches}: {runtime.lookahead.why}")
 
 
 @dataclass
@@ -314,10 +323,7 @@ class _LanguageRun:
                     rows.append({"log_likelihood": value, "tokens": count})
                     bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
-        if out is not None:
-            with written_whole(out) as partial, open(partial, "w", encoding="utf-8") as file:
-                for text, row in zip(lines, rows, strict=True):
-                    file.write(json.dumps({"text": text, **row}) + "\n")
+        _write_rows(out, lines, rows)
         print_stats(runtime_of(self.model), sum(row["tokens"] for row in rows), seconds)
         if generate:
             for row in rows[:3]:

@@ -289,7 +289,8 @@ def test_names_in_brackets_are_printed_as_they_are(capsys, tmp_path):
     assert "[bold]nothing[/bold]" in cli.stderr.replace("\n", "")
 
 
-def test_messages_of_the_package_are_lines_of_the_command(folder, texts, tmp_path):
+def test_messages_of_the_package_are_lines_of_the_command(folder, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDA_CACHE", str(tmp_path / "cache"))  # where nothing is packed yet
     done = sida("run", folder, texts, "--expert-memory", "50%", "-o", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert "packing" in done.stderr

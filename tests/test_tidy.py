@@ -43,6 +43,7 @@ NAMES = [
     "Plan",
     "Predictor",
     "PredictorError",
+    "RouterLookahead",
     "Runtime",
     "Stats",
     "StoreError",

@@ -2,8 +2,8 @@
 control group's limit.
 
     python -m bench.causal.checkpoint CHECKPOINT
-    python -m bench.causal.decode CHECKPOINT --prepare      # packs the store, untimed
-    python -m bench.causal.decode CHECKPOINT                # as root
+    sida pack CHECKPOINT -o STORE --dtype bfloat16
+    python -m bench.causal.decode CHECKPOINT --store STORE      # as root
 
 Each way runs in a process of its own, from a cold page cache. Reported: the load's peak of anonymous memory, seconds of
 the prompts, tokens/s of greedy decoding, bytes read for each token, hit rate, and what of a step was in whose code.
@@ -46,7 +46,11 @@ def load(way: str, arguments: argparse.Namespace) -> Any:
     import sida_ext
 
     return sida_ext.from_pretrained(
-        arguments.checkpoint, expert_memory=arguments.expert_memory, expert_dtype=arguments.dtype, dtype=torch.bfloat16
+        arguments.checkpoint,
+        expert_memory=arguments.expert_memory,
+        expert_dtype=arguments.dtype,
+        store=arguments.store,
+        dtype=torch.bfloat16,
     )
 
 
@@ -64,6 +68,7 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     model = load(way, arguments)
     result: dict[str, Any] = {"way": way, "dtype": arguments.dtype, "load_seconds": time.perf_counter() - begin}
+    result["tokens"] = "random" if arguments.random_tokens else "greedy"
     result["imported_mib"] = imported / 2**20
     random = torch.Generator().manual_seed(1)
     vocabulary = model.config.vocab_size
@@ -83,6 +88,8 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
                 runtime.reset_stats()
             begin = time.perf_counter()
             token = output.logits[:, -1:].argmax(-1)
+            if arguments.random_tokens:
+                token = torch.randint(3, vocabulary, token.shape, generator=random)
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
             steps.append(time.perf_counter() - begin)
     timed = steps[arguments.warm :]
@@ -145,7 +152,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--prepare", action="store_true", help="pack the store, and end")
+    parser.add_argument("--store", type=Path, help="packed by sida pack; default: packed at first use")
     parser.add_argument("--limit", type=float, default=10.0, help="GiB")
     parser.add_argument("--expert-memory", default="8GiB")
     parser.add_argument("--dtype", default="bfloat16")
@@ -153,6 +160,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--warm", type=int, default=16, help="decode steps that are not timed")
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument(
+        "--random-tokens", action="store_true", help="decode random tokens: a random model's greedy ones repeat"
+    )
     parser.add_argument("--profile", type=int, default=0, help="decode steps to profile")
     parser.add_argument("--offload", type=Path, default=Path("offload"), help="accelerate's folder")
     parser.add_argument("--json", type=Path, help="add the results to this file")
@@ -164,11 +174,6 @@ def main() -> None:
     arguments = parse()
     if arguments.child:
         print(json.dumps(measure(arguments.child, arguments)))
-        return
-    if arguments.prepare:
-        from sida_ext.models.packing import ensure_packed
-
-        print(ensure_packed(arguments.checkpoint, arguments.dtype))
         return
     results = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else []
     for way in arguments.ways:

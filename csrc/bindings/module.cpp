@@ -147,10 +147,10 @@ AnnouncedBatch batch_from(const Wanted& wanted) {
   return batch;
 }
 
-BatchId announce(TransferEngine& engine, const Wanted& wanted) {
+BatchId announce(TransferEngine& engine, const Wanted& wanted, bool begin) {
   AnnouncedBatch batch = batch_from(wanted);
   const py::gil_scoped_release released;
-  return engine.announce(std::move(batch));
+  return engine.announce(std::move(batch), begin);
 }
 
 RoutingTrace trace_from(int32_t layers, int32_t experts, const std::vector<Wanted>& batches) {
@@ -387,7 +387,13 @@ PYBIND11_MODULE(_C, m) {
            }),
            py::arg("store"), py::kw_only(), py::arg("slots"), py::arg("lanes"), py::arg("eviction"),
            py::arg("wait_deadline_ms"), py::arg("faults"), py::arg("populate"), py::arg("read_bytes"))
-      .def("announce", &announce, py::arg("wanted"))
+      .def("announce", &announce, py::arg("wanted"), py::arg("begin") = true)
+      .def("pace",
+           [](const TransferEngine& engine) {
+             const Pace pace = engine.pace();
+             return py::make_tuple(pace.useful_prefetches, pace.wasted_prefetches, pace.loads, pace.read_seconds,
+                                   pace.stall_seconds);
+           })
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
       .def_property_readonly("capacity", &TransferEngine::capacity)

@@ -29,6 +29,12 @@ struct ExpertStanding {
   int64_t demands = 0;  // that have wanted it since the start
 };
 
+// What reading ahead is judged by.
+struct Pace {
+  int64_t useful_prefetches = 0, wasted_prefetches = 0, loads = 0;
+  double read_seconds = 0, stall_seconds = 0;
+};
+
 struct EngineStats {
   std::vector<LayerCounters> layers;
   std::vector<std::vector<float>> stalls;  // the latest waits of each layer, seconds, at most 4096

@@ -239,12 +239,12 @@ TransferEngine::~TransferEngine() {
   }
 }
 
-BatchId TransferEngine::announce(AnnouncedBatch batch) {
+BatchId TransferEngine::announce(AnnouncedBatch batch, bool begin) {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
   impl_->check_usable("announce");
   const BatchId number = impl_->residency.announce(std::move(batch));
-  impl_->run_commands();
+  if (begin) impl_->run_commands();
   return number;
 }
 
@@ -390,6 +390,20 @@ std::vector<ExpertStanding> TransferEngine::standings() const {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
   return impl_->residency.standings();
+}
+
+Pace TransferEngine::pace() const {
+  impl_->check_process();
+  const std::lock_guard lock(impl_->mutex);
+  Pace pace;
+  for (const LayerCounters& layer : impl_->residency.counters()) {
+    pace.useful_prefetches += layer.useful_prefetches;
+    pace.wasted_prefetches += layer.wasted_prefetches;
+    pace.loads += layer.loads;
+  }
+  for (const Impl::Stalls& stalls : impl_->stalls) pace.stall_seconds += stalls.seconds;
+  pace.read_seconds = impl_->lane_seconds;
+  return pace;
 }
 
 void TransferEngine::reset_stats() {

@@ -53,8 +53,9 @@ class TransferEngine {
   TransferEngine& operator=(const TransferEngine&) = delete;
 
   // A queued batch and the experts it is predicted to want: prefetched and protected in order of use.
-  // Batches are used in the order in which they were announced.
-  BatchId announce(AnnouncedBatch batch);
+  // Batches are used in the order in which they were announced. begin: false: no read begins before the engine's next
+  // event. Who is about to demand a layer announces the later ones so, and the layer's own reads come first.
+  BatchId announce(AnnouncedBatch batch, bool begin = true);
   // The batch is over, or will never be used: what it announced no longer counts.
   void retire(BatchId batch);
 
@@ -77,6 +78,8 @@ class TransferEngine {
   EngineStats stats() const;
   void reset_stats();
   std::vector<ExpertStanding> standings() const;  // [layers * experts]: what is in memory at this moment
+  // Of all layers and lanes together; cheap enough to be asked at every layer.
+  Pace pace() const;
   Trace& trace();
   // Ends every wait with Error(closed), joins the lanes, gives the memory back. Twice is once. In a forked child
   // it does nothing: nothing of the engine is there.

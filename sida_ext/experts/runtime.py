@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,12 +61,14 @@ class ServingState:
         decoder_predictor: what each step of a decoder is predicted by; may be changed at any time.
         drift: a predictor and the watch over its hits.
         lookahead: what the latest ``stream(lookahead="auto")`` picked, and why.
+        ahead: what the layers announce of those that follow them (a ``LookaheadState``); None: nothing.
     """
 
     predictor: Any = None
     decoder_predictor: Any = None
     drift: tuple[Any, Any] | None = None
     lookahead: Any = None
+    ahead: Any = None
 
 
 def _say(text: str) -> None:
@@ -228,14 +230,22 @@ class Runtime(ServingState):
         held = self._engine.stats()["committed_slots"] * self.header.record_bytes
         self._engine.set_budget(self._slots(expert_memory, reserved=-held))
 
-    def announce(self, wanted: Mapping[str, Sequence[int]]) -> int:
+    def announce(self, wanted: Mapping[str, Sequence[int]], *, begin: bool = True) -> int:
         """Tell the engine which experts a queued batch will want; returns the batch's number.
 
         Args:
             wanted: MoE layer name -> distinct experts, most wanted first, in the order in which layers run.
+            begin: False: no read begins before the engine's next event. Who is about to demand a layer announces the
+                later ones so, and the layer's own reads come first. Not on a GPU.
         """
         layers = [(self.header.layers.index(name), list(experts)) for name, experts in wanted.items()]
-        return (self._tiers or self._engine).announce(layers)
+        if begin:
+            return (self._tiers or self._engine).announce(layers)
+        if self._tiers is not None:
+            raise RuntimeError(
+                f"announce: begin is False, expected True on {self.device}, whose two tiers begin at once"
+            )
+        return self._engine.announce(layers, begin=False)
 
     def retire(self, batch: int) -> None:
         """The announced batch is done, or will never be computed."""
@@ -248,9 +258,9 @@ class Runtime(ServingState):
         """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``;
         ``chosen`` takes what the layers' routers choose."""
         before = self.current
-        self._thread.batch = _Batch(number, table, chosen, entered)
-        _C.set_current_batch(number)
         try:
+            self._thread.batch = _Batch(number, table, chosen, entered)
+            _C.set_current_batch(number)
             yield
         finally:
             self._thread.batch = before
@@ -262,7 +272,14 @@ class Runtime(ServingState):
 
     def stats(self) -> Stats:
         """Counters since the start or the last :meth:`reset_stats`; see :class:`sida_ext.experts.stats.Stats`."""
-        return Stats.from_engine(self._engine.stats(), self.header.layers)
+        stats = Stats.from_engine(self._engine.stats(), self.header.layers)
+        return stats if self.ahead is None else replace(stats, lookahead=self.ahead.stats())
+
+    @property
+    def pace(self) -> Callable[[], tuple[int, int, int, float, float]]:
+        """A function that tells useful and wasted prefetches, loads, and the seconds of reads and of stalls, as
+        ``stats()`` does, cheaply enough to be asked at every layer; it does not keep the runtime alive."""
+        return self._engine.pace
 
     def standings(self) -> list[LayerStanding]:
         """Where every expert is at this moment, layer by layer as in ``header.layers``."""

@@ -73,6 +73,7 @@ class Stats(Counters):
     peak_slots: int  # experts in memory at once, reads under way included
     read_seconds: float  # of all lanes together, checks included
     direct: bool  # reads go past the page cache
+    lookahead: Any = None  # of a model with a RouterLookahead, its LookaheadStats
 
     @classmethod
     def from_engine(cls, raw: dict[str, Any], names: Sequence[str]) -> Stats:

@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import hub as transformers_hub
 
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
@@ -19,10 +20,14 @@ from sida_ext.models.refused import refuse_configuration
 
 __all__ = ["LOCATION_ARGUMENTS", "CheckpointFiles", "model_class_of", "resolve_checkpoint"]
 
-# Arguments of transformers' from_pretrained that say which files are meant; those of the second line pick among a
-# folder's weights and are not for its configuration.
+# Arguments of transformers' from_pretrained that say which files are meant; the last two pick among a folder's weights
+# and are not for its configuration.
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 LOCATION_ARGUMENTS = (*HUB_ARGUMENTS, "variant", "use_safetensors")
+
+
+# What transformers' from_pretrained takes for itself although a configuration has a field of that name.
+LOADING_ARGUMENTS = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -50,20 +55,29 @@ class CheckpointFiles:
         return Path(self.path_or_id).resolve().name if Path(self.path_or_id).is_dir() else self.path_or_id
 
 
-def _config(path_or_id: str, config: Any, model_class: Any, hub: Mapping[str, Any]) -> PretrainedConfig:
-    if isinstance(config, PretrainedConfig):
+def _config(
+    path_or_id: str, config: Any, model_class: Any, hub: Mapping[str, Any], fields: dict[str, Any]
+) -> PretrainedConfig:
+    if isinstance(config, PretrainedConfig):  # transformers, too, changes no field of a given one
         return config
+    if config is not None and not isinstance(config, (str, os.PathLike)):
+        raise TypeError(f"config is {type(config).__name__}, expected a PreTrainedConfig or the place of one")
     place = path_or_id if config is None else os.fspath(config)
     folder = Path(place) / hub.get("subfolder", "")
     if Path(place).is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json, expected a transformers checkpoint")
-    own = getattr(model_class, "config_class", None)
+    own = getattr(model_class, "config_class", None) or AutoConfig
+    changes = {name: value for name, value in fields.items() if name not in LOADING_ARGUMENTS}
     try:
-        return (own if own is not None else AutoConfig).from_pretrained(place, **hub)
+        found, unused = own.from_pretrained(place, return_unused_kwargs=True, **hub, **changes)
     except OSError as error:
         raise FileNotFoundError(f"{place} is no folder, and the hub did not give it: {error}") from error
     except ValueError as error:
         raise ValueError(f"{place}: its config.json is of no model that transformers knows: {error}") from error
+    for name in changes:
+        if name not in unused:
+            del fields[name]
+    return found
 
 
 def model_class_of(config: PretrainedConfig, model_class: Any = None) -> type[PreTrainedModel]:
@@ -77,16 +91,16 @@ def model_class_of(config: PretrainedConfig, model_class: Any = None) -> type[Pr
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is not None:
         try:
-            known = mapping[type(config)]
+            return _get_model_class(config, mapping)
         except KeyError:
             raise ValueError(
                 f"model_class is {model_class.__name__}, which knows no model for {type(config).__name__}; name the "
                 f"class itself (config.json: {', '.join(config.architectures or []) or 'no architectures'})"
             ) from None
-        return known[0] if isinstance(known, (list, tuple)) else known
     if model_class is not None:
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-            raise TypeError(f"model_class is {model_class!r}, expected a class of transformers models or an Auto class")
+            given = model_class if isinstance(model_class, type) else f"an object of {type(model_class).__name__}"
+            raise TypeError(f"model_class is {given}, expected a class of transformers models or an Auto class")
         return model_class
     names = list(config.architectures or [])
     own = {SwitchTransformersForSequenceClassification.__name__: SwitchTransformersForSequenceClassification}
@@ -123,6 +137,7 @@ def resolve_checkpoint(
     config: Any = None,
     model_class: Any = None,
     allow_pickle: bool = False,
+    fields: dict[str, Any] | None = None,
     **location: Any,
 ) -> CheckpointFiles:
     """Find a checkpoint's configuration and weight files as transformers' ``from_pretrained`` would.
@@ -131,6 +146,8 @@ def resolve_checkpoint(
         config: a configuration, or where one is; None: the checkpoint's own.
         model_class: the class that will be loaded or an Auto class, if the user named one.
         allow_pickle: take ``.bin`` files where there are no others.
+        fields: further arguments of ``from_pretrained``; changed: those that are fields of the configuration are taken
+            out of it, and the configuration has their values.
         location: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, ``proxies``,
             ``subfolder``, ``variant``, ``use_safetensors``.
 
@@ -152,7 +169,7 @@ def resolve_checkpoint(
             f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its model "
             "(peft: merge_and_unload) and save that"
         )
-    found = _config(place, config, model_class, hub)
+    found = _config(place, config, model_class, hub, {} if fields is None else fields)
     refuse_configuration(found, place)
     base = model_class_of(found, model_class)
     found = _fitting(found, base)

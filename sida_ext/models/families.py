@@ -47,7 +47,7 @@ class Family(Protocol):
 
     @staticmethod
     def check_activation(model: PreTrainedModel, runtime: Runtime) -> None:
-        """Raises ValueError where the kernels cannot serve this model, before it is touched."""
+        """Raises ValueError where this model, swapped or not yet, cannot be computed with the runtime's experts."""
 
     @staticmethod
     def check_fit(model: PreTrainedModel, header: StoreHeader, layers: list[ServedLayer], path: str) -> None:

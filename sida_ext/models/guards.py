@@ -1,5 +1,5 @@
-"""What stands before methods of a model whose experts are elsewhere: training, moving and pickling are refused, and a
-stack's forward is entered by one way only."""
+"""What stands before methods of a model whose experts are elsewhere: training, moving, saving and pickling are refused,
+and a stack's forward is entered by one way only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BoundMethod:
 
 
 def guard_model(model: nn.Module, layers: list[str]) -> None:
-    """Freeze the model; refuse to train or move it, or any of its modules that holds one of ``layers``."""
+    """Freeze the model; refuse to train, move or save it, or any of its modules that holds one of ``layers``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -51,6 +51,9 @@ def guard_model(model: nn.Module, layers: list[str]) -> None:
         module = model.get_submodule(name)
         module.train = BoundMethod(module, _train)  # type: ignore[method-assign]
         module._apply = BoundMethod(module, _move)  # type: ignore[method-assign]
+        for save in ("save_pretrained", "push_to_hub"):
+            if hasattr(module, save):
+                setattr(module, save, BoundMethod(module, _save))
 
 
 def _train(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -61,6 +64,14 @@ def _train(module: nn.Module, mode: bool = True) -> nn.Module:
             "train the model first, then swap its experts"
         )
     return type(module).train(module, False)
+
+
+def _save(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stands before ``module.save_pretrained``, which would leave a configuration without weights behind."""
+    raise RuntimeError(
+        f"save_pretrained() of {type(module).__name__} would lack its experts, which are in an expert store; copy the "
+        "checkpoint that it was loaded from"
+    )
 
 
 def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ class ServedLayer(nn.Module):
     Attributes:
         name: module path of the layer, as in the store.
         table_layer: position of the layer in its stack's hash tables; None where no table covers it.
+        ahead: told this layer's choices before its experts run, to announce those of the layers that follow; see
+            :class:`sida_ext.models.router_lookahead.LayerAhead`. None: nothing is announced.
         observer: told the layer's name and the experts in force: ``[B, S]`` or ``[tokens, top_k]``, -1 for none.
     """
 
@@ -28,6 +30,7 @@ class ServedLayer(nn.Module):
     routing: str = "router"
     confidence: float = 0.0
     observer: Callable[[str, Tensor], None] | None = None
+    ahead: Any = None
 
     def connect(self, runtime: Runtime, activation: str) -> None:
         """Compute from ``runtime``'s experts from now on.

@@ -21,7 +21,7 @@ from sida_ext import ops
 from sida_ext.experts.quantise import Quantised
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import StoreHeader
-from sida_ext.models.gates import gate_formula
+from sida_ext.models.gates import by_rows, gate_formula, own_gate
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.layouts import expert_parameters, experts_modules, shared_modules
 from sida_ext.models.seam_source import SeamModules
@@ -76,9 +76,19 @@ class ServedExperts(ServedLayer):
         """
         named = (top_k_index >= 0) & (top_k_index < self.num_experts) & (top_k_weights != 0)
         expert_index = torch.where(named, top_k_index, NO_EXPERT)
-        if not torch.compiler.is_compiling():
-            self._tell_choices(expert_index)
         gate = top_k_weights.float()
+        if torch.compiler.is_compiling():
+            return self._experts(hidden_states, expert_index, gate)
+        self._tell_choices(expert_index)
+        if self.ahead is None:
+            return self._experts(hidden_states, expert_index, gate)
+        self.ahead.before(expert_index)
+        try:
+            return self._experts(hidden_states, expert_index, gate)
+        finally:
+            self.ahead.after()
+
+    def _experts(self, hidden_states: Tensor, expert_index: Tensor, gate: Tensor) -> Tensor:
         if self.formula is None:
             return self._through_module(hidden_states, expert_index, gate)
         return ops.moe_layer(hidden_states, expert_index, gate, self.handle)
@@ -101,13 +111,10 @@ class ServedExperts(ServedLayer):
         for expert, weights in self.runtime.borrow(self.name, wanted):
             rows = (choices == expert).nonzero().squeeze(1)
             up = _product(hidden_states[rows // top_k].float(), weights.wi, weights.wi_bias)
-            if own.has_gate:
-                middle = own._apply_gate(up if own.is_concatenated else _interleaved(up))
-            else:
-                middle = own.act_fn(up)
+            middle = by_rows(functools.partial(own_gate, self), up)
             down = _product(middle, weights.wo, weights.wo_bias)
-            out[rows] = own.post_expert_norm(down).float() if _has_norm(own) else down
-        weighted = out.view(*expert_index.shape, -1) * gate.unsqueeze(-1)
+            out[rows] = by_rows(own.post_expert_norm, down).float() if _has_norm(own) else down
+        weighted = out.view(*expert_index.shape, self.shape.d_model) * gate.unsqueeze(-1)
         total = weighted[:, 0]
         for choice in range(1, top_k):  # one after the other: the order is part of the result's bits
             total = total + weighted[:, choice]
@@ -124,9 +131,13 @@ def _has_norm(module: Any) -> bool:
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
-def _interleaved(up: Tensor) -> Tensor:
-    """[..., gate rows, up rows] -> gate and up in turns."""
-    return torch.stack(up.chunk(2, dim=-1), dim=-1).flatten(-2)
+def _kernel_formula(module: nn.Module) -> str | None:
+    """The kernel's activation that computes what an experts module, swapped or not, does between its two products and
+    behind them; None: there is none."""
+    if _has_norm(module):
+        return None
+    shape = module.shape if isinstance(module, ServedExperts) else ExpertsShape.of(module)
+    return gate_formula(module, shape.d_ff)
 
 
 def _untie(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, frozenset[str]]:
@@ -211,12 +222,22 @@ class SeamFamily:
         """Name of the kernel's activation, found by asking the module itself; the module's own function where no kernel
         computes the same."""
         module = cast(ServedExperts, layer)
-        module.formula = None if _has_norm(module) else gate_formula(module)
+        module.formula = _kernel_formula(module)
         return module.formula or ("gated-linear" if module.shape.gated else "linear")
 
     @staticmethod
     def check_activation(model: PreTrainedModel, runtime: Runtime) -> None:
-        """Every gate runs: by the kernel, or by the module's own function."""
+        """Every gate runs: by the kernel, or on a CPU by the module's own function.
+
+        Raises:
+            ValueError: on a GPU, a gate that no kernel computes.
+        """
+        for name, module in experts_modules(model).items():
+            if _kernel_formula(module) is None and runtime.device.type != "cpu":
+                raise ValueError(
+                    f"{name}: no kernel computes what {type(module).__name__} does between its two products, and its "
+                    f"own function cannot run on experts in {runtime.device}'s memory; load the model with device='cpu'"
+                )
 
     @staticmethod
     def has_decoder(model: nn.Module) -> bool:

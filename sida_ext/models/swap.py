@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +27,11 @@ from sida_ext.models.guards import guard_model
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.packing import source_of
 from sida_ext.models.quantized import dequantised
+from sida_ext.models.router_asking import find_routers
+from sida_ext.models.router_lookahead import attach_lookahead
+from sida_ext.models.seam import SeamFamily
 from sida_ext.prediction.protocol import split_predictors
+from sida_ext.prediction.router_lookahead import split_lookahead
 
 __all__ = ["from_pretrained", "swap_experts"]
 
@@ -36,6 +42,11 @@ REFUSED_ARGUMENTS = {
     "quantization_config": "experts are quantised by expert_dtype='int8'",
     "tp_plan": "tensor parallelism is not supported",
     "state_dict": "the experts are read from the checkpoint's files",
+    "gguf_file": "experts are read from safetensors files; load the model that the GGUF file was made from",
+    "key_mapping": "the experts are found by the names in the checkpoint; save it with transformers and load that",
+    "tp_size": "tensor parallelism is not supported",
+    "distributed_config": "a model is served by one process",
+    "device_mesh": "a model is served by one process",
     "output_loading_info": "the model alone is returned",
 }
 
@@ -46,16 +57,46 @@ def _gathered(options: Options | None, arguments: dict[str, Any], **named: Any) 
     Args:
         arguments: further keyword arguments; those that are options are taken out.
         named: options that are parameters of the callee. Beside ``options=`` one that equals its default yields to it.
+
+    Raises:
+        TypeError: one of the further arguments is nearly the name of an option.
     """
+    known = [field.name for field in fields(Options)]
+    for name in arguments:
+        meant = get_close_matches(name, known, n=1, cutoff=0.85)
+        if meant and name not in known:
+            raise TypeError(f"{name}= is no argument; did you mean {meant[0]}= (see sida_ext.Options)?")
     for name, value in named.items():
         if options is None or value != Options.__dataclass_fields__[name].default:
             arguments[name] = value
     return options_from(options, arguments)
 
 
+def _check_predictors(predictor: Any, device: torch.device) -> None:
+    """What is known of the predictors before there is a model."""
+    rest, lookahead = split_lookahead(predictor)
+    split_predictors(rest)
+    if lookahead is not None and device.type != "cpu":
+        raise ValueError(
+            f"predictor holds RouterLookahead, expected device='cpu' with it, not {str(device)!r}: its answers would "
+            "have to be copied from the GPU at every layer, which is not supported"
+        )
+
+
+def _routers(model: PreTrainedModel, family: Family, predictor: Any) -> Any:
+    """Where the model's routers are, if somebody is going to ask them."""
+    return None if split_lookahead(predictor)[1] is None else find_routers(model, family.layers(model))
+
+
 def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: Options) -> None:
     """What the predictors and the routing need of the model."""
+    predictor, lookahead = split_lookahead(predictor)
     _, decoder = split_predictors(predictor)
+    if lookahead is not None and not isinstance(family, SeamFamily):
+        raise ValueError(
+            f"predictor holds RouterLookahead, which asks the routers of the {SeamFamily.name}, but "
+            f"{type(model).__name__} is served by a swap of its own"
+        )
     if options.routing != "router" and not family.predicted_routing:
         raise ValueError(
             f"routing is {options.routing!r}, expected 'router' for {type(model).__name__}: tables replace the "
@@ -69,16 +110,28 @@ def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: 
 
 
 def _connect(
-    model: PreTrainedModel, family: Family, layers: list[ServedLayer], runtime: Runtime, predictor: Any
+    model: PreTrainedModel,
+    family: Family,
+    layers: list[ServedLayer],
+    runtime: Runtime,
+    predictor: Any,
+    routers: Any = None,
 ) -> None:
-    """Let the stripped model compute from the runtime's experts."""
+    """Let the stripped model compute from the runtime's experts.
+
+    Args:
+        routers: what :func:`find_routers` has found of it, where the predictor holds a RouterLookahead.
+    """
+    predictor, lookahead = split_lookahead(predictor)
     for layer in layers:
         layer.connect(runtime, family.activation(model, layer))
-    if runtime.device.type != "cpu":
-        model.to(runtime.device)  # type: ignore[arg-type]
+    model.to(runtime.device)  # type: ignore[arg-type]
     guard_model(model, list(family.layers(model)))
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
     family.enter(model, runtime, layers)
+    if lookahead is not None:
+        served = cast(dict[str, ServedLayer], family.layers(model))
+        attach_lookahead(runtime, served, lookahead, routers)
     model.sida = runtime  # type: ignore[assignment]
 
 
@@ -126,13 +179,17 @@ def from_pretrained(
             transformers' experts seam (docs/families.md).
         device, expert_memory, host_memory, expert_dtype, routing: see :class:`~sida_ext.experts.options.Options`.
         predictor: a :class:`~sida_ext.prediction.protocol.Predictor`, what ``stream`` takes when it is given none; or a
-            :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both.
+            :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both; or a
+            :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`, for a model of the experts seam, alone or
+            beside them.
         model_class: the transformers class to load, or an Auto class; None: the one that config.json names.
-        options: all options in one object; options given by name go before it.
+        options: all options in one object; options given by name go before it, unless they are this function's
+            defaults.
         progress: is told experts packed and experts in all.
-        kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else is passed to
-            transformers (``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
-            ``cache_dir``, ...); ``device_map`` and ``quantization_config`` are refused.
+        kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else means what it means
+            to transformers: ``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
+            ``cache_dir``, fields of the configuration (``num_labels``, ``output_router_logits``, ...). ``device_map``,
+            ``quantization_config`` and others that would bring the experts from elsewhere are refused.
 
     Returns:
         A model of ``model_class`` in evaluation mode, parameters frozen; its runtime is ``model.sida``.
@@ -149,17 +206,17 @@ def from_pretrained(
         expert_dtype=expert_dtype,
         routing=routing,
     )
-    resolve_device(options.device, options.host_memory)
-    split_predictors(predictor)
+    _check_predictors(predictor, resolve_device(options.device, options.host_memory))
     for name, reason in REFUSED_ARGUMENTS.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is {kwargs[name]!r}, expected nothing: {reason}")
+        if (given := kwargs.pop(name, None)) not in (None, False):
+            raise ValueError(f"{name} is {given!r}, expected nothing: {reason}")
     location = {name: kwargs.pop(name) for name in LOCATION_ARGUMENTS if name in kwargs}
     found = resolve_checkpoint(
         path_or_id,
         config=kwargs.pop("config", None),
         model_class=model_class,
         allow_pickle=options.allow_pickle,
+        fields=kwargs,
         **location,
     )
     with source_of(found) as source:
@@ -171,6 +228,11 @@ def from_pretrained(
             path = Path(options.store)
             _, header = open_store(path)
             check_source(header, source, str(path))
+            if options.expert_dtype not in (header.dtype, Options.expert_dtype):
+                raise ValueError(
+                    f"expert_dtype is {options.expert_dtype!r}, expected {header.dtype!r}, what store={str(path)!r} "
+                    "holds; leave it out, or pack a store of the type that you want"
+                )
         # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
         other_bytes = source.other_bytes(itemsize=4)
     stripped: list[tuple[Family, list[ServedLayer]]] = []
@@ -185,7 +247,8 @@ def from_pretrained(
         _own_memory(model)
         family.check_fit(model, runtime.header, layers, str(path))
         _check_predictor(model, family, predictor, options)
-        _connect(model, family, layers, runtime, predictor)
+        family.check_activation(model, runtime)
+        _connect(model, family, layers, runtime, predictor, _routers(model, family, predictor))
     except BaseException:
         runtime.close()
         raise
@@ -201,6 +264,17 @@ def _own_memory(model: nn.Module) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()
+
+
+def _family_in_memory(model: Any) -> Family:
+    """The family of a transformers model that is in memory with its weights."""
+    family = family_of(model) if isinstance(model, nn.Module) else None
+    if family is None or not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise TypeError(f"model is {type(model).__name__}, expected a model of transformers")
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{empty} has no data (device meta); load the model's weights before its experts are swapped")
+    return family
 
 
 def swap_experts(
@@ -237,11 +311,12 @@ def swap_experts(
     )
     if kwargs:
         raise TypeError(f"swap_experts got {next(iter(kwargs))!r}, expected a field of sida_ext.Options")
-    resolve_device(options.device, options.host_memory)
-    family = family_of(model)
+    _check_predictors(predictor, resolve_device(options.device, options.host_memory))
+    family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
     _check_predictor(model, family, predictor, options)
+    routers = _routers(model, family, predictor)
     folder = None
     if options.store is None:
         folder = scratch_folder()
@@ -259,5 +334,9 @@ def swap_experts(
         if folder is not None:
             folder.cleanup()
         raise
-    _connect(model, family, family.strip(model), runtime, predictor)
+    try:
+        _connect(model, family, family.strip(model), runtime, predictor, routers)
+    except BaseException:
+        runtime.close()
+        raise
     return model

@@ -34,8 +34,11 @@ def record_bytes(shape: ExpertShape, dtype: str) -> int:
     if dtype not in EXPERT_DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(EXPERT_DTYPES)}")
     wi_rows = shape.d_ff * (2 if shape.gated else 1)
-    bits = {"int4": 4.0, "mxfp4": 4.0}.get(dtype, EXPERT_DTYPES[dtype])
-    parts = [wi_rows * shape.d_model * bits / 8, shape.d_model * shape.d_ff * bits / 8]
+    if dtype in ("int4", "mxfp4"):  # rows of whole groups of 32 columns, two values in a byte
+        parts = [wi_rows * -(-shape.d_model // 32) * 16.0, shape.d_model * -(-shape.d_ff // 32) * 16.0]
+    else:
+        size = EXPERT_DTYPES[dtype] / 8
+        parts = [wi_rows * shape.d_model * size, shape.d_model * shape.d_ff * size]
     if dtype == "int8":  # a float32 for each row
         parts += [wi_rows * 4, shape.d_model * 4]
     elif dtype in ("int4", "mxfp4"):

@@ -77,7 +77,7 @@ class RecurrentPredictor(NetworkPredictor):
             encoder_output: [B, S, d_model]; None: the encoder's result is not known, which makes the guesses worse.
             encoder_mask: [B, S]; None: all are tokens.
         """
-        check_tokens(input_ids, attention_mask, self.vocabulary)
+        check_tokens(input_ids, attention_mask)
         if encoder_output is None:
             encoder_output = self.embedding.new_zeros(input_ids.shape[0], 0, self.embedding.shape[1])
         return self._step(self.start(encoder_output, encoder_mask), input_ids)[0]
@@ -92,7 +92,7 @@ class RecurrentPredictor(NetworkPredictor):
     ) -> HashTable:
         """See ``Predictor.predict``; the arguments are those of ``forward``."""
         check_top_k(top_k, self.experts)
-        real = self.here(check_tokens(input_ids, attention_mask, self.vocabulary))
+        real = self.here(check_tokens(input_ids, attention_mask))
         with torch.no_grad():
             return self._table(self(input_ids, attention_mask, encoder_output, encoder_mask), real, top_k)
 
@@ -113,7 +113,7 @@ class RecurrentPredictor(NetworkPredictor):
 
     def step(self, state: DecoderState, input_ids: Tensor) -> tuple[HashTable, DecoderState]:
         """See ``DecoderPredictor.step``."""
-        real = self.here(check_tokens(input_ids, None, self.vocabulary))
+        real = self.here(check_tokens(input_ids, None))
         with torch.no_grad():
             logits, state = self._step(state, input_ids)
             if input_ids.shape[1] != 1:
@@ -127,7 +127,7 @@ class RecurrentPredictor(NetworkPredictor):
     def _step(self, state: DecoderState, input_ids: Tensor) -> tuple[Tensor, DecoderState]:
         if state.rows != input_ids.shape[0]:
             raise ValueError(f"the state is of {state.rows} rows, input_ids of {input_ids.shape[0]}, expected as many")
-        embedding = self.embedding[self.here(input_ids).long()].float()
+        embedding = self.embedded(self.here(input_ids))
         # Of one token a row and for good: with the weights multiplied out. Training and whole rows: as written.
         if input_ids.shape[1] != 1 or torch.is_grad_enabled() or self.training:
             return self.net(embedding, state)

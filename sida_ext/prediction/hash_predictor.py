@@ -63,7 +63,7 @@ class HashPredictor(NetworkPredictor):
             input_ids: [B, S] int32 or int64.
             attention_mask: [B, S], 1 for tokens and 0 for padding; None: all are tokens.
         """
-        real = check_tokens(input_ids, attention_mask, self.vocabulary)
+        real = check_tokens(input_ids, attention_mask)
         return self._logits(self.here(input_ids), self.here(real))
 
     def _logits(self, input_ids: Tensor, real: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class HashPredictor(NetworkPredictor):
         known = real | ((input_ids >= 0) & (input_ids < self.vocabulary))
         packed = input_ids.masked_fill(~known, 0).long().gather(1, order)[:, :longest]
         present = torch.arange(longest, device=length.device)[None] < length[:, None]
-        logits = self.net(self.embedding[packed].float(), present)
+        logits = self.net(self.embedded(packed), present)
         # Back to the places where the tokens stood.
         spread = logits.new_zeros(*input_ids.shape, self.layers, self.experts)
         place = order[:, :longest, None, None].expand_as(logits)
@@ -84,7 +84,7 @@ class HashPredictor(NetworkPredictor):
     def predict(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int = 1) -> HashTable:
         """See ``Predictor.predict``. gate is the softmax of the logits, probability the calibrated one."""
         check_top_k(top_k, self.experts)
-        real = self.here(check_tokens(input_ids, attention_mask, self.vocabulary))
+        real = self.here(check_tokens(input_ids, attention_mask))
         return self._table(self._logits(self.here(input_ids), real), real, top_k)
 
     def _padding_need(self, tempered: Tensor, real: Tensor) -> Tensor | None:

@@ -80,8 +80,12 @@ def fingerprint(tensors: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int) -> Tensor:
-    """Check what ``predict`` was given.
+def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: int | None = None) -> Tensor:
+    """Check what a predictor was given.
+
+    Args:
+        vocabulary: ids from here on are an error; None: any id may be, for what predicts tokens that have come to the
+            model since (``resize_token_embeddings``).
 
     Returns:
         [B, S] bool: True where there is a real token. Without a mask every position is one, as in the model.
@@ -107,14 +111,27 @@ def check_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocabulary: i
         if not bool((real | (attention_mask == 0)).all()):
             found = attention_mask[~(real | (attention_mask == 0))][0].item()
             raise ValueError(f"attention_mask holds {found}, expected 1 (token) or 0 (padding)")
-    unknown = ((input_ids < 0) | (input_ids >= vocabulary)) & real
+    check_vocabulary(input_ids, real, vocabulary)
+    return real
+
+
+def check_vocabulary(input_ids: Tensor, real: Tensor | None, vocabulary: int | None) -> None:
+    """Raises ValueError for an id that is no token of the model's.
+
+    Args:
+        real: [B, S], where ids count; None: everywhere.
+        vocabulary: tokens of the model; None: not known.
+    """
+    unknown = input_ids < 0 if vocabulary is None else (input_ids < 0) | (input_ids >= vocabulary)
+    if real is not None:
+        unknown = unknown & real
     if bool(unknown.any()):
         row, column = (int(n) for n in unknown.nonzero()[0])
+        known = "tokens from 0 on" if vocabulary is None else f"tokens 0..{vocabulary - 1}"
         raise ValueError(
-            f"input_ids[{row}, {column}] is {int(input_ids[row, column])}; the model knows tokens 0..{vocabulary - 1} "
-            "(is this the model's own tokenizer?)"
+            f"input_ids[{row}, {column}] is {int(input_ids[row, column])}; the model knows {known} (is this the "
+            "model's own tokenizer?)"
         )
-    return real
 
 
 def check_top_k(top_k: int, experts: int) -> None:

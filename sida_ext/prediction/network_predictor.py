@@ -55,8 +55,17 @@ class NetworkPredictor(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Token ids below this are known."""
+        """Token ids below this are known; see ``embedded`` for others."""
         return self.embedding.shape[0]
+
+    def embedded(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [B, S, d_model] float32 of ids from 0 on. A token that has come to the model's vocabulary since
+        (``resize_token_embeddings``) has the mean of all, around which transformers draws those of new tokens."""
+        new = input_ids >= self.vocabulary
+        if not bool(new.any()):
+            return self.embedding[input_ids.long()].float()
+        found = self.embedding[input_ids.masked_fill(new, 0).long()].float()
+        return torch.where(new.unsqueeze(-1), self.embedding.float().mean(0), found)
 
     def here(self, tensor: Tensor) -> Tensor:
         """``tensor`` where the predictor is: a model on a GPU is mostly predicted for by the CPU."""

@@ -150,7 +150,7 @@ def split_predictors(given: Any) -> tuple[Any, Any]:
         else:
             raise TypeError(
                 f"predictor is {type(predictor).__name__}, expected an object with a predict method (encoder), one "
-                "with start, step and reorder (decoder), or a pair of both"
+                "with start, step and reorder (decoder), a RouterLookahead, or several of these"
             )
         if found[stack] is not None:
             raise TypeError(

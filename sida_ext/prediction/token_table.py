@@ -106,11 +106,12 @@ class TokenTablePredictor:
         """See ``Predictor.predict``. gate is the mean router probability seen with that token and expert."""
         check_top_k(top_k, self.experts)
         # The counts are on the CPU, wherever the model is.
-        real = check_tokens(input_ids, attention_mask, self.vocabulary).cpu()
+        real = check_tokens(input_ids, attention_mask).cpu()
         input_ids = input_ids.cpu()
         tokens, place = torch.unique(input_ids[real].long(), return_inverse=True)
         probability, gate = self._distribution(tokens)
-        best, index = probability.topk(top_k, dim=-1)
+        # Stable: of experts that were seen equally often the first, however many are asked for.
+        best, index = (part[..., :top_k] for part in probability.sort(dim=-1, descending=True, stable=True))
         shape = (*input_ids.shape, self.layers, top_k)
         expert_index = torch.full(shape, NO_EXPERT, dtype=torch.int32)
         expert_index[real] = index.int()[place]
@@ -179,7 +180,9 @@ class TokenTablePredictor:
         total = torch.zeros_like(count)
         count[place], total[place] = self._count[entry].double(), self._gate[entry]
         count, total = (t.view(-1, self.layers, self.experts) for t in (count, total))
-        seen = self._seen[tokens].double()[:, None, None]
+        # Tokens that have come to the vocabulary since the table was made were not seen.
+        seen = torch.where(tokens < self.vocabulary, self._seen[tokens.clamp(max=self.vocabulary - 1)], 0)
+        seen = seen.double()[:, None, None]
         probability = (count + self.backoff * self._marginal) / (seen + self.backoff)
         gate = torch.where(count > 0, total / count.clamp(min=1), self._mean_gate)
         return probability.float().clamp(0, 1), gate.float().clamp(0, 1)

@@ -14,15 +14,17 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sida_ext.experts.cuda import on_predictor
 from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.drift import DriftWatch
+from sida_ext.prediction.moe_facts import check_vocabulary
 from sida_ext.prediction.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
 from sida_ext.prediction.protocol import HashTable, Predictor, check_table
 from sida_ext.serving.ending import at_work, close_at_exit
@@ -128,11 +130,13 @@ class _HashBuilder:
         runtime: Runtime,
         layers: list[str],
         num_experts: int,
+        vocabulary: int,
         predictor: Predictor,
         prefetch: PrefetchPolicy,
         lookahead: int | None,
         order: str,
     ) -> None:
+        self.vocabulary = vocabulary
         self.runtime, self.layers, self.num_experts = runtime, layers, num_experts
         self.prefetch, self.predictor, self.order = prefetch, predictor, order
         # Left open (None), the first batch tells how many experts one wants, and the rest follows from that.
@@ -195,6 +199,7 @@ class _HashBuilder:
         input_ids = batch.get("input_ids")
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
             raise ValueError(f"batch {position} has no input_ids of shape [B, S], which the predictor reads")
+        check_vocabulary(input_ids, None, self.vocabulary)
         mask = batch.get("attention_mask")
         if self.runtime.device.type != "cpu":
             input_ids, mask = on_predictor(self.predictor, input_ids, mask)
@@ -356,6 +361,7 @@ def stream(
         runtime,
         names,
         runtime.header.num_experts,
+        cast(Tensor, model.get_input_embeddings().weight).shape[0],  # of now: it may have been resized
         predictor,
         policy,
         None if lookahead == "auto" else int(lookahead),

@@ -107,7 +107,7 @@ def test_no_home_and_no_figure_of_the_memory_are_no_reason_to_fail(store, tmp_pa
 
     small = tmp_path / "small"
     small.write_bytes(bytes(5000))
-    monkeypatch.setattr("sida_ext.experts.store.default_cache", homeless)
+    monkeypatch.setattr(read_plan, "default_cache", homeless)
     plan = read_plan.read_plan(store if large else small)
     assert (plan.lanes, plan.read_bytes) == (DEFAULT_LANES, DEFAULT_READ_BYTES)
     assert "home directory" in plan.why

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from sida_ext.models.gates import gate_formula
+from sida_ext.models.gates import by_rows, gate_formula
 
 
 def gated(function, *, concatenated=True):
@@ -41,13 +41,13 @@ def gpt_oss(gate, up):
 def test_a_gate_that_a_kernel_knows_is_found(name, formula):
     function = ACT2FN[name]
     for concatenated in (True, False):
-        assert gate_formula(gated(lambda g, u: function(g) * u, concatenated=concatenated)) == formula
-    assert gate_formula(types.SimpleNamespace(has_gate=False, act_fn=function)) == formula.removeprefix("gated-")
+        assert gate_formula(gated(lambda g, u: function(g) * u, concatenated=concatenated), 48) == formula
+    assert gate_formula(types.SimpleNamespace(has_gate=False, act_fn=function), 48) == formula.removeprefix("gated-")
 
 
 def test_the_gate_of_gpt_oss_is_found_in_both_orders():
     for concatenated in (True, False):
-        assert gate_formula(gated(gpt_oss, concatenated=concatenated)) == "swiglu_oai"
+        assert gate_formula(gated(gpt_oss, concatenated=concatenated), 48) == "swiglu_oai"
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,32 @@ def test_the_gate_of_gpt_oss_is_found_in_both_orders():
     ],
 )
 def test_a_gate_that_merely_looks_alike_is_not_taken_for_a_kernels(lookalike):
-    assert gate_formula(gated(lookalike)) is None
+    assert gate_formula(gated(lookalike), 48) is None
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda g, u: nn.functional.silu(torch.where(g >= g.topk(24, dim=-1).values[..., -1:], g, 0.0)) * u,
+        lambda g, u: nn.functional.silu(g) * u * torch.linspace(0.5, 1.5, 48),
+        lambda g, u: nn.functional.silu(g - g.mean(-1, keepdim=True)) * u,
+    ],
+)
+@pytest.mark.parametrize("concatenated", [True, False])
+def test_a_gate_that_mixes_the_units_of_a_row_is_no_kernels(mixing, concatenated):
+    """Each of them is a kernel's where a row has one unit."""
+    assert gate_formula(gated(mixing, concatenated=concatenated), 48) is None
+
+
+@pytest.mark.parametrize("width", [24, 100, 128, 640])
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(width):
+    """torch computes what stands behind the last whole vector, and at threads' borders, by other code."""
+    rows = torch.randn(3 * 32768 // width, width, generator=torch.Generator().manual_seed(width))
+
+    def silu(part):
+        return nn.functional.silu(part.clamp(max=2.0))
+
+    found = by_rows(silu, rows)
+    for row in range(0, len(rows), 7):
+        assert torch.equal(by_rows(silu, rows[row : row + 1])[0], found[row])
+    assert by_rows(silu, rows[:0]).shape == (0, width)

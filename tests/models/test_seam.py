@@ -114,8 +114,9 @@ def test_a_layer_is_within_the_bound_of_float64_whatever_the_timing(
         expected, bound = float64_layer(runtime, layer, x, index, weights)
         assert_within(found, expected, bound)
         # A token's bits are its own: alone it gets the same.
-        if layer.formula is not None:
-            assert torch.equal(layer(x[:1], index[:1], weights[:1]), found[:1])
+        for row in range(rows):
+            alone = slice(row, row + 1)
+            assert torch.equal(layer(x[alone], index[alone], weights[alone]), found[alone])
 
 
 def float64_layer(runtime, layer, x, index, weights):
@@ -168,6 +169,16 @@ def test_no_expert_is_loaded_for_a_choice_of_none(reference):
         assert torch.equal(out[:3], torch.zeros_like(out[:3]))
         assert out[3].abs().sum() > 0
         assert runtime.stats().unique == 1  # expert 1 alone
+
+
+@pytest.mark.parametrize("family", ["olmoe", "muse_spark", "glm5_next"])
+def test_no_tokens(reference, family):
+    """By the kernel and by the module's own function."""
+    served = swapped(reference(family)[0], expert_memory="100%")
+    with served.sida, torch.no_grad():
+        layer = swapped_layers(served)[0]
+        none = torch.zeros(0, 2, dtype=torch.int64)
+        assert layer(torch.zeros(0, layer.shape.d_model), none, none.float()).shape == (0, layer.shape.d_model)
 
 
 def test_an_expert_twice_in_a_row_counts_twice(reference):
@@ -312,7 +323,7 @@ def test_copies_share_the_experts_and_a_dropped_model_gives_its_memory_back(refe
 def test_a_kernel_that_differs_from_the_module_is_an_error(reference, monkeypatch):
     """Were a formula wrongly taken for the module's, loading would say so."""
     model, _, _ = reference("olmoe")
-    monkeypatch.setattr("sida_ext.models.seam.gate_formula", lambda module: "gated-gelu")
+    monkeypatch.setattr("sida_ext.models.seam.gate_formula", lambda module, d_ff: "gated-gelu")
     with pytest.raises(RuntimeError, match="another result than the module's own function"):
         swapped(model)
 

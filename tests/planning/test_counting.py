@@ -215,7 +215,7 @@ def test_a_missing_expert_is_named():
     with pytest.raises(ValueError, match=r"mlp\.experts has experts up to 3, but none of number 2"):
         count_experts(CheckpointHeaders("made/up", found.config, tensors, None))
     tensors = {name: tensor for name, tensor in found.tensors.items() if "experts.2.up" not in name}
-    with pytest.raises(ValueError, match=r"experts\.2 has .*; expected up and down"):
+    with pytest.raises(ValueError, match=r"experts\.2 has .*, expected up and down"):
         count_experts(CheckpointHeaders("made/up", found.config, tensors, None))
 
 

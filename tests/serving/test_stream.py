@@ -227,9 +227,16 @@ def test_a_failing_iterable_is_raised(model):
 
 def test_a_failing_model_is_raised_and_the_stream_ends(model):
     given = batches(4)
-    given[1] = {"input_ids": torch.full((1, 4), 97)}  # beyond the vocabulary
-    with pytest.raises(IndexError):
+    given[1] = {"input_ids": torch.full((1, 4), 7)}
+
+    def fail(module, arguments):
+        if arguments[0].shape[:2] == (1, 4):
+            raise IndexError("a layer fails")
+
+    hook = model.encoder.block[0].register_forward_pre_hook(fail)
+    with pytest.raises(IndexError, match="a layer fails"):
         list(sida_ext.stream(model, given, Random()))
+    hook.remove()
     assert not threads_of_stream()
     assert equal(states(sida_ext.stream(model, batches(2), Random())), expected(model, batches(2)))
 

@@ -95,7 +95,7 @@ class Emulated:
         patch.setattr(_C, "set_current_batch", set_current_batch)
         patch.setattr(sida_ext.experts.cuda, "torch", _TorchWithDevices())
         patch.setattr(sida_ext.experts.runtime, "torch", _TorchWithDevices())
-        patch.setattr(sida_ext.models.switch, "Runtime", EmulatedRuntime)
+        patch.setattr(sida_ext.models.swap, "Runtime", EmulatedRuntime)
         self._ops = torch.library.Library("sida", "IMPL")
         self._ops.impl("moe_layer", self._moe_layer, "CPU")
 

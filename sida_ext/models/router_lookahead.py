@@ -1,0 +1,164 @@
+"""Prefetching inside a forward: when a layer's experts are about to run, the next layers' routers are asked.
+
+What a layer's router reads is kept by a hook until the layer's experts are called; there the routers of the layers
+ahead are asked on it, and what they name is announced to the engine. The announcement begins nothing by itself: the
+layer's own experts are demanded next, and come first. It holds until the next layer makes its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sida_ext.experts.runtime import Runtime
+from sida_ext.models.layers import ServedLayer
+from sida_ext.models.router_asking import AskedRouter
+from sida_ext.prediction.router_lookahead import LookaheadState, RouterLookahead, most_wanted, within_room
+
+__all__ = ["LayerAhead", "attach_lookahead"]
+
+logger = logging.getLogger("sida_ext")
+
+
+class _Standing:
+    """What one thread has announced and kept between two layers of a forward."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.number = 0  # of the announcement that stands; 0: none
+        self.hidden: Tensor | None = None  # what the layer under way reads
+        self.began: float | None = None  # when the layer before began, in this forward
+        self.named: dict[tuple[str, int], list[int]] = {}  # (layer, distance) -> experts
+
+    def retire(self) -> None:
+        number, self.number = self.number, 0
+        if number:
+            self.runtime.retire(number)
+
+    def __del__(self) -> None:
+        # A thread that ended between two layers: its forward raised.
+        if self.number and not self.runtime.closed:
+            self.retire()
+
+
+class _Shared:
+    """Of one model and of its copies, whose expert memory is the same one."""
+
+    def __init__(self, runtime: Runtime, state: LookaheadState) -> None:
+        self.runtime, self.state = runtime, state
+        self._thread = threading.local()
+
+    @property
+    def standing(self) -> _Standing:
+        found = getattr(self._thread, "standing", None)
+        if found is None:
+            found = self._thread.standing = _Standing(self.runtime)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+class _Keep:
+    """The hook before what a layer reads. Holds no module: it would be a cycle."""
+
+    def __init__(self, shared: _Shared) -> None:
+        self._shared = shared
+
+    def __call__(self, module: nn.Module, given: tuple[Any, ...]) -> None:
+        if given:
+            self._shared.standing.hidden = given[0]
+
+
+@dataclass
+class LayerAhead:
+    """What a served layer does before and after its experts run.
+
+    Attributes:
+        name: of the layer's experts, as in the store.
+        targets: name and router of the layers that follow, the next one first.
+        normalised: what this layer keeps is a router's input rather than the residual stream.
+    """
+
+    name: str
+    targets: list[tuple[str, AskedRouter]]
+    normalised: bool
+    shared: _Shared
+
+    def before(self, expert_index: Tensor) -> None:
+        """Announce what the layers ahead will want.
+
+        Args:
+            expert_index: [tokens, top_k] this layer's choices, -1 for none.
+        """
+        runtime, state, standing = self.shared.runtime, self.shared.state, self.shared.standing
+        standing.retire()
+        hidden, standing.hidden = standing.hidden, None
+        if runtime.current.number:  # the batch was announced by another predictor, all layers of it
+            return
+        before, standing.began = standing.began, state.now()
+        passed = None if before is None else standing.began - before
+        level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))
+        if not level and not standing.named:
+            return
+        chosen = [expert for expert in expert_index.unique().tolist() if expert >= 0]
+        for key in [key for key in standing.named if key[0] == self.name]:
+            state.compare(self.name, key[1], standing.named.pop(key), chosen)
+        # What this layer computes from stays where it is: no more is named than there is room for beside it.
+        room = runtime.slots - len(chosen)
+        if not level or hidden is None or room <= 0:
+            return
+        wanted = []
+        for distance, (name, router) in enumerate(self.targets[:level], 1):
+            index, weights = router.ask(hidden, self.normalised)
+            experts = most_wanted(index, weights, runtime.header.num_experts)
+            standing.named[name, distance] = experts
+            wanted.append((name, experts))
+        kept = within_room(wanted, room)
+        state.announced(sum(len(experts) for _, experts in kept))
+        if kept:
+            standing.number = runtime.announce(dict(kept), begin=False)
+
+    def after(self) -> None:
+        """The layer has run, or has failed to."""
+        if not self.targets:
+            standing = self.shared.standing
+            standing.retire()
+            standing.named.clear()
+            standing.began = None
+
+
+def attach_lookahead(
+    runtime: Runtime,
+    layers: dict[str, ServedLayer],
+    lookahead: RouterLookahead,
+    routers: tuple[list[str], dict[str, AskedRouter], dict[str, str]],
+) -> None:
+    """Let a swapped model's layers announce what follows them.
+
+    Args:
+        layers: path of the experts module -> served layer.
+        routers: what :func:`sida_ext.models.router_asking.find_routers` has found.
+    """
+    order, found, obstacles = routers
+    if obstacles:
+        what = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
+        logger.warning("RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
+    record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
+    state = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked=obstacles)
+    shared = _Shared(runtime, state)
+    ran = list(dict.fromkeys(order))
+    for at, name in enumerate(ran):
+        if name not in found:
+            continue
+        following = [later for later in ran[at + 1 :] if later in found][: lookahead.depth]
+        targets = [(layers[later].name, found[later]) for later in following]
+        layers[name].ahead = LayerAhead(layers[name].name, targets, found[name].norm is None, shared)
+        if targets:
+            found[name].reads.register_forward_pre_hook(_Keep(shared))
+    runtime.ahead = state

@@ -1,0 +1,176 @@
+"""Whether reading ahead is worth it, judged while it runs: a deterministic state machine without threads or a clock.
+
+It is told what came of the experts that were read ahead, in bytes, and the time; it answers for how many layers ahead
+experts may be announced:
+
+    open(depth) --too much in vain--> open(depth - 1) --> ... --> resting --time is up--> probing --worth it--> open(1)
+         ^                                                           ^                       |
+         +------ worth it for a whole window: one more layer         +--- in vain: rest twice as long
+
+An expert that is read in vain costs what a missed one costs where the disk is always reading, so that the default asks
+for more useful bytes than wasted ones. It costs more where a read takes longer than the layer beside which it runs:
+read in time it saves no more than that layer's time, and in vain it keeps the next layer's own reads waiting for the
+rest. With reads of r layers' time the share p of them has to be right for which p * 1 > (1 - p) * (r - 1).
+
+Where nothing is read ahead at all, since everything is in memory already, there is nothing to gain: it rests as well,
+so that the routers are not asked in vain.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+__all__ = ["GuardOptions", "LookaheadGuard"]
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """When the guard backs off, and for how long.
+
+    Args:
+        waste_cost: cost of a byte read in vain as a share of that of a byte read in time, at the least; with it the
+            least share of useful bytes is ``waste_cost / (1 + waste_cost)``. 0: waste never counts.
+        margin: by how much the share must be above the least before it goes one layer further.
+        window: experts read ahead that the share is taken over. It backs off as soon as more of them were wasted than a
+            window may hold.
+        rest: seconds of the first rest. It doubles with each fall, and halves with each step up.
+        longest_rest: seconds.
+        idle: askings in a row after which nothing was read ahead that begin a rest.
+
+    Raises:
+        ValueError: an argument that cannot work.
+    """
+
+    waste_cost: float = 1.0
+    margin: float = 0.15
+    window: int = 64
+    rest: float = 2.0
+    longest_rest: float = 120.0
+    idle: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("waste_cost", "margin"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value!r}, expected a number of at least 0")
+        for name in ("window", "idle"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected at least 1")
+        if not 0 < self.rest <= self.longest_rest < float("inf"):
+            raise ValueError(
+                f"rest is {self.rest!r}, expected seconds above 0 and not above longest_rest, {self.longest_rest!r}"
+            )
+
+    def least_share(self, slowness: float = 0.0) -> float:
+        """Of useful bytes among those read ahead, below which reading ahead costs more than it saves."""
+        cost = max(self.waste_cost, slowness - 1) if self.waste_cost else 0.0
+        return cost / (1 + cost)
+
+    def rising_share(self, slowness: float = 0.0) -> float:
+        """From which it goes one layer further; below 1 whatever the cost of waste."""
+        least = self.least_share(slowness)
+        return min(least + self.margin, (least + 1) / 2)
+
+
+class LookaheadGuard:
+    """The state machine; one caller at a time.
+
+    Args:
+        depth: the most layers ahead, at least 1. It begins with one.
+        record_bytes: of one expert: what ``window`` is counted in.
+
+    Attributes:
+        level: layers ahead for which experts may be announced now; 0: none.
+        state: "open", "resting" or "probing".
+    """
+
+    def __init__(self, depth: int, record_bytes: int, options: GuardOptions | None = None) -> None:
+        if depth < 1:
+            raise ValueError(f"depth is {depth}, expected at least 1 layer")
+        if record_bytes < 1:
+            raise ValueError(f"record_bytes is {record_bytes}, expected at least 1")
+        self.options = options or GuardOptions()
+        self.depth = depth
+        self.level, self.state = 1, "open"
+        self._window_bytes = self.options.window * record_bytes
+        self._judged: deque[tuple[int, int]] = deque()  # useful and wasted bytes, the latest last
+        self._useful = self._wasted = 0  # of the window
+        self._rest = self.options.rest  # seconds of the next
+        self._wake = 0.0  # end of the rest
+        self._no_rise = float("-inf")  # it goes no further before this time
+        self._idle = 0
+
+    @property
+    def share(self) -> float | None:
+        """Useful bytes among those of the window; None while nothing was judged."""
+        judged = self._useful + self._wasted
+        return self._useful / judged if judged else None
+
+    def observe(self, now: float, useful: int, wasted: int, asked: int = 1, slowness: float = 0.0) -> int:
+        """What came of reading ahead since the last call; the level from now on.
+
+        Args:
+            now: seconds of any clock that does not run backwards.
+            useful: bytes of experts that were read ahead and then wanted.
+            wasted: bytes of experts that were read ahead and evicted unused.
+            asked: how often routers were asked meanwhile.
+            slowness: time of a read over that of a layer's computation (:class:`~sida_ext.prediction.pace.Pace`).
+        """
+        if useful < 0 or wasted < 0 or asked < 0:
+            raise ValueError(
+                f"observed {useful} useful and {wasted} wasted bytes in {asked} askings, expected none below 0"
+            )
+        if self.state == "resting":
+            # What is judged now was read before the rest.
+            if now >= self._wake:
+                self._enter(1, "probing")
+            return self.level
+        self._idle = 0 if useful or wasted else self._idle + asked
+        self._add(useful, wasted)
+        if self._idle >= self.options.idle:
+            self._rest_until(now + self.options.rest)  # nobody is to blame: the next rest is not longer
+        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
+            self._back_off(now)  # whatever the rest of the window brings
+        elif self._useful + self._wasted >= self._window_bytes:
+            self._decide(now, self._useful / (self._useful + self._wasted), slowness)
+        return self.level
+
+    def _add(self, useful: int, wasted: int) -> None:
+        if not useful and not wasted:
+            return
+        self._judged.append((useful, wasted))
+        self._useful, self._wasted = self._useful + useful, self._wasted + wasted
+        while self._useful + self._wasted - sum(self._judged[0]) >= self._window_bytes:
+            old_useful, old_wasted = self._judged.popleft()
+            self._useful, self._wasted = self._useful - old_useful, self._wasted - old_wasted
+
+    def _decide(self, now: float, share: float, slowness: float) -> None:
+        if share < self.options.least_share(slowness):
+            self._back_off(now)
+            return
+        if self.state == "probing":
+            self._enter(1, "open")
+        elif self.level < self.depth and now >= self._no_rise and share >= self.options.rising_share(slowness):
+            self._enter(self.level + 1, "open")
+        else:
+            return
+        self._rest = max(self._rest / 2, self.options.rest)
+
+    def _back_off(self, now: float) -> None:
+        self._no_rise = now + self._rest
+        if self.level > 1:
+            self._enter(self.level - 1, "open")
+        else:
+            self._rest_until(now + self._rest)
+        self._rest = min(2 * self._rest, self.options.longest_rest)
+
+    def _rest_until(self, time: float) -> None:
+        self._wake = time
+        self._enter(0, "resting")
+
+    def _enter(self, level: int, state: str) -> None:
+        """Another level is judged by what it does itself."""
+        self.level, self.state = level, state
+        self._judged.clear()
+        self._useful = self._wasted = self._idle = 0
