@@ -20,7 +20,7 @@ help:
 	@echo "make bench-gpu  one MoE layer on a GPU: decode and prefill shapes beside the floor"
 	@echo "make gpu-check  all that wants a GPU, in eight minutes: tests, sanitizers, figures; DRY=1 without one"
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
-	@echo "make nightly 20,000 seeds of the expert engine's simulator"
+	@echo "make nightly 20,000 seeds of the expert engine's simulator, and the tests marked slow"
 	@echo "make matrix  the Python tests with the oldest and newest torch and transformers and two between, into docs/versions.md"
 	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
 	@echo "make cuda-extension CUDA_PYTHON=...  build the extension against a CUDA build of torch, and test it"
@@ -59,7 +59,8 @@ test: setup
 check: setup
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh check
 	@echo "== long Python tests"
-	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -v --check -m "check or slow"
+	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -v --check -m check
+	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests/test_packaging.py -v --slow
 
 test-cpp: $(VENV)/.tools
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh
@@ -108,6 +109,7 @@ soak: setup
 
 nightly: setup
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh program test_simulator --seeds 20000
+	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -v --slow -m slow
 
 matrix: $(VENV)/.tools
 	$(BIN)/python tools/matrix.py

@@ -17,14 +17,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-    parser.addoption("--check", action="store_true", help="run the tests marked check or slow too")
+    parser.addoption("--check", action="store_true", help="run the tests marked check too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     check = config.getoption("--check")
     for item in items:
-        if "slow" in item.keywords and not (check or config.getoption("--slow")):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as `make check` does"))
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow, as `make nightly` does"))
         if "check" in item.keywords and not check:
             item.add_marker(pytest.mark.skip(reason="long: run with --check, as `make check` does"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
