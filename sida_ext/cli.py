@@ -196,8 +196,7 @@ def run(
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
     ahead = int(lookahead) if lookahead.isdecimal() else lookahead
-    if trace is not None and trace.suffix == ".png":
-        raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
+    _check_places(trace, out)
     lines = read_texts(texts)
     loaded = from_pretrained(
         model,
@@ -218,7 +217,7 @@ def run(
         pad = tokenizer.pad_token_id or 0
         if is_language_model(loaded):
             language = _LanguageRun(loaded, tokenizer, pad, batch_size or 1, max_length)
-            language.run(lines, chosen, ahead, order, generate, out)
+            language.run(lines, chosen, ahead, order, generate, out, trace)
             return
         if generate:
             raise ValueError(f"--generate is {generate}, expected 0: {type(loaded).__name__} is no language model")
@@ -275,6 +274,15 @@ def _refuse_device(model: PreTrainedModel, runtime: Runtime) -> None:
         )
 
 
+def _check_places(trace: Path | None, out: Path | None) -> None:
+    """Refuse what could not be written, before minutes of work."""
+    if trace is not None and trace.suffix == ".png":
+        raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
+    for path in (trace, out):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is no folder, expected one to write {path.name} into")
+
+
 def _write_rows(out: Path | None, lines: list[str], rows: list[dict[str, Any]]) -> None:
     """One JSON line for each text, if somebody wants them."""
     if out is not None:
@@ -303,7 +311,14 @@ class _LanguageRun:
     max_length: int
 
     def run(
-        self, lines: list[str], predictor: Any, lookahead: int | str, order: str, generate: int, out: Path | None
+        self,
+        lines: list[str],
+        predictor: Any,
+        lookahead: int | str,
+        order: str,
+        generate: int,
+        out: Path | None,
+        trace: Path | None,
     ) -> None:
         from sida_ext.experts.runtime import runtime_of
         from sida_ext.serving.language import continuations, likelihoods, perplexity
@@ -312,6 +327,8 @@ class _LanguageRun:
         ids = [self.tokenizer(line, truncation=True, max_length=self.max_length)["input_ids"] for line in lines]
         common: dict[str, Any] = {"batch_size": self.batch_size, "pad_token_id": self.pad}
         rows: list[dict[str, Any]] = []
+        if trace is not None:
+            runtime_of(self.model).start_trace()
         begin = time.perf_counter()
         with progress_bar("running") as bar:
             if generate:
@@ -330,6 +347,8 @@ class _LanguageRun:
                 print(escape(row["generated"]))
         else:
             print(f"perplexity {perplexity([(row['log_likelihood'], row['tokens']) for row in rows]):.2f}")
+        if trace is not None:
+            _write_trace(runtime_of(self.model), trace)
 
 
 def _summary(output: Any) -> dict[str, Any]:

@@ -132,4 +132,7 @@ def parse_memory(
         if not 0 < share <= 100:
             raise ValueError(f"{name} is {budget!r}, expected a share above 0% and up to 100% of the experts")
         return round(experts_bytes * share / 100)
-    return parse_bytes(budget, name)
+    try:
+        return parse_bytes(budget, name)
+    except ValueError as error:
+        raise ValueError(f"{error}, a share such as '25%', or 'auto'") from None

@@ -149,6 +149,7 @@ def _find_stack(model: nn.Module, stack: str) -> Any:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(found)} {stack} stacks of the Switch family, expected exactly one"
+            f"{type(model).__name__} holds {len(found)} {stack} stacks of the Switch family, expected exactly one; "
+            "trained predictors are for Switch Transformers"
         )
     return found[0]

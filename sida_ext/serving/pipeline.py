@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -194,7 +194,7 @@ class _HashBuilder:
         return self.lookahead if self.order == "overlap" else 1
 
     def _predict(self, position: int, batch: dict[str, Any]) -> _Item:
-        if not isinstance(batch, dict):
+        if not isinstance(batch, Mapping):
             raise TypeError(f"batch {position} is {type(batch).__name__}, expected a dict of the model's arguments")
         input_ids = batch.get("input_ids")
         if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
@@ -239,7 +239,7 @@ class _HashBuilder:
 
 def _without_predictor(batches: Iterable[dict[str, Any]]) -> Iterator[_Item]:
     for position, batch in enumerate(batches):
-        if not isinstance(batch, dict):
+        if not isinstance(batch, Mapping):
             raise TypeError(f"batch {position} is {type(batch).__name__}, expected a dict of the model's arguments")
         yield _Item(position=position, batch=batch)
 

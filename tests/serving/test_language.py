@@ -77,8 +77,10 @@ def test_the_command_scores_texts_and_goes_on_with_them(tmp_path):
     assert [row["text"] for row in rows] == lines
     assert all(row["log_likelihood"] < 0 and row["tokens"] > 3 for row in rows)
     assert "perplexity" in done.output
-    done = CliRunner().invoke(app, [*common, "--generate", "5"])
+    trace = tmp_path / "trace.json"
+    done = CliRunner().invoke(app, [*common, "--generate", "5", "--trace", str(trace)])
     assert done.exit_code == 0, done.output
+    assert json.loads(trace.read_text())["traceEvents"]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(row["generated"] and 1 <= row["tokens"] <= 5 for row in rows)
 
@@ -89,3 +91,19 @@ def test_the_command_says_what_is_no_language_model(tmp_path):
     done = CliRunner().invoke(app, ["run", str(MODEL.parent / "demo_model"), str(text), "--generate", "5"])
     assert done.exit_code != 0
     assert "is no language model" in f"{done.output}{done.exception}"
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_runs(tmp_path):
+    text = tmp_path / "texts.txt"
+    text.write_text("A fine film.\n")
+    done = CliRunner().invoke(app, ["run", str(MODEL), str(text), "-o", str(tmp_path / "nowhere" / "out.jsonl")])
+    assert done.exit_code != 0
+    assert "nowhere is no folder, expected one to write out.jsonl into" in f"{done.output}{done.exception}"
+
+
+def test_a_stream_takes_what_a_tokenizer_returns(models):
+    from transformers import BatchEncoding
+
+    given = [BatchEncoding({"input_ids": torch.tensor([ids]), "use_cache": False}) for ids in TEXTS]
+    outputs = list(sida_ext.stream(models[1], given))
+    assert [output.logits.shape[1] for output in outputs] == [len(ids) for ids in TEXTS]
