@@ -60,7 +60,6 @@ check: setup
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh check
 	@echo "== long Python tests"
 	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -v --check -m check
-	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests/test_packaging.py -v --slow
 
 test-cpp: $(VENV)/.tools
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh
