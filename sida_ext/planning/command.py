@@ -43,7 +43,6 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="Of the experts: bfloat16, float32, float16, int8, int4, mxfp4.")
     ] = "bfloat16",
-    dense_dtype: Annotated[str | None, typer.Option(help="Of everything else; default: the checkpoint's.")] = None,
     expert_memory: Annotated[str | None, typer.Option(help="Budget, 2GiB; default: what fits.")] = None,
     memory: Annotated[str | None, typer.Option(help="Of the machine, 16GiB; default: what is free here.")] = None,
     disk: Annotated[str | None, typer.Option(help="Its read rate, 2GB/s; default: measured here.")] = None,
@@ -81,7 +80,6 @@ def plan(
         "bandwidth": bandwidth,
         "gpu": gpu,
         "dtype": dtype,
-        "dense_dtype": dense_dtype,
         "expert_memory": expert_memory,
         "context": context,
         "prompt_tokens": prompt,

@@ -291,6 +291,11 @@ def plan(
     asked = parse_bytes(expert_memory, "expert_memory") if expert_memory is not None else None
     where = "this machine" if memory is None else "the machine"
     place, place_name, process = (host, where, None) if card is None else (card.memory, "the GPU", card.context_bytes)
+    if dense_dtype is not None:  # a plan promises a command that runs
+        raise ValueError(
+            f"dense_dtype is {dense_dtype!r}, expected None: from_pretrained serves everything but the experts as the "
+            "checkpoint has it, or as dtype= says"
+        )
     options: dict[str, Any] = {"kv": kv, "dense_dtype": dense_dtype}
     if process is not None:
         options["process"] = process
