@@ -7,7 +7,6 @@ import numpy as np
 
 Wanted = Sequence[tuple[int, Sequence[int]]]  # (MoE layer, distinct experts), most wanted first
 
-torch_version: str
 cuda_built: bool
 store_prologue_bytes: int
 largest_dimension: int  # of an expert's d_model and d_ff

@@ -324,7 +324,6 @@ PYBIND11_MODULE(_C, m) {
       set_python_error(error);
     }
   });
-  m.attr("torch_version") = SIDA_TORCH_VERSION;
 
   py::class_<ExpertFormat>(m, "ExpertFormat")
       .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated, bool biased) {
