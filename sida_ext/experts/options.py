@@ -35,8 +35,8 @@ class Options:
         expert_dtype: what experts are packed as at first use: float32, float16, bfloat16, int8 (one factor for each
             row), int4 or mxfp4 (one for each 32 columns; :mod:`sida_ext.experts.quantise`). With ``store`` they are
             what the store holds.
-        dense_dtype: what every other large matrix (attention projections, dense and shared feed-forward, the head) is kept
-            as, and computed from by ``torch.ops.sida.linear``: bfloat16, int8 or int4; None: as transformers has it.
+        dense_dtype: what every other large matrix (attention, dense and shared feed-forward, the head) is kept as, and
+            computed from by ``torch.ops.sida.linear``: bfloat16, int8 or int4; None: as transformers has it.
             Routers, norms and embeddings are left alone (:mod:`sida_ext.models.dense`). On the CPU only.
         routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).

@@ -1,15 +1,16 @@
-"""``dense_dtype``: the large matrices beside the experts (attention projections, dense and shared feed-forward, the head)
-are kept as bfloat16, int8 or int4 and computed by ``torch.ops.sida.linear``.
+"""``dense_dtype``: the large matrices beside the experts (attention, dense and shared feed-forward, the head) are kept
+as bfloat16, int8 or int4 and computed by ``torch.ops.sida.linear``.
 
 A swapped ``nn.Linear`` keeps its place, its name and its bias; its parameter ``weight`` is gone. While transformers
-loads a checkpoint, a weight is rounded the moment it is set, and the number of weights that are there in the
-checkpoint's type is one. Routers, norms, embeddings and small matrices stay as transformers has them.
+loads a checkpoint, a weight is rounded the moment it is set: one at a time is in memory in the checkpoint's type.
+Routers, norms, embeddings and small matrices stay as transformers has them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +18,31 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sida_ext import ops
 from sida_ext.experts.budget import format_bytes
 from sida_ext.experts.quantise import GROUP, Quantised, is_quantised, quantise
+from sida_ext.models.families import family_of
+from sida_ext.models.seam_source import meta_model
 
-__all__ = ["DenseLinear", "dense_linears", "expect_dense", "finish_dense", "loading_one_by_one", "saved_bytes"]
+__all__ = [
+    "DenseLinear",
+    "dense_linears",
+    "expect_dense",
+    "finish_dense",
+    "loading_one_by_one",
+    "saved_bytes",
+    "wants_float32",
+]
 
 logger = logging.getLogger("sida_ext")
 
 # Numbers of a matrix below which it stays transformers': its bytes are nothing beside the others, a router's gate or a
 # classifier's head is told apart by them.
 LARGE = 1 << 14
+# Numbers of all large matrices from which on a CPU without bfloat16 instructions is spared torch's bfloat16 products.
+WORTH = 1 << 24
 # Parts of a module's path that stand for what chooses experts.
 ROUTERS = frozenset(("router", "gate"))
 # transformers' switch: read one weight after the other instead of ahead, by threads.
@@ -85,9 +99,10 @@ class StoredWeight(Tensor):
 
     @staticmethod
     def __new__(cls, matrix: Matrix, dtype: torch.dtype, path: str) -> StoredWeight:
-        made = Tensor._make_wrapper_subclass(cls, (matrix.values.shape[0], matrix.columns), dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        shape = (matrix.values.shape[0], matrix.columns)
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         made.matrix, made.path = matrix, path
-        made._is_hf_initialized = True  # for transformers: nothing to initialise
+        made._is_hf_initialized = True  # type: ignore[attr-defined]  # for transformers: nothing to initialise
         return made
 
     def numbers(self) -> Tensor:
@@ -97,7 +112,9 @@ class StoredWeight(Tensor):
         return self.matrix.dequantise().to(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._schema.is_mutable and isinstance(args[0], StoredWeight):
             raise RuntimeError(f"{args[0].path}.weight is stored in few bits and cannot be changed; {_CHANGE}")
 
@@ -122,8 +139,8 @@ _CHANGE = "change the model first, then swap it"
 
 
 class DenseLinear(nn.Linear):
-    """``nn.Linear`` computed by ``torch.ops.sida.linear`` from a :class:`Matrix`. A row's bits depend on its token alone,
-    not on the batch or the number of threads. ``bias`` stays a parameter.
+    """``nn.Linear`` computed by ``torch.ops.sida.linear`` from a :class:`Matrix`. A row's bits depend on its token
+    alone, not on the batch or the number of threads. ``bias`` stays a parameter.
 
     Attributes:
         matrix: the weight.
@@ -165,7 +182,12 @@ class _ArrivingLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # What transformers has read, not what it makes for a weight that the checkpoint lacks and initialises later.
-        if name == "weight" and isinstance(value, Tensor) and not value.is_meta and getattr(value, "_is_hf_initialized", False):
+        if (
+            name == "weight"
+            and isinstance(value, Tensor)
+            and not value.is_meta
+            and getattr(value, "_is_hf_initialized", False)
+        ):
             _become(self, _rounded(self, value, self.dense_dtype))
 
 
@@ -177,8 +199,8 @@ class _TiedLinear(_ArrivingLinear):
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
     raise RuntimeError(
-        f"state_dict() of a model whose matrices are stored in few bits would lack them ({cast(DenseLinear, module).path}); "
-        "use the checkpoint that it was loaded from"
+        "state_dict() of a model whose matrices are stored in few bits would lack them "
+        f"({cast(DenseLinear, module).path}); use the checkpoint that it was loaded from"
     )
 
 
@@ -300,17 +322,36 @@ def _say_others(others: dict[str, list[int]], dtype: str) -> None:
         logger.warning("dense_dtype=%r leaves matrices as they are that are no plain nn.Linear: %s", dtype, what)
 
 
-def saved_bytes(model: nn.Module, layers: dict[str, nn.Module], dtype: str, itemsize: int) -> int:
-    """Bytes that the large linears of a model, with or without data, take less in ``dtype`` than at ``itemsize`` bytes a
+def saved_bytes(config: PreTrainedConfig, model_class: type[PreTrainedModel], dtype: str, itemsize: int) -> int:
+    """Bytes that the large linears of a model take less in ``dtype`` than at ``itemsize`` bytes a
     number. Negative: more, as a copy of a tied matrix is."""
+    model = meta_model(config, model_class)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     saved = 0
-    for path, module in dense_linears(model, layers)[0].items():
+    for path, module in dense_linears(model, family_of(model).layers(model))[0].items():
         rows, columns = module.weight.shape
         groups = -(-columns // GROUP)
         stored = {"bfloat16": 2 * rows * columns, "int8": rows * (columns + 4), "int4": 18 * rows * groups}[dtype]
         saved += (0 if f"{path}.weight" in tied else itemsize * rows * columns) - stored
     return saved
+
+
+def slow_bfloat16() -> bool:
+    """Whether torch computes bfloat16 products on this CPU without instructions made for them: several times slower
+    than float32 ones."""
+    return platform.machine() in ("x86_64", "AMD64") and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+
+def wants_float32(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> bool:
+    """Whether a checkpoint is better served here with its matrices as bfloat16 of our kernels and float32 for the rest
+    than in bfloat16 by torch: it is bfloat16, this CPU is slow at that, and its matrices are more than a trifle."""
+    parts = (config, config.get_text_config(decoder=True))
+    named = next((part.dtype for part in parts if getattr(part, "dtype", None) is not None), None)
+    if str(named).removeprefix("torch.") != "bfloat16" or not slow_bfloat16():
+        return False
+    empty = meta_model(config, model_class)
+    found, _ = dense_linears(empty, family_of(empty).layers(empty))
+    return sum(module.weight.numel() for module in found.values()) >= WORTH
 
 
 @contextmanager

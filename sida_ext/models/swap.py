@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +22,8 @@ from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import open_store
 from sida_ext.experts.store_writer import write_store
-from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, resolve_checkpoint
-from sida_ext.models.dense import expect_dense, finish_dense, loading_one_by_one, saved_bytes
+from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, CheckpointFiles, resolve_checkpoint
+from sida_ext.models.dense import expect_dense, finish_dense, loading_one_by_one, saved_bytes, wants_float32
 from sida_ext.models.families import Family, family_of, moe_layers
 from sida_ext.models.guards import guard_model
 from sida_ext.models.layers import ServedLayer
@@ -32,7 +32,6 @@ from sida_ext.models.quantized import dequantised
 from sida_ext.models.router_asking import find_routers
 from sida_ext.models.router_lookahead import attach_lookahead
 from sida_ext.models.seam import SeamFamily
-from sida_ext.models.seam_source import meta_model
 from sida_ext.prediction.protocol import split_predictors
 from sida_ext.prediction.router_lookahead import split_lookahead
 
@@ -89,9 +88,27 @@ def _check_predictors(predictor: Any, device: torch.device) -> None:
 def _check_dense(options: Options, device: torch.device) -> None:
     if options.dense_dtype is not None and device.type != "cpu":
         raise ValueError(
-            f"dense_dtype is {options.dense_dtype!r}, expected None on {str(device)!r}: the kernels that compute from it "
-            "are the CPU's; dtype= says what transformers keeps everything but the experts as"
+            f"dense_dtype is {options.dense_dtype!r}, expected None on {str(device)!r}: the kernels that compute from "
+            "it are the CPU's; dtype= says what transformers keeps everything but the experts as"
         )
+
+
+def _spared_bfloat16(options: Options, found: CheckpointFiles, arguments: dict[str, Any]) -> Options:
+    """The options, and ``dtype`` among the arguments, where neither says what the large matrices are computed in and
+    transformers' own choice would be the slow one."""
+    given = options.dense_dtype is not None or not {"dtype", "torch_dtype"}.isdisjoint(arguments)
+    if given or resolve_device(options.device, options.host_memory).type != "cpu":
+        return options
+    if not wants_float32(found.config, found.model_class):
+        return options
+    arguments["dtype"] = torch.float32
+    logger.warning(
+        "%s is bfloat16 and this CPU has no instructions for it: its matrices stay bfloat16 and are computed by sida's "
+        "kernels (dense_dtype='bfloat16'), everything else by transformers in float32; dtype='auto' leaves it all to "
+        "transformers in bfloat16",
+        found.name,
+    )
+    return replace(options, dense_dtype="bfloat16")
 
 
 def _routers(model: PreTrainedModel, family: Family, predictor: Any) -> Any:
@@ -192,7 +209,8 @@ def from_pretrained(
     Args:
         path_or_id: checkpoint folder or hub id: Switch Transformers, or any family whose experts go through
             transformers' experts seam (docs/families.md).
-        device, expert_memory, host_memory, expert_dtype, dense_dtype, routing: see :class:`~sida_ext.experts.options.Options`.
+        device, expert_memory, host_memory, expert_dtype, dense_dtype, routing: see
+            :class:`~sida_ext.experts.options.Options`.
         predictor: a :class:`~sida_ext.prediction.protocol.Predictor`, what ``stream`` takes when it is given none; or a
             :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both; or a
             :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`, for a model of the experts seam, alone or
@@ -202,7 +220,9 @@ def from_pretrained(
             defaults.
         progress: is told experts packed and experts in all.
         kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else means what it means
-            to transformers: ``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
+            to transformers: ``dtype`` of everything but the experts (without it and without ``dense_dtype``, a bfloat16
+            checkpoint on a CPU that lacks the instructions for it is loaded with ``dtype=torch.float32,
+            dense_dtype="bfloat16"``, which is said), ``attn_implementation``, ``revision``, ``token``,
             ``cache_dir``, fields of the configuration (``num_labels``, ``output_router_logits``, ...). ``device_map``,
             ``quantization_config`` and others that would bring the experts from elsewhere are refused.
 
@@ -237,6 +257,7 @@ def from_pretrained(
         fields=kwargs,
         **location,
     )
+    options = _spared_bfloat16(options, found, kwargs)
     with source_of(found) as source:
         if options.store is None:
             path = ensure_store(
@@ -254,8 +275,7 @@ def from_pretrained(
         # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
         other_bytes = source.other_bytes(itemsize=4)
         if options.dense_dtype is not None:
-            empty = meta_model(found.config, found.model_class)
-            other_bytes -= saved_bytes(empty, family_of(empty).layers(empty), options.dense_dtype, itemsize=4)
+            other_bytes -= saved_bytes(found.config, found.model_class, options.dense_dtype, itemsize=4)
     stripped: list[tuple[Family, list[ServedLayer]]] = []
     # Before the other weights, so that the system backs expert memory while they are read.
     runtime = Runtime(path, options, reserved=other_bytes)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from sida_ext.planning.counting import ExpertShape, ModelFacts
 
-__all__ = ["DENSE_DTYPES", "EXPERT_DTYPES", "Capacity", "experts_bytes", "kv_cache_bytes", "other_bytes", "record_bytes", "room"]
+__all__ = [
+    "DENSE_DTYPES",
+    "EXPERT_DTYPES",
+    "Capacity",
+    "experts_bytes",
+    "kv_cache_bytes",
+    "other_bytes",
+    "record_bytes",
+    "room",
+]
 
 # Bits of a weight; 4-bit formats with the scale of each group of 32 (float16, or the one byte of MX).
 EXPERT_DTYPES = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.5, "mxfp4": 4.25}

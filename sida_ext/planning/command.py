@@ -255,7 +255,9 @@ def _verify(
 ) -> None:
     from sida_ext.planning.verify import verify
 
-    rows = verify(model, dtype=dtype, dense_dtype=dense_dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt)
+    rows = verify(
+        model, dtype=dtype, dense_dtype=dense_dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt
+    )
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return

@@ -1,5 +1,5 @@
-"""``dense_dtype``: every large linear beside the experts, computed from few bits: rightly in every family, loaded straight
-into them, and guarded as experts are."""
+"""``dense_dtype``: every large linear beside the experts, computed from few bits: rightly in every family, loaded
+straight into them, and guarded as experts are."""
 
 from __future__ import annotations
 
@@ -343,6 +343,29 @@ def test_what_the_option_takes():
         Options(dense_dtype="fp5")
     with pytest.raises(ValueError, match="dense_dtype is 'int4', expected None on 'cuda:0'"):
         swap._check_dense(Options(dense_dtype="int4"), torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dense_dtype": None}, {"dtype": "auto"}, {"dense_dtype": "int8"}], ids=str)
+def test_a_cpu_that_is_slow_at_bfloat16_is_spared_it(small, tmp_path, monkeypatch, caplog, arguments):
+    """Where nobody says what the matrices are computed in; one sentence says what is done instead."""
+    model = tiny_causal()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(dense, "slow_bfloat16", lambda: True)
+    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    load = {"expert_dtype": "float32", "expert_memory": "100%", "store_cache": tmp_path / "store", **arguments}
+    with sida_ext.from_pretrained(tmp_path, **load).sida:  # too small to bother
+        assert "no instructions for it" not in caplog.text
+    monkeypatch.setattr(dense, "WORTH", 1)
+    served = sida_ext.from_pretrained(tmp_path, **load)
+    taken = "dtype" not in arguments and arguments.get("dense_dtype") is None
+    assert caplog.text.count("is bfloat16 and this CPU has no instructions for it") == taken
+    with served.sida, torch.no_grad():
+        assert (served.dtype == torch.float32) == taken
+        assert {module.matrix.dtype for module in linears(served).values()} == (
+            {"bfloat16"} if taken else {arguments["dense_dtype"]} if "dense_dtype" in arguments else set()
+        )
+        if taken:  # nothing is rounded: the checkpoint's own numbers, computed in float32
+            torch.testing.assert_close(served(input_ids=IDS).logits, own(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_router_lookahead_beside_it(small):
