@@ -66,8 +66,8 @@ def check_build(path: Path = BUILD_INFO, found: str | None = None) -> dict:
     found = installed_torch() if found is None else found
     if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < MINIMUM_TORCH:
         raise ImportError(
-            f"torch {found} is installed, expected {'.'.join(map(str, MINIMUM_TORCH))} or later: the first whose stable ABI "
-            "has what sida_ext uses; run: pip install --upgrade torch"
+            f"torch {found} is installed, expected {'.'.join(map(str, MINIMUM_TORCH))} or later, whose stable "
+            "ABI has what sida_ext uses; run: pip install --upgrade torch"
         )
     return info
 
