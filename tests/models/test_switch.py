@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 import sida_ext
 from sida_ext import _C, SwitchTransformersForSequenceClassification
 from sida_ext.models.families import moe_layers
+from sida_ext.models.switch import check_release
 from tests.support.reference import build, small_config
 
 Encoder, EncoderDecoder = SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
@@ -505,3 +506,30 @@ def test_compiled_model_equals_eager(checkpoint):
     with torch.no_grad():
         assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
     model.sida.close()
+
+
+def test_a_release_whose_router_means_something_else_is_refused_by_its_name(monkeypatch):
+    for served in ("5.18.0", "5.24.0", "6.0.0.dev0"):
+        check_release(served)
+    for older in ("5.17.0", "5.0.0", "4.57.6"):
+        with pytest.raises(RuntimeError, match=rf"transformers {re.escape(older)} is installed.*need 5\.18 or later"):
+            check_release(older)
+    monkeypatch.setattr(check_release, "__defaults__", ("5.17.0",))
+    model = build(Encoder, small_config())
+    with pytest.raises(RuntimeError, match=r"transformers 5\.17\.0 is installed"):
+        sida_ext.swap_experts(model, expert_memory="100%")
+
+
+def test_a_token_beyond_its_experts_capacity_adds_nothing_as_in_transformers():
+    """Eight equal tokens in a sentence want one expert that takes two: transformers' own layer and the served one."""
+    model = build(Encoder, small_config(expert_capacity=2))
+    layers = moe_layers(model)
+    name = next(iter(layers))
+    x = torch.randn(1, 1, 24).expand(2, 8, 24).contiguous()
+    with torch.no_grad():
+        expected = layers[name](x)
+        assert expected[:, :2].abs().amax(-1).gt(0).all()
+        assert expected[:, 2:].eq(0).all()
+        served = sida_ext.swap_experts(model, expert_memory="100%", expert_dtype="float32")
+        torch.testing.assert_close(moe_layers(served)[name](x), expected)
+    served.sida.close()
