@@ -5,24 +5,23 @@
 
 namespace sida {
 
-void LayerClock::run(int32_t layer) {
+void LayerClock::run(int32_t layer, double wanted) {
   Layer& its = layers_[static_cast<size_t>(layer)];
   ++now_;
   if (its.runs > 0) its.period = now_ - its.last;
   its.last = now_;
-  ++its.runs;
+  its.age += wanted;
+  its.runs = its.runs * std::exp2(-wanted / half_life) + 1;
 }
 
 UseWeight LayerClock::used(int32_t layer, UseWeight before) const {
-  const double fresh = static_cast<double>(layers_[static_cast<size_t>(layer)].runs) / half_life;
+  const double fresh = layers_[static_cast<size_t>(layer)].age / half_life;
   return fresh + std::log2(1 + std::exp2(before - fresh));
 }
 
 double LayerClock::chance(int32_t layer, UseWeight weight) const {
-  const double runs = static_cast<double>(layers_[static_cast<size_t>(layer)].runs);
-  if (runs == 0) return 0;
-  const double of_all = (1 - std::exp2(-runs / half_life)) / (1 - std::exp2(-1 / half_life));
-  return std::min(1.0, std::exp2(weight - runs / half_life) / of_all);
+  const Layer& its = layers_[static_cast<size_t>(layer)];
+  return its.runs == 0 ? 0 : std::min(1.0, std::exp2(weight - its.age / half_life) / its.runs);
 }
 
 double LayerClock::wait(int32_t layer, UseWeight weight) const {

@@ -14,21 +14,23 @@
 
 namespace sida {
 
-// How often an expert was wanted by its layer's runs, each counting half for every `half_life` runs that have followed:
-// the logarithm to base 2 of that sum as it was before the layer's first run. It changes when the expert is wanted and
-// never else, and of two experts of one layer the greater one is wanted more often.
+// How often an expert was wanted by its layer's runs, each counting half for every `half_life` that has passed since: the
+// logarithm to base 2 of that sum as it was before the layer's first run. It changes when the expert is wanted and never
+// else, and of two experts of one layer the greater one is wanted more often.
 using UseWeight = double;
 inline constexpr UseWeight never_used = -std::numeric_limits<double>::infinity();
 
 class LayerClock {
  public:
-  // Runs after which a use counts half. Fewer follow a change of topic sooner, more tell rare experts apart better.
-  // Replaying recorded and drawn routings, 32 to 128 differ by a point of the hit rate.
-  static constexpr double half_life = 64;
+  // A layer ages by the share of its experts that a run wants: by 1 for a prompt that wants all of them, by 1/16 for a
+  // token that wants 8 of 128. So however many a run wants, the mean expert is wanted once in an age of 1, and what is
+  // known of it rests on about as many uses. Fewer ages follow a change of topic sooner, more tell rare experts apart
+  // better (bench.causal.eviction has both kinds of routing).
+  static constexpr double half_life = 4;
 
   explicit LayerClock(int32_t layers) : layers_(static_cast<size_t>(layers)) {}
 
-  void run(int32_t layer);  // a run begins
+  void run(int32_t layer, double wanted);  // a run begins that wants this share of the layer's experts
 
   // The weight of an expert after the run of its layer that has just begun has wanted it.
   UseWeight used(int32_t layer, UseWeight before) const;
@@ -39,7 +41,8 @@ class LayerClock {
 
  private:
   struct Layer {
-    int64_t runs = 0;
+    double age = 0;
+    double runs = 0;     // each counting half for every half_life since
     int64_t last = 0;    // the clock at its latest run
     int64_t period = 0;  // runs of all layers between its last two; 0: it has not run twice
   };

@@ -129,7 +129,7 @@ DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, Batc
   counters.unique += static_cast<int64_t>(experts.size());
   Demand demand;
   demand.layer = layer;
-  clock_.run(layer);
+  clock_.run(layer, static_cast<double>(experts.size()) / options_.experts);
   demand.batch = batch;
   for (const int32_t index : experts) {
     const int32_t expert = id(layer, index);

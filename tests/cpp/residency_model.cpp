@@ -55,7 +55,7 @@ void ResidencyModel::retire(BatchId id) {
 void ResidencyModel::demand(DemandId number, int32_t layer, const std::vector<int32_t>& experts, BatchId batch) {
   Demand demand{layer, {}, {}};
   ++counters_[layer].requested;
-  layer_clock_.run(layer);
+  layer_clock_.run(layer, static_cast<double>(experts.size()) / options.experts);
   for (const int32_t index : experts) {
     const int32_t expert = id(layer, index);
     ++counters_[layer].unique;

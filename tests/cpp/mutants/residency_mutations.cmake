@@ -60,7 +60,7 @@ sida_mutation("what is used again soonest comes in first" experts/residency.cpp
 sida_mutation("a use leaves no weight" experts/residency.cpp
               [=[state.weight = clock_.used(layer, state.weight);]=] [=[]=])
 sida_mutation("layers run unseen" experts/residency.cpp
-              [=[clock_.run(layer);]=] [=[]=])
+              [=[clock_.run(layer, static_cast<double>(experts.size()) / options_.experts);]=] [=[]=])
 sida_mutation("what is expected soonest goes first" experts/eviction.cpp
               [=[(wait < latest ||]=] [=[((MUTANT ? wait > latest : wait < latest) ||]=])
 sida_mutation("the clock stands still" experts/residency.cpp
