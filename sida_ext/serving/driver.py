@@ -37,12 +37,14 @@ class Work:
         ids: the prompt's tokens.
         sampling: of a generation.
         continuation: the tokens that are scored.
+        experts: (MoE layer, expert) that it is predicted to want; None: not asked yet.
     """
 
     kind: str
     ids: list[int]
     sampling: Sampling | None = None
     continuation: list[int] = field(default_factory=list)
+    experts: frozenset[tuple[int, int]] | None = None
 
 
 @dataclass(eq=False)
@@ -129,7 +131,10 @@ class Driver:
         Raises:
             RequestError: 429 if the queue is full, 503 if the server is closing.
         """
-        experts = [self.model.predicted(work.ids) for work in job.work] if self.limits.patience else []
+        experts = [
+            self.model.predicted(work.ids) if work.experts is None else work.experts
+            for work in (job.work if self.limits.patience else [])
+        ]
         with self._changed:
             if self._closing:
                 raise RequestError(503, "the server is shutting down", code="shutting_down", retry_after=5)

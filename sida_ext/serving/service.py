@@ -6,19 +6,19 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
 from sida_ext.serving.driver import Answer, Driver, Job, Work
-from sida_ext.serving.metrics import ServerMetrics
-from sida_ext.serving.model import ServedModel
+from sida_ext.serving.metrics import FrontMetrics, ServerMetrics
+from sida_ext.serving.model import ModelFacts, ServedModel
 from sida_ext.serving.protocol import RequestError
 from sida_ext.serving.scheduler import Limits
 from sida_ext.serving.settings import ServerSettings
 
-__all__ = ["Answers", "ClientLeftError", "Service"]
+__all__ = ["Answers", "ClientLeftError", "Front", "Service", "until_left"]
 
 log = logging.getLogger("sida_ext.serving")
 
@@ -61,6 +61,30 @@ class Answers:
                 self._open -= 1
 
 
+class Front(Protocol):
+    """What the HTTP application asks of what is behind it: a model of this process, or replicas of one elsewhere."""
+
+    @property
+    def model(self) -> ModelFacts: ...
+
+    @property
+    def metrics(self) -> FrontMetrics: ...
+
+    limits: Limits
+    settings: ServerSettings
+    draining: bool
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def standing(self) -> tuple[str, dict[str, Any]]: ...
+
+    def run(
+        self, request: Request, work: list[Work], deadline: float
+    ) -> AbstractAsyncContextManager[Answers]: ...
+
+
 class Service:
     """One served model in one process.
 
@@ -78,10 +102,16 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._cut: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Called in the event loop, once."""
         self._loop = asyncio.get_running_loop()
         self.driver.start()
+
+    def standing(self) -> tuple[str, dict[str, Any]]:
+        """``"ok"`` or what is wrong, and what else ``/health`` says."""
+        if not self.driver.alive:
+            return "the driver has ended", {}
+        return "ok", {"queue": self.driver.waiting, "running": self.driver.running}
 
     def drain(self) -> None:
         """Take no more requests; those that run are cut off after ``settings.drain`` seconds. Safe in a signal's
@@ -124,7 +154,7 @@ class Service:
         answers = Answers(len(work))
         job = Job(work, time.monotonic() + deadline, answers.tell)
         self.driver.submit(job)
-        watch = asyncio.create_task(_watch(request, answers))
+        watch = asyncio.create_task(until_left(request, answers.left))
         try:
             yield answers
         finally:
@@ -137,7 +167,8 @@ def _run(answers: Sequence[Callable[[], None]]) -> None:
         answer()
 
 
-async def _watch(request: Request, answers: Answers) -> None:
+async def until_left(request: Request, tell: Callable[[], None]) -> None:
+    """Call ``tell`` when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    answers.left()
+    tell()
