@@ -181,6 +181,9 @@ def run(
     ] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here, and a PNG beside it.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one JSON line for each text here.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on a Ray cluster ($RAY_ADDRESS, or this machine).")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: how many, each with the budget.")] = 1,
+    replica_cpus: Annotated[float, typer.Option(help="With --ray: processors of each replica.")] = 1.0,
 ) -> None:
     """Run texts through a model and say what it did: tokens/s, hit rate, stall time, bytes read."""
     import torch
@@ -191,23 +194,26 @@ def run(
     from sida_ext.prediction.protocol import find_predictor
     from sida_ext.serving.language import is_language_model
     from sida_ext.serving.savings import watch_order
-    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of, summary
 
-    if batch_size is not None and max_tokens is not None:
-        raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
-    ahead = int(lookahead) if lookahead.isdecimal() else lookahead
+    _check_batches(batch_size, max_tokens)
     _check_places(trace, out)
+    ahead = int(lookahead) if lookahead.isdecimal() else lookahead
     lines = read_texts(texts)
-    loaded = from_pretrained(
-        model,
-        device=device,
-        expert_memory=expert_memory,
-        host_memory=host_memory,
-        expert_dtype=expert_dtype,
-        store=store,
-        routing=routing,
-        confidence=confidence,
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "expert_memory": expert_memory,
+        "host_memory": host_memory,
+        "expert_dtype": expert_dtype,
+        "store": store,
+        "routing": routing,
+        "confidence": confidence,
+    }
+    if ray:
+        _refuse_on_cluster(batch_size=batch_size, max_tokens=max_tokens, trace=trace, order=order, lookahead=lookahead)
+        _run_on_cluster(lines, out, replicas, replica_cpus, model, options, predictor, max_length, generate)
+        return
+    loaded = from_pretrained(model, **options)
     runtime = runtime_of(loaded)
     try:
         if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
@@ -246,7 +252,7 @@ def run(
             for number, output in enumerate(stream(loaded, given, chosen, ahead, order)):
                 batch = formed[number]
                 for position, row in zip(batch.positions, rows_of(output, batch), strict=True):
-                    rows[position] = _summary(row)
+                    rows[position] = summary(row)
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
         _write_rows(out, lines, [rows[number] for number in range(len(lines))])
@@ -272,6 +278,36 @@ def _refuse_device(model: PreTrainedModel, runtime: Runtime) -> None:
             f"--device is {str(runtime.device)!r}, expected cpu: sida run scores and continues texts with "
             f"{type(model).__name__} on the CPU alone; for a GPU use the Python interface"
         )
+
+
+def _check_batches(batch_size: int | None, max_tokens: int | None) -> None:
+    if batch_size is not None and max_tokens is not None:
+        raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
+
+
+def _refuse_on_cluster(**given: Any) -> None:
+    defaults = {"order": "given", "lookahead": "auto"}
+    for name, value in given.items():
+        if value != defaults.get(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {value} with --ray, where texts run one by one and are grouped by "
+                "their predicted experts before; leave it out"
+            )
+
+
+def _run_on_cluster(lines: list[str], out: Path | None, replicas: int, cpus: float, *arguments: Any) -> None:
+    """``arguments``: the fields of ``BatchArguments``."""
+    from sida_ext.experts.budget import format_bytes
+    from sida_ext.serving.cluster_batch import BatchArguments, run_batch
+
+    begin = time.perf_counter()
+    found = run_batch(BatchArguments(*arguments), lines, replicas=replicas, cpus=cpus)
+    seconds = time.perf_counter() - begin
+    _write_rows(out, lines, found.rows)
+    print(
+        f"{len(lines)} texts of {found.tokens} tokens in {seconds:.2f} s, the start of {replicas} replicas included; "
+        f"hit rate {found.hits / max(found.wanted, 1):.1%}, read {format_bytes(found.read_bytes)}"
+    )
 
 
 def _check_places(trace: Path | None, out: Path | None) -> None:
@@ -349,15 +385,6 @@ class _LanguageRun:
             print(f"perplexity {perplexity([(row['log_likelihood'], row['tokens']) for row in rows]):.2f}")
         if trace is not None:
             _write_trace(runtime_of(self.model), trace)
-
-
-def _summary(output: Any) -> dict[str, Any]:
-    """What a run keeps of one text's output."""
-    if "logits" in output:
-        logits = output.logits[0].float()
-        return {"label": int(logits.argmax()), "logits": logits.tolist()}
-    states = output.last_hidden_state.float()
-    return {"mean": states.mean().item(), "norm": states.norm().item()}
 
 
 def _print_savings(savings: OrderSavings) -> None:

@@ -223,10 +223,10 @@ async def whole(
     logprobs: list[list[TokenLogprob]] = [[] for _ in work]
     finish: list[str | None] = [None] * len(work)
     written = 0
-    async with service.run(request, work, deadline) as answers:
+    async with service.run(request, work, deadline, whole=True) as answers:
         async for row, delta in answers.each():
             if not written:
-                service.metrics.first_token.observe(time.perf_counter() - begin)
+                service.metrics.first_token.observe(answers.first_token_at() - begin)
             written += delta.tokens
             texts[row].append(delta.text)
             logprobs[row].extend(delta.logprobs)

@@ -1,14 +1,19 @@
-"""``sida serve --ray``: the HTTP application before replicas on a Ray cluster, each with experts and a budget of its own.
+"""``sida serve --ray``: the HTTP application before replicas on a Ray cluster, each with experts and a budget of its
+own.
 
 ``serve run sida_ext.serving.cluster:app model=FOLDER expert_memory=4GiB replicas=2`` starts the same.
 """
 
 from __future__ import annotations
 
+import logging
+import signal
+import threading
 from dataclasses import dataclass, fields
 from typing import Any
 
 try:
+    import ray
     from ray import serve
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 except ImportError as error:
@@ -19,12 +24,13 @@ except ImportError as error:
 from fastapi import FastAPI
 
 from sida_ext.experts.options import NAMES
+from sida_ext.progress import console
 from sida_ext.serving.command import served_name
 from sida_ext.serving.replica import Replica, ReplicaArguments
 from sida_ext.serving.scheduler import Limits
 from sida_ext.serving.settings import ServerSettings
 
-__all__ = ["INGRESS", "REPLICAS", "Shape", "app", "application"]
+__all__ = ["INGRESS", "REPLICAS", "Shape", "app", "application", "run"]
 
 INGRESS, REPLICAS = "sida-ingress", "sida-replicas"
 
@@ -91,7 +97,7 @@ def application(arguments: ReplicaArguments, shape: Shape, settings: ServerSetti
         Replica,
         name=REPLICAS,
         ray_actor_options=needs,
-        # A replica's batch is full and the next one waits for it; more go to the next best replica, or wait before both.
+        # A replica's batch is full and the next one waits for it; more go to the next best replica, or wait before all.
         max_ongoing_requests=2 * limits.rows,
         max_queued_requests=limits.queue,
         request_router_config=RequestRouterConfig(**router),
@@ -104,16 +110,67 @@ def application(arguments: ReplicaArguments, shape: Shape, settings: ServerSetti
         from sida_ext.serving.cluster_service import ClusterService
         from sida_ext.serving.server import create_app
 
-        return create_app(ClusterService(arguments, settings, REPLICAS))
+        name = serve.get_replica_context().app_name
+        return create_app(
+            ClusterService(arguments, settings, name, lambda: serve.get_deployment_handle(REPLICAS, name))
+        )
 
+    ingress_class: Any = serve.ingress(build)()
     ingress = serve.deployment(
-        serve.ingress(build)(),
+        ingress_class,
         name=INGRESS,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=limits.queue + most * 2 * limits.rows,
         graceful_shutdown_timeout_s=settings.drain,
     )
     return ingress.bind(replicas.bind(arguments))
+
+
+def run(
+    arguments: ReplicaArguments,
+    shape: Shape,
+    settings: ServerSettings,
+    host: str,
+    port: int,
+    address: str | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; running requests then have ``settings.drain`` seconds.
+
+    Args:
+        host, port: where every machine's proxy listens.
+        address: of a Ray cluster; None: ``$RAY_ADDRESS``, else one of this machine alone is started.
+
+    Raises:
+        ValueError: the cluster is too small for the fewest replicas, which would wait for ever.
+    """
+    ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        _check_room(shape, ray.cluster_resources())
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(application(arguments, shape, settings), name="sida", route_prefix="/")
+        console.print(
+            f"serving {arguments.name} at http://{host}:{port} with {shape.replicas} replicas",
+            markup=False,
+            highlight=False,
+        )
+        ended = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+        ended.wait()
+        serve.delete("sida")
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _check_room(shape: Shape, found: dict[str, float]) -> None:
+    least = shape.range[0]
+    for name, needed in (("CPU", shape.cpus), ("GPU", shape.gpus), ("memory", shape.memory)):
+        if least * needed > found.get(name, 0.0):
+            raise ValueError(
+                f"{least} replicas of {needed:g} {name} need {least * needed:g}; the Ray cluster has "
+                f"{found.get(name, 0.0):g}"
+            )
 
 
 def app(given: dict[str, str]) -> serve.Application:
@@ -130,8 +187,8 @@ def app(given: dict[str, str]) -> serve.Application:
     if "model" not in rest:
         raise ValueError("there is no model: serve run sida_ext.serving.cluster:app model=FOLDER")
     model = rest.pop("model")
-    made = {kind: kind(**_taken(kind, rest)) for kind in (Shape, Limits, ServerSettings)}
-    shape, limits, settings = made[Shape], made[Limits], made[ServerSettings]
+    shape, limits = Shape(**_taken(Shape, rest)), Limits(**_taken(Limits, rest))
+    settings = ServerSettings(**_taken(ServerSettings, rest))
     name, predictor = rest.pop("name", None), rest.pop("predictor", None)
     context = int(rest.pop("context")) if "context" in rest else None
     known = {*NAMES, "dtype"}

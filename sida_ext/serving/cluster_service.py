@@ -17,7 +17,6 @@ from typing import Any
 from prometheus_client import Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.requests import Request
@@ -26,6 +25,7 @@ from sida_ext.serving.driver import Answer, Work
 from sida_ext.serving.expert_routing import RoutedRequest, mask_of, reports
 from sida_ext.serving.metrics import FrontMetrics
 from sida_ext.serving.model import ModelFacts, predicted_experts
+from sida_ext.serving.predicting import load_predictor
 from sida_ext.serving.protocol import RequestError
 from sida_ext.serving.replica import ReplicaArguments
 from sida_ext.serving.scheduler import Limits
@@ -46,19 +46,24 @@ class ClusterService:
     Args:
         arguments: of the replicas.
         settings: of the server.
-        replicas: name of the replicas' deployment.
+        application: Ray Serve's name of the application.
+        connect: makes the handle of the replicas' deployment.
         attempts: replicas that may die under one request before it ends with an error.
     """
 
     def __init__(
-        self, arguments: ReplicaArguments, settings: ServerSettings, replicas: str, attempts: int = 4
+        self,
+        arguments: ReplicaArguments,
+        settings: ServerSettings,
+        application: str,
+        connect: Callable[[], Any],
+        attempts: int = 4,
     ) -> None:
         self.settings, self.limits = settings, arguments.limits
         self.draining = False
         self.metrics = ClusterMetrics(arguments.name, self.standings, arguments.limits)
         self._arguments, self._attempts = arguments, attempts
-        self._app = serve.get_replica_context().app_name
-        self._deployment = replicas
+        self._application, self._connect = application, connect
         self._handle: Any = None
         self._predictor: Any = None
         self._facts: ModelFacts | None = None
@@ -72,9 +77,11 @@ class ClusterService:
         """Wait for the first replica, which says what is served."""
         from sida_ext.texts import tokenizer_of
 
-        self._handle = serve.get_deployment_handle(self._deployment, self._app)
+        self._handle = self._connect()
         if self._arguments.predictor is not None:
-            self._predictor = await asyncio.to_thread(_load_predictor, self._arguments)
+            self._predictor = await asyncio.to_thread(
+                load_predictor, self._arguments.model, self._arguments.predictor, self._arguments.options
+            )
         self._facts = await self._handle.facts.remote()
         self._facts.tokenizer = await asyncio.to_thread(tokenizer_of, self._arguments.model)
 
@@ -83,7 +90,7 @@ class ClusterService:
 
     def standings(self) -> dict[str, dict[str, Any]]:
         """What each replica last reported."""
-        return reports(self._app)
+        return reports(self._application)
 
     def standing(self) -> tuple[str, dict[str, Any]]:
         """See :class:`~sida_ext.serving.service.Front`."""
@@ -95,12 +102,14 @@ class ClusterService:
         }
 
     @asynccontextmanager
-    async def run(self, request: Request, work: list[Work], deadline: float) -> AsyncIterator[Answers]:
+    async def run(
+        self, request: Request, work: list[Work], deadline: float, whole: bool = False
+    ) -> AsyncIterator[Answers]:
         """Send a job to a replica; inside the block its answers are read; afterwards nothing of it runs any more."""
         if self._predictor is not None:
             await asyncio.to_thread(_predict, self._predictor, work)
         answers = Answers(len(work))
-        task = asyncio.create_task(self._send(work, time.monotonic() + deadline, answers))
+        task = asyncio.create_task(self._send(work, time.monotonic() + deadline, whole, answers))
         watch = asyncio.create_task(until_left(request, answers.left))
         try:
             yield answers
@@ -110,25 +119,25 @@ class ClusterService:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _send(self, work: list[Work], deadline: float, answers: Answers) -> None:
+    async def _send(self, work: list[Work], deadline: float, whole: bool, answers: Answers) -> None:
         """Tell ``answers`` what a replica answers; every row ends, if need be with an error."""
         try:
             problem = await asyncio.wait_for(
-                self._until_answered(work, deadline, answers), deadline - time.monotonic()
+                self._until_answered(work, deadline, whole, answers), deadline - time.monotonic()
             )
         except asyncio.TimeoutError:
             problem = RequestError(504, "the request's deadline has passed", code="deadline")
         except BackPressureError:
-            problem = RequestError(
-                429, "the queue is full; try again later", code="queue_full", retry_after=1
-            )
+            problem = RequestError(429, "the queue is full; try again later", code="queue_full", retry_after=1)
         except (DeploymentUnavailableError, RayTaskError):
             log.exception("a request failed")
             problem = RequestError(500, "the replica failed; its log says why", code="computation_failed")
         if problem is not None:
             answers.tell(0, problem)
 
-    async def _until_answered(self, work: list[Work], deadline: float, answers: Answers) -> RequestError | None:
+    async def _until_answered(
+        self, work: list[Work], deadline: float, whole: bool, answers: Answers
+    ) -> RequestError | None:
         wanted = frozenset[tuple[int, int]]().union(*(each.experts or () for each in work))
         weight = sum(
             len(each.ids) + len(each.continuation) + (each.sampling.new_tokens if each.sampling is not None else 0)
@@ -138,7 +147,7 @@ class ClusterService:
         told: list[list[Answer]] = [[] for _ in work]
         for attempt in range(1, self._attempts + 1):
             again = [0] * len(work)  # answers of this attempt, by row
-            call = self._handle.options(stream=True).compute.remote(routed, work, deadline - time.monotonic())
+            call = self._handle.options(stream=True).compute.remote(routed, work, deadline - time.monotonic(), whole)
             try:
                 async for step in call:
                     for row, answer in step:
@@ -178,18 +187,6 @@ def _differs(row: int) -> RequestError:
     return RequestError(
         500, "the replica died, and another one's answer differs from what was sent already", code="replicas_differ"
     )
-
-
-def _load_predictor(arguments: ReplicaArguments) -> Any:
-    """The predictor alone: the experts' memory is given back, and the model's own weights are dropped."""
-    from sida_ext.experts.runtime import runtime_of
-    from sida_ext.models.swap import from_pretrained
-    from sida_ext.prediction.protocol import find_predictor, split_predictors
-
-    model = from_pretrained(arguments.model, **arguments.options)
-    runtime_of(model).close()
-    assert arguments.predictor is not None
-    return split_predictors(find_predictor(arguments.predictor, model))[0]
 
 
 class ClusterMetrics(FrontMetrics):

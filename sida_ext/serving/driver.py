@@ -49,11 +49,16 @@ class Work:
 
 @dataclass(eq=False)
 class Job:
-    """A request: its rows, and who is told what they answer: ``tell(row, answer)``, in the thread of ``deliver``."""
+    """A request: its rows, and who is told what they answer: ``tell(row, answer)``, in the thread of ``deliver``.
+
+    With ``whole`` a row's answer is told at once when it is complete, which spares the event loop a call in each step.
+    """
 
     work: list[Work]
     deadline: float  # time.monotonic()
     tell: Callable[[int, Answer], None]
+    whole: bool = False
+    first_token: float | None = None  # time.perf_counter() of the first token
     ids: list[int] = field(default_factory=list)
 
 
@@ -65,6 +70,7 @@ class _Running:
     writer: Writer | None = None
     row: Any = None
     token: int = 0  # the latest, not yet computed
+    held: Delta = field(default_factory=Delta)  # what a whole answer is so far
 
 
 @dataclass
@@ -244,6 +250,10 @@ class Driver:
 
     def _answer(self, running: _Running, answer: Answer) -> None:
         job, place = running.job, running.place
+        if job.whole and isinstance(answer, Delta):
+            answer = running.held.extend(answer)
+            if answer.finish is None:
+                return
         self._answers.append(lambda: job.tell(place, answer))
 
     def _over(self, running: _Running, answer: Answer) -> None:
@@ -328,6 +338,8 @@ class Driver:
         assert running.writer is not None
         running.token = token
         delta = running.writer.take(token, logits)
+        if running.job.first_token is None:
+            running.job.first_token = time.perf_counter()
         self.counts.tokens += 1
         if delta.finish is not None:
             self._leave(number, delta)

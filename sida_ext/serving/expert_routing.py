@@ -59,10 +59,10 @@ class ExpertRouting:
     """What one router knows of its replicas.
 
     A replica's score for a request is the share of the wanted experts that it holds, and to it the share that its
-    latest requests wanted: what it holds at this moment is half by chance, and alone does not keep domains apart (of two
-    domains of phrases 73 % went where their like went, with both 97 %). Load is the weight of what a replica was sent,
-    fading by half over ``horizon`` requests; one whose load would pass ``imbalance`` times the mean stands behind all
-    that stay below.
+    latest requests wanted: what it holds at this moment is half by chance, and alone does not keep domains apart (of
+    two domains of phrases 73 % went where their like went, with both 97 %). Load is the weight of what a replica was
+    sent, fading by half over ``horizon`` requests; one whose load is more than ``imbalance`` times the mean stands
+    behind all others, so that it passes this bound by one request at the most.
 
     Args:
         imbalance: the bound, at least 1; 1 is turn by turn.
@@ -99,29 +99,25 @@ class ExpertRouting:
         """Weight of what the replica was sent of late."""
         return self._known[replica].load
 
-    def rank(self, wanted: int, weight: float, candidates: Sequence[str]) -> list[str]:
+    def rank(self, wanted: int, candidates: Sequence[str]) -> list[str]:
         """The candidates, best first.
 
         Args:
             wanted: bits of the experts that the request is predicted to want; 0: nothing is known, and load decides.
-            weight: what it costs, in tokens.
         """
         loads = {name: self._known[name].load for name in candidates}
-        bound = self.imbalance * (sum(loads.values()) + weight) / max(len(loads), 1)
-        least = min(loads.values(), default=0.0)
+        bound = self.imbalance * sum(loads.values()) / max(len(loads), 1)
         bits = _bits(wanted)
 
         def key(name: str) -> tuple[bool, float, float]:
             known = self._known[name]
-            # The least loaded one is always within the bound, also where one request is more than all before.
-            over = known.load + weight > bound and known.load > least
             drawn = sum(known.drawn.get(bit, 0.0) for bit in bits) / (known.load or 1.0)
-            return over, -((known.held & wanted).bit_count() + drawn), known.load
+            return known.load > bound, -((known.held & wanted).bit_count() + drawn), known.load
 
         return sorted(candidates, key=key)
 
     def sent(self, replica: str, wanted: int, weight: float) -> None:
-        """The request went to ``replica``."""
+        """The request went to ``replica``; ``weight``: what it costs, in tokens."""
         for known in self._known.values():
             known.load *= self._keep
         known = self._known.get(replica) or _Known(0, 0.0, {})

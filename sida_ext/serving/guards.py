@@ -41,9 +41,7 @@ class Guards:
         endpoints: paths that are told apart in the metrics.
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: ServerSettings, metrics: FrontMetrics, endpoints: Iterable[str]
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: FrontMetrics, endpoints: Iterable[str]) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.endpoints = frozenset(endpoints)
 

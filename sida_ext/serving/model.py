@@ -265,10 +265,7 @@ def predicted_experts(predictor: Any, ids: Sequence[int]) -> Experts:
     """(MoE layer, expert) of the most likely expert of each token and layer."""
     best = predictor.predict(torch.tensor([list(ids)])).expert_index[0, :, :, 0]  # [tokens, layers]
     return frozenset(
-        (layer, expert)
-        for layer in range(best.shape[1])
-        for expert in best[:, layer].unique().tolist()
-        if expert >= 0
+        (layer, expert) for layer in range(best.shape[1]) for expert in best[:, layer].unique().tolist() if expert >= 0
     )
 
 

@@ -62,17 +62,20 @@ class Replica:
         """What the ingress must know of the model."""
         return self._served.facts
 
-    async def compute(self, routed: Any, work: list[Work], seconds: float) -> AsyncIterator[list[tuple[int, Answer]]]:
+    async def compute(
+        self, routed: Any, work: list[Work], seconds: float, whole: bool
+    ) -> AsyncIterator[list[tuple[int, Answer]]]:
         """The answers (row, answer) of a job, those of one step together; the last of a row is its last.
 
         Args:
             routed: was read by the request router.
             work: the rows.
             seconds: after which the job is given up.
+            whole: each row answers once, when it is complete.
         """
         self._loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue()
-        job = Job(work, time.monotonic() + seconds, lambda row, answer: queue.put_nowait((row, answer)))
+        job = Job(work, time.monotonic() + seconds, lambda row, answer: queue.put_nowait((row, answer)), whole)
         try:
             self._driver.submit(job)
         except RequestError as problem:

@@ -13,11 +13,13 @@ from sida_ext.serving.expert_routing import ExpertRouting, RoutedRequest, note_r
 
 __all__ = ["ExpertRequestRouter"]
 
+
 class ExpertRequestRouter(RequestRouter):
     """Ranks replicas for a request whose first argument is a :class:`RoutedRequest`; others go by load."""
 
-    def initialize_state(self, imbalance: float = 1.25, horizon: int = 64) -> None:
-        self._routing = ExpertRouting(imbalance, horizon)
+    def initialize_state(self, **options: Any) -> None:
+        """Ray calls it with ``request_router_kwargs``: the arguments of :class:`ExpertRouting`."""
+        self._routing = ExpertRouting(**options)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         self._routing.present([replica.replica_id.unique_id for replica in replicas])
@@ -32,10 +34,10 @@ class ExpertRequestRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # all are ranked at once: then wait before the next try
-        routed = _routed(pending_request)
+            # All are ranked at once: where none takes it, wait before the next try.
+            pending_request.routing_context.should_backoff = True
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        return [[by_name[name]] for name in self._routing.rank(routed.wanted, routed.weight, list(by_name))]
+        return [[by_name[name]] for name in self._routing.rank(_routed(pending_request).wanted, list(by_name))]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         routed = _routed(pending_request)

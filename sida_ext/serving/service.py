@@ -32,6 +32,7 @@ class Answers:
 
     def __init__(self, rows: int) -> None:
         self._open = rows
+        self.job: Job | None = None  # of this process
         self._queue: asyncio.Queue[tuple[int, Answer | None]] = asyncio.Queue()
 
     def tell(self, row: int, answer: Answer) -> None:
@@ -41,8 +42,10 @@ class Answers:
         """The client is gone."""
         self._queue.put_nowait((-1, None))
 
-    def row_is_over(self) -> None:
-        self._open -= 1
+    def first_token_at(self) -> float:
+        """``time.perf_counter()`` of the first token; now, where it was written in another process."""
+        written = self.job.first_token if self.job is not None else None
+        return time.perf_counter() if written is None else written
 
     async def each(self) -> AsyncIterator[tuple[int, Any]]:
         """(row, answer) until all rows are over.
@@ -81,7 +84,7 @@ class Front(Protocol):
     def standing(self) -> tuple[str, dict[str, Any]]: ...
 
     def run(
-        self, request: Request, work: list[Work], deadline: float
+        self, request: Request, work: list[Work], deadline: float, whole: bool = False
     ) -> AbstractAsyncContextManager[Answers]: ...
 
 
@@ -145,14 +148,19 @@ class Service:
             log.warning("%d answers came after the server had ended", len(answers))
 
     @asynccontextmanager
-    async def run(self, request: Request, work: list[Work], deadline: float) -> AsyncIterator[Answers]:
+    async def run(
+        self, request: Request, work: list[Work], deadline: float, whole: bool = False
+    ) -> AsyncIterator[Answers]:
         """Submit a job; inside the block its answers are read; afterwards nothing of it runs any more.
+
+        Args:
+            whole: each row answers once, when it is complete.
 
         Raises:
             RequestError: the queue is full, or the server is shutting down.
         """
         answers = Answers(len(work))
-        job = Job(work, time.monotonic() + deadline, answers.tell)
+        job = answers.job = Job(work, time.monotonic() + deadline, answers.tell, whole)
         self.driver.submit(job)
         watch = asyncio.create_task(until_left(request, answers.left))
         try:
