@@ -196,8 +196,7 @@ def run(
     from sida_ext.serving.savings import watch_order
     from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of, summary
 
-    _check_batches(batch_size, max_tokens)
-    _check_places(trace, out)
+    _check_run(batch_size, max_tokens, trace, out)
     ahead = int(lookahead) if lookahead.isdecimal() else lookahead
     lines = read_texts(texts)
     options: dict[str, Any] = {
@@ -210,8 +209,24 @@ def run(
         "confidence": confidence,
     }
     if ray:
-        _refuse_on_cluster(batch_size=batch_size, max_tokens=max_tokens, trace=trace, order=order, lookahead=lookahead)
-        _run_on_cluster(lines, out, replicas, replica_cpus, model, options, predictor, max_length, generate)
+        _run_on_cluster(
+            {
+                "batch-size": batch_size,
+                "max-tokens": max_tokens,
+                "trace": trace,
+                "order": order,
+                "lookahead": lookahead,
+            },
+            lines,
+            out,
+            replicas,
+            replica_cpus,
+            model,
+            options,
+            predictor,
+            max_length,
+            generate,
+        )
         return
     loaded = from_pretrained(model, **options)
     runtime = runtime_of(loaded)
@@ -280,23 +295,27 @@ def _refuse_device(model: PreTrainedModel, runtime: Runtime) -> None:
         )
 
 
-def _check_batches(batch_size: int | None, max_tokens: int | None) -> None:
+def _check_run(batch_size: int | None, max_tokens: int | None, trace: Path | None, out: Path | None) -> None:
+    """Refuse what could not be done or written, before minutes of work."""
     if batch_size is not None and max_tokens is not None:
         raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
+    if trace is not None and trace.suffix == ".png":
+        raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
+    for path in (trace, out):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is no folder, expected one to write {path.name} into")
 
 
-def _refuse_on_cluster(**given: Any) -> None:
-    defaults = {"order": "given", "lookahead": "auto"}
-    for name, value in given.items():
-        if value != defaults.get(name):
+def _run_on_cluster(
+    refused: dict[str, Any], lines: list[str], out: Path | None, replicas: int, cpus: float, *arguments: Any
+) -> None:
+    """``refused``: options that must be at their defaults; ``arguments``: the fields of ``BatchArguments``."""
+    for name, value in refused.items():
+        if value != {"order": "given", "lookahead": "auto"}.get(name):
             raise ValueError(
-                f"--{name.replace('_', '-')} is {value} with --ray, where texts run one by one and are grouped by "
-                "their predicted experts before; leave it out"
+                f"--{name} is {value} with --ray, where texts run one by one and are grouped by their predicted experts "
+                "before; leave it out"
             )
-
-
-def _run_on_cluster(lines: list[str], out: Path | None, replicas: int, cpus: float, *arguments: Any) -> None:
-    """``arguments``: the fields of ``BatchArguments``."""
     from sida_ext.experts.budget import format_bytes
     from sida_ext.serving.cluster_batch import BatchArguments, run_batch
 
@@ -308,15 +327,6 @@ def _run_on_cluster(lines: list[str], out: Path | None, replicas: int, cpus: flo
         f"{len(lines)} texts of {found.tokens} tokens in {seconds:.2f} s, the start of {replicas} replicas included; "
         f"hit rate {found.hits / max(found.wanted, 1):.1%}, read {format_bytes(found.read_bytes)}"
     )
-
-
-def _check_places(trace: Path | None, out: Path | None) -> None:
-    """Refuse what could not be written, before minutes of work."""
-    if trace is not None and trace.suffix == ".png":
-        raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
-    for path in (trace, out):
-        if path is not None and not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no folder, expected one to write {path.name} into")
 
 
 def _write_rows(out: Path | None, lines: list[str], rows: list[dict[str, Any]]) -> None:

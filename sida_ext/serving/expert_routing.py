@@ -81,14 +81,15 @@ class ExpertRouting:
         self._known: dict[str, _Known] = {}
 
     def present(self, replicas: Collection[str]) -> None:
-        """The replicas that there are now. A new one begins with the mean load, so that it is not flooded while it is
-        still empty."""
+        """The replicas that there are now. A new one begins with the load at which the others, were theirs equal, would
+        just be within the bound: it is sent its share at once, and not flooded while it is still empty."""
         self._known = {name: known for name, known in self._known.items() if name in replicas}
-        loads = [known.load for known in self._known.values()]
-        mean = sum(loads) / len(loads) if loads else 0.0
-        for name in replicas:
-            if name not in self._known:
-                self._known[name] = _Known(0, mean, {})
+        before, after = len(self._known), len(replicas)
+        whole = sum(known.load for known in self._known.values())
+        if after > before:
+            begin = max(0.0, whole / max(before, 1) * (after / self.imbalance - before) / (after - before))
+            new = {name: _Known(0, begin, {}) for name in replicas if name not in self._known}
+            self._known |= new
 
     def report(self, replica: str, held: int) -> None:
         """What a replica says that it holds; of one that is not there (any more) nothing is kept."""

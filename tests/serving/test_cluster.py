@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
 import time
@@ -77,9 +78,10 @@ def test_a_replica_that_is_killed_loses_no_request_and_comes_back_empty_and_warm
     for attempt in range(3):  # until one dies with a request in its hands
         retries = ours.retries
         texts = [ids * 20 for ids in texts_of_two_domains(400, seed=10 + attempt, tokens=3)]
-        load = threading.Thread(target=lambda texts=texts: done.update(found=ours.load(texts, clients=16)))
+        busy = threading.Event()
+        load = threading.Thread(target=lambda texts=texts, busy=busy: done.update(found=ours.load(texts, 16, busy)))
         load.start()
-        time.sleep(1.0)
+        assert busy.wait(60)
         dead = ours.kill_one()
         load.join()
         statuses, answers = done["found"]
@@ -113,10 +115,43 @@ def test_scaling_down_loses_no_request(applications):
     done = {}
     texts = [ids * 20 for ids in texts_of_two_domains(400, seed=30, tokens=3)]
     retries = ours.retries
-    load = threading.Thread(target=lambda: done.update(found=ours.load(texts, clients=8)))
+    busy = threading.Event()
+    load = threading.Thread(target=lambda: done.update(found=ours.load(texts, 8, busy)))
     load.start()
+    assert busy.wait(60)
     ours.deploy(replicas="1")
     load.join()
     assert done["found"][0] == {200: len(texts)}
     ours.wait_replicas(1)
     assert ours.retries == retries  # drained, not cut off
+
+
+def lines_of_two_domains(count: int, seed: int) -> list[str]:
+    """Texts of six signs, each of which is one token, all of one domain."""
+    draw = random.Random(seed)
+    signs: tuple[list[str], list[str]] = ([], [])
+    for sign, number in tiny_tokenizer().get_vocab().items():
+        if len(sign) == 1 and (sign.isupper() or sign.isdigit()) and sign.isascii():
+            signs[number % 2].append(sign)
+    return ["".join(draw.choices(signs[draw.randrange(2)], k=6)) for _ in range(count)]
+
+
+def test_a_batch_run_keeps_the_order_and_reads_less_when_it_is_grouped(applications, folder, monkeypatch):
+    from sida_ext.serving import cluster_batch
+
+    lines = lines_of_two_domains(240, seed=4)
+    arguments = cluster_batch.BatchArguments(
+        str(folder), {"expert_memory": "40%", "lanes": 1}, str(folder / "table"), max_length=64
+    )
+    grouped = cluster_batch.run_batch(arguments, lines, replicas=2)
+    monkeypatch.setattr(cluster_batch, "by_experts", lambda wanted: list(range(len(wanted))))
+    given = cluster_batch.run_batch(arguments, lines, replicas=2)
+    assert grouped.rows == given.rows
+    assert grouped.tokens == given.tokens == 6 * len(lines)
+    assert grouped.read_bytes <= 0.75 * given.read_bytes
+
+    model = sida_ext.from_pretrained(folder, expert_memory="100%")
+    alone = ServedModel(model, tiny_tokenizer(), "two")
+    for line, row in list(zip(lines, grouped.rows, strict=True))[:40]:
+        assert row["logits"] == alone.classify([tiny_tokenizer()(line)["input_ids"]])[0]
+    model.sida.close()
