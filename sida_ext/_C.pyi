@@ -9,6 +9,8 @@ Wanted = Sequence[tuple[int, Sequence[int]]]  # (MoE layer, distinct experts), m
 
 torch_version: str
 cuda_built: bool
+layer_counters: tuple[tuple[str, str], ...]  # name, what it counts
+engine_counters: tuple[tuple[str, str], ...]
 store_prologue_bytes: int
 largest_dimension: int  # of an expert's d_model and d_ff
 

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <string_view>
 
 #include "base/error.h"
@@ -74,13 +75,10 @@ std::vector<double> measure_moe_ffn(int64_t d_model, int64_t d_ff, const std::st
   check_count("d_ff", d_ff);
   check_count("experts", experts);
   check_count("tokens", tokens);
-  Activation function;
-  bool gated;
-  if (!parse_activation(activation, &function, &gated)) {
-    fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
-  }
+  const std::optional<ActivationName> known = parse_activation(activation);
+  if (!known) fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
   const at::NoGradGuard no_grad;
-  const int64_t wi_rows = gated ? 2 * d_ff : d_ff;
+  const int64_t wi_rows = known->gated ? 2 * d_ff : d_ff;
   const bool grouped = dtype == "int4" || dtype == "mxfp4";
   const at::ScalarType type = grouped ? at::kByte : dtype == "int8" ? at::kChar : torch_dtype(dtype);
   const int64_t packed = grouped ? 2 : 1;  // weights in an element

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -83,22 +84,17 @@ py::dict to_dict(const ExpertFormat& format) {
   return fields;
 }
 
-py::dict to_dict(const LayerCounters& layer) {
-  py::dict fields;
-  fields["requested"] = layer.requested;
-  fields["unique"] = layer.unique;
-  fields["hits"] = layer.hits;
-  fields["late"] = layer.late;
-  fields["misses"] = layer.misses;
-  fields["evictions"] = layer.evictions;
-  fields["loads"] = layer.loads;
-  fields["failed_loads"] = layer.failed_loads;
-  fields["bytes_read"] = layer.bytes_read;
-  fields["useful_prefetches"] = layer.useful_prefetches;
-  fields["wasted_prefetches"] = layer.wasted_prefetches;
-  fields["cancelled_prefetches"] = layer.cancelled_prefetches;
-  fields["stall_seconds"] = layer.stall_seconds;
-  return fields;
+template <class List, class Struct>
+void add_counters(py::dict& fields, const List& list, const Struct& counters) {
+  for_each_counter(list, [&](const auto& counter) { fields[counter.name] = counters.*counter.member; });
+}
+
+// What a list counts: (name, text) of each.
+template <class List>
+py::tuple described(const List& list) {
+  py::list found;
+  for_each_counter(list, [&](const auto& counter) { found.append(py::make_tuple(counter.name, counter.text)); });
+  return py::tuple(found);
 }
 
 py::dict stats_of(const TransferEngine& engine) {
@@ -109,15 +105,14 @@ py::dict stats_of(const TransferEngine& engine) {
   }
   py::list layers;
   for (size_t i = 0; i < stats.layers.size(); ++i) {
-    py::dict fields = to_dict(stats.layers[i]);
+    py::dict fields;
+    add_counters(fields, layer_counters, stats.layers[i]);
     fields["stalls"] = stats.stalls[i];
     layers.append(fields);
   }
   py::dict fields;
   fields["layers"] = layers;
-  fields["peak_slots"] = stats.peak_slots;
-  fields["committed_slots"] = stats.committed_slots;
-  fields["read_seconds"] = stats.read_seconds;
+  add_counters(fields, engine_counters, static_cast<const EngineCounters&>(stats));
   fields["direct"] = stats.direct;
   return fields;
 }
@@ -211,38 +206,34 @@ py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>
 }
 
 py::tuple take_trace(TransferEngine& engine) {
-  int64_t dropped = 0;
-  std::vector<TraceEvent> taken;
+  Trace::Taken taken;
   {
     const py::gil_scoped_release released;
-    taken = engine.trace().take(&dropped);
+    taken = engine.trace().take();
   }
   py::list events;
-  for (const TraceEvent& event : taken) {
+  for (const TraceEvent& event : taken.events) {
     const char* kind = event.kind == TraceEvent::Kind::copy    ? "copy"
                        : event.kind == TraceEvent::Kind::stall ? "stall"
                                                                : "compute";
     events.append(
         py::make_tuple(kind, event.lane, event.layer, event.expert, event.batch, event.begin_ns, event.end_ns));
   }
-  return py::make_tuple(events, dropped);
+  return py::make_tuple(events, taken.dropped);
 }
 
 const char* precision_name(cpu::Precision precision) {
   return precision == cpu::Precision::fast ? "fast" : "exact";
 }
 
-Activation checked_activation(const TransferEngine& engine, const std::string& activation) {
-  Activation function;
-  bool gated;
-  if (!parse_activation(activation, &function, &gated)) {
-    fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
-  }
-  if (gated != engine.format().gated) {
+Activation activation_of(const TransferEngine& engine, const std::string& activation) {
+  const std::optional<ActivationName> known = parse_activation(activation);
+  if (!known) fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
+  if (known->gated != engine.format().gated) {
     fail(ErrorKind::invalid, "activation is '", activation, "', but the expert store holds ",
          engine.format().gated ? "gated" : "plain", " experts");
   }
-  return function;
+  return known->function;
 }
 
 #ifdef SIDA_WITH_CUDA
@@ -256,18 +247,17 @@ void bind_cuda(py::module_& m) {
                        const std::string& pin, int lanes, int host_lanes, const std::string& eviction,
                        int64_t wait_deadline_ms, const Faults& faults, int64_t read_bytes, bool blocking) {
              const py::gil_scoped_release released;
-             cuda::ServingOptions options{};
-             options.device = device;
-             options.slots = slots;
-             options.host_slots = host_slots;
-             options.pin = cuda::parse_pin(pin);
-             options.lanes = lanes;
-             options.host_lanes = host_lanes;
-             options.eviction = eviction;
-             options.wait_deadline = std::chrono::milliseconds(wait_deadline_ms);
-             options.faults = faults;
-             options.read_bytes = read_bytes;
-             options.blocking = blocking;
+             const cuda::ServingOptions options{.device = device,
+                                                .slots = slots,
+                                                .host_slots = host_slots,
+                                                .pin = cuda::parse_pin(pin),
+                                                .lanes = lanes,
+                                                .host_lanes = host_lanes,
+                                                .eviction = eviction,
+                                                .wait_deadline = std::chrono::milliseconds(wait_deadline_ms),
+                                                .faults = faults,
+                                                .read_bytes = read_bytes,
+                                                .blocking = blocking};
              return std::make_shared<CudaServing>(cuda::runtime_table(), std::move(store), options);
            }),
            py::arg("store"), py::kw_only(), py::arg("device"), py::arg("slots"), py::arg("host_slots"), py::arg("pin"),
@@ -294,7 +284,7 @@ void bind_cuda(py::module_& m) {
   m.def(
       "register_cuda_layer",
       [](std::shared_ptr<CudaServing> serving, int32_t index, int32_t num_experts, const std::string& activation) {
-        const Activation function = checked_activation(serving->engine(), activation);
+        const Activation function = activation_of(serving->engine(), activation);
         const ExpertFormat& format = serving->engine().format();
         if (format.biased || function == Activation::swiglu_oai || is_grouped(format.dtype)) {
           fail(ErrorKind::invalid, "the experts have ",
@@ -325,6 +315,8 @@ PYBIND11_MODULE(_C, m) {
     }
   });
   m.attr("torch_version") = SIDA_TORCH_VERSION;
+  m.attr("layer_counters") = described(layer_counters);
+  m.attr("engine_counters") = described(engine_counters);
 
   py::class_<ExpertFormat>(m, "ExpertFormat")
       .def(py::init([](int64_t d_model, int64_t d_ff, const std::string& dtype, bool gated, bool biased) {
@@ -369,8 +361,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Faults>(m, "Faults", "What tests make go wrong in the reads of a TransferEngine.")
       .def(py::init([](uint64_t seed, int64_t delay_us_max, int64_t fail_every, int64_t delay_us_min,
                        int64_t short_every, int64_t interrupt_every, int64_t flip_every, int64_t die_every) {
-             return Faults{seed,        delay_us_max,    fail_every, delay_us_min,
-                           short_every, interrupt_every, flip_every, die_every};
+             return Faults{.seed = seed,
+                           .delay_us_max = delay_us_max,
+                           .fail_every = fail_every,
+                           .delay_us_min = delay_us_min,
+                           .short_every = short_every,
+                           .interrupt_every = interrupt_every,
+                           .flip_every = flip_every,
+                           .die_every = die_every};
            }),
            py::kw_only(), py::arg("seed") = 0, py::arg("delay_us_max") = 0, py::arg("fail_every") = 0,
            py::arg("delay_us_min") = 0, py::arg("short_every") = 0, py::arg("interrupt_every") = 0,
@@ -380,9 +378,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](std::shared_ptr<ExpertStore> store, int64_t slots, int lanes, const std::string& eviction,
                        int64_t wait_deadline_ms, const Faults& faults, bool populate, int64_t read_bytes) {
              const py::gil_scoped_release released;
-             EngineOptions options{slots, lanes, eviction, std::chrono::milliseconds(wait_deadline_ms), faults};
-             options.populate = populate;
-             options.read_bytes = read_bytes;
+             EngineOptions options{.slots = slots,
+                                   .lanes = lanes,
+                                   .eviction = eviction,
+                                   .wait_deadline = std::chrono::milliseconds(wait_deadline_ms),
+                                   .faults = faults,
+                                   .read_bytes = read_bytes,
+                                   .populate = populate};
              return std::make_shared<TransferEngine>(std::move(store), std::move(options));
            }),
            py::arg("store"), py::kw_only(), py::arg("slots"), py::arg("lanes"), py::arg("eviction"),
@@ -451,7 +453,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "register_layer",
       [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {
-        return register_layer({engine, index, num_experts, checked_activation(*engine, activation), nullptr});
+        return register_layer({engine, index, num_experts, activation_of(*engine, activation), nullptr});
       },
       py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
 #ifdef SIDA_WITH_CUDA

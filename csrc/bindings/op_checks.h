@@ -161,12 +161,10 @@ inline void set_bias(ExpertMatrix& matrix, const std::optional<Tensor>& bias, co
   matrix.bias_slot_stride = weight.dim() == 3 ? bias->stride(0) : 0;
 }
 
-inline std::pair<Activation, bool> checked_activation(std::string_view name, const char* op) {
-  Activation activation;
-  bool gated;
-  TORCH_CHECK_VALUE(parse_activation(name, &activation, &gated), op, ": activation is '", name, "', expected one of ",
-                    activation_names());
-  return {activation, gated};
+inline ActivationName checked_activation(std::string_view name, const char* op) {
+  const std::optional<ActivationName> known = parse_activation(name);
+  TORCH_CHECK_VALUE(known, op, ": activation is '", name, "', expected one of ", activation_names());
+  return *known;
 }
 
 // Types and shapes of the tokens, their experts and their gates, as both ops take them; x's type.

@@ -37,7 +37,7 @@ class RecordLender {
   virtual ~RecordLender() = default;
   // Waits until record `record` is there, or throws Error. Called from several lanes. A lane must hold no other record
   // meanwhile unless holds_all().
-  virtual std::unique_ptr<LentRecord> lend(int64_t record) = 0;
+  [[nodiscard]] virtual std::unique_ptr<LentRecord> lend(int64_t record) = 0;
   // Whether every record has a place of its own, so that none ever waits for another's to be given back.
   virtual bool holds_all() const = 0;
   virtual void interrupt() = 0;                           // as RecordSource's
@@ -79,7 +79,7 @@ class Device {
   virtual void submit(const LaneJob& job) = 0;
   // Ends the lanes: jobs not begun are dropped. False if a lane did not end in time; it is left behind, and
   // what it uses stays alive with it. Twice is once.
-  virtual bool stop(std::chrono::milliseconds limit) = 0;
+  [[nodiscard]] virtual bool stop(std::chrono::milliseconds limit) = 0;
   // Lanes that died of something else than an Error, and were started again.
   virtual int64_t lane_restarts() const = 0;
 

@@ -8,7 +8,7 @@
 
 namespace sida {
 
-class HostDevice final : public Device {
+class HostDevice : public Device {
  public:
   // Reserves address space for `slots` slots; memory is committed when a slot is first filled, that of the first
   // `commit_now` slots at once.

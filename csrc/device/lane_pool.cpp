@@ -57,7 +57,7 @@ struct LanePool::Shared {
 LanePool::LanePool(std::shared_ptr<LaneWork> work) : shared_(std::make_shared<Shared>(std::move(work))) {}
 
 LanePool::~LanePool() {
-  stop(std::chrono::milliseconds(1000));
+  (void)stop(std::chrono::milliseconds(1000));  // a lane that hangs was left behind with all that it uses
 }
 
 void LanePool::start(int lanes, std::function<void(const JobDone&)> done) {

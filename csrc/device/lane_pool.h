@@ -33,7 +33,7 @@ class LanePool {
   void start(int lanes, std::function<void(const JobDone&)> done);
   void submit(const LaneJob& job);
   void wake();  // lanes that wait ask idle() again
-  bool stop(std::chrono::milliseconds limit);
+  [[nodiscard]] bool stop(std::chrono::milliseconds limit);
   int64_t lane_restarts() const;
 
  private:

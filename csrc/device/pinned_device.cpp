@@ -1,5 +1,6 @@
 #include "device/pinned_device.h"
 
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -7,8 +8,6 @@
 #include <cstring>
 #include <sstream>
 #include <utility>
-
-#include "device/memory_limits.h"
 
 namespace sida::cuda {
 namespace {
@@ -29,6 +28,13 @@ std::string prefer_node(void* base, int64_t bytes, int node) {
   return "on " + name + ", as far as it has room";
 }
 
+// The limit that usually stands in the way.
+std::string locked_memory() {
+  rlimit locked{};
+  if (::getrlimit(RLIMIT_MEMLOCK, &locked) != 0) return std::string("which is not known: ") + std::strerror(errno);
+  return locked.rlim_cur == RLIM_INFINITY ? "not limited" : "limited to " + std::to_string(locked.rlim_cur) + " bytes";
+}
+
 }  // namespace
 
 Pin parse_pin(const std::string& name) {
@@ -40,7 +46,7 @@ Pin parse_pin(const std::string& name) {
 
 PinnedDevice::PinnedDevice(const RuntimeTable& runtime, int device, std::shared_ptr<RecordSource> source, int64_t slots,
                            int64_t reserved, int64_t slot_bytes, Pin pin)
-    : runtime_(runtime), host_(std::move(source), reserved, slot_bytes, slots), bytes_(slots * slot_bytes) {
+    : HostDevice(std::move(source), reserved, slot_bytes, slots), runtime_(runtime), bytes_(slots * slot_bytes) {
   int status = runtime_.set_device(device);
   DeviceFacts facts{};
   if (status == RuntimeTable::success) status = runtime_.device_facts(device, &facts);
@@ -48,13 +54,14 @@ PinnedDevice::PinnedDevice(const RuntimeTable& runtime, int device, std::shared_
     fail(ErrorKind::internal, "CUDA device ", device, ": choosing the device failed: ", runtime_.error_text(status),
          " (status ", status, ")");
   }
-  placement_ = prefer_node(host_.slot_base(), bytes_, facts.numa_node);
-  status = runtime_.host_register(host_.slot_base(), static_cast<size_t>(bytes_));
+  placement_ = prefer_node(slot_base(), bytes_, facts.numa_node);
+  status = runtime_.host_register(slot_base(), static_cast<size_t>(bytes_));
   pinned_ = status == RuntimeTable::success;
   if (pinned_) return;
   std::ostringstream text;
   text << "cannot pin " << bytes_ << " bytes of host memory, " << slots << " experts of " << slot_bytes
-       << " bytes: " << runtime_.error_text(status) << " (status " << status << "); " << memory_limits();
+       << " bytes: " << runtime_.error_text(status) << " (status " << status << "); locked memory (ulimit -l) is "
+       << locked_memory();
   obstacle_ = text.str();
   if (pin == Pin::require) {
     fail(ErrorKind::io, obstacle_,
@@ -70,30 +77,12 @@ PinnedDevice::~PinnedDevice() {
 void PinnedDevice::unpin() {
   if (!pinned_) return;
   pinned_ = false;
-  runtime_.host_unregister(host_.slot_base());
+  runtime_.host_unregister(slot_base());
 }
 
-void PinnedDevice::start(int lanes, std::function<void(const JobDone&)> done) {
-  host_.start(lanes, std::move(done));
-}
-void PinnedDevice::submit(const LaneJob& job) {
-  host_.submit(job);
-}
-bool PinnedDevice::stop(std::chrono::milliseconds limit) {
-  return host_.stop(limit);
-}
-int64_t PinnedDevice::lane_restarts() const {
-  return host_.lane_restarts();
-}
-void* PinnedDevice::slot_base() const {
-  return host_.slot_base();
-}
-int64_t PinnedDevice::slot_bytes() const {
-  return host_.slot_bytes();
-}
 void PinnedDevice::free_memory() {
   unpin();
-  host_.free_memory();
+  HostDevice::free_memory();
 }
 
 }  // namespace sida::cuda

@@ -17,7 +17,7 @@ enum class Pin {
 // "require" or "try"; Error(invalid) for anything else.
 Pin parse_pin(const std::string& name);
 
-class PinnedDevice final : public Device {
+class PinnedDevice final : public HostDevice {
  public:
   // A slab of exactly `slots` slots, near the CUDA device where the system says which memory that is, in huge pages
   // where it has them; the range of `reserved` slots is addresses alone. Error(io) with what was asked for and what
@@ -26,12 +26,6 @@ class PinnedDevice final : public Device {
                int64_t reserved, int64_t slot_bytes, Pin pin);
   ~PinnedDevice() override;
 
-  void start(int lanes, std::function<void(const JobDone&)> done) override;
-  void submit(const LaneJob& job) override;
-  bool stop(std::chrono::milliseconds limit) override;
-  int64_t lane_restarts() const override;
-  void* slot_base() const override;
-  int64_t slot_bytes() const override;
   void free_memory() override;
 
   int64_t pinned_bytes() const { return pinned_ ? bytes_ : 0; }
@@ -44,7 +38,6 @@ class PinnedDevice final : public Device {
   void unpin();
 
   const RuntimeTable& runtime_;
-  HostDevice host_;
   const int64_t bytes_;
   bool pinned_ = false;
   std::string obstacle_, placement_;

@@ -35,21 +35,22 @@ void EvictionOrder::insert(const Resident& resident) {
 void EvictionOrder::erase(const Resident& resident) {
   const auto time = times_.find(resident.next_use);
   if (order_.erase(rank(resident)) != 1 || time == times_.end()) {
-    fail(ErrorKind::internal, "expert ", resident.expert, " stands not in the order of eviction");
+    fail(ErrorKind::internal, "expert ", resident.expert, " is not in the order of eviction");
   }
   times_.erase(time);
 }
 
-int32_t EvictionOrder::first() const {
-  return order_.empty() ? -1 : order_.begin()->expert;
+std::optional<int32_t> EvictionOrder::first() const {
+  if (order_.empty()) return std::nullopt;
+  return order_.begin()->expert;
 }
 
-int32_t EvictionOrder::first_used_after(UseTime time) const {
-  if (times_.empty() || *times_.rbegin() <= time) return -1;
+std::optional<int32_t> EvictionOrder::first_used_after(UseTime time) const {
+  if (times_.empty() || *times_.rbegin() <= time) return std::nullopt;
   for (const Rank& rank : order_) {
     if (rank.next_use > time) return rank.expert;
   }
-  return -1;
+  return std::nullopt;
 }
 
 }  // namespace sida

@@ -4,6 +4,7 @@
 #include <compare>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <set>
 #include <string_view>
 
@@ -39,12 +40,11 @@ class EvictionOrder {
 
   void insert(const Resident& resident);
   void erase(const Resident& resident);  // as it was inserted
-  bool empty() const { return order_.empty(); }
+  int64_t size() const { return static_cast<int64_t>(order_.size()); }
 
-  // -1 if there is none.
-  int32_t first() const;
-  // The first to go among those that are used later than `time`; -1 if there is none.
-  int32_t first_used_after(UseTime time) const;
+  [[nodiscard]] std::optional<int32_t> first() const;
+  // The first to go among those that are used later than `time`.
+  [[nodiscard]] std::optional<int32_t> first_used_after(UseTime time) const;
 
  private:
   struct Rank {

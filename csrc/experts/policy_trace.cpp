@@ -47,7 +47,12 @@ PolicyResult run_policy(const RoutingTrace& trace, const PolicyOptions& options,
   }
   if (options.lookahead < 0) fail(ErrorKind::invalid, "lookahead is ", options.lookahead, ", expected 0 or more");
   const auto& tables = predicted.empty() ? trace.batches : predicted;
-  Residency residency({trace.layers, trace.experts, options.slots, 1, options.eviction, options.prefetch_layers});
+  Residency residency({.layers = trace.layers,
+                       .experts = trace.experts,
+                       .slots = options.slots,
+                       .lanes = 1,
+                       .eviction = options.eviction,
+                       .prefetch_layers = options.prefetch_layers});
   std::vector<BatchId> numbers;
   for (size_t i = 0; i < trace.batches.size(); ++i) {
     if (options.lookahead > 0) {

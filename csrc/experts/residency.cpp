@@ -4,11 +4,18 @@
 #include <iterator>
 #include <utility>
 
+#include "base/check.h"
+
 namespace sida {
 namespace {
 
 UseTime use_time(BatchId batch, size_t position) {
   return batch << position_bits | position;
+}
+
+template <class... Parts>
+void must_hold(bool condition, const Parts&... parts) {
+  if (!condition) fail(ErrorKind::internal, "residency's invariant is broken: ", parts...);
 }
 
 }  // namespace
@@ -19,7 +26,7 @@ Residency::Residency(const ResidencyOptions& options)
     fail(ErrorKind::invalid, "a model of ", options.layers, " MoE layers with ", options.experts,
          " experts has nothing to serve");
   }
-  if (options.copies < 1) fail(ErrorKind::invalid, "lanes is ", options.copies, ", expected at least 1");
+  if (options.lanes < 1) fail(ErrorKind::invalid, "lanes is ", options.lanes, ", expected at least 1");
   if (options.prefetch_layers < 0) {
     fail(ErrorKind::invalid, "prefetch_layers is ", options.prefetch_layers, ", expected 0 or more");
   }
@@ -70,7 +77,8 @@ BatchId Residency::announce(AnnouncedBatch batch) {
       reindex(expert);
     }
   }
-  batches_.emplace(number, Batch{std::move(batch)});
+  batches_.emplace(number, Batch{.announced = std::move(batch)});
+  end_event();
   return number;
 }
 
@@ -82,6 +90,7 @@ void Residency::retire(BatchId number) {
   if (found == batches_.end()) return;
   pass_layers(number, found->second, found->second.announced.layers.size());
   batches_.erase(found);
+  end_event();
 }
 
 UseTime Residency::next_use(int32_t expert) const {
@@ -148,6 +157,7 @@ DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, Batc
                      [&](int32_t a, int32_t b) { return next_use(a) > next_use(b); });
   }
   demands_.emplace(++last_demand_, std::move(demand));
+  end_event();
   return last_demand_;
 }
 
@@ -159,6 +169,7 @@ void Residency::set_waiting(DemandId number, bool waiting) {
     experts_[expert].awaited += waiting ? 1 : -1;
     reindex(expert);
   }
+  end_event();
 }
 
 Wave Residency::take_ready(DemandId number) {
@@ -178,6 +189,7 @@ Wave Residency::take_ready(DemandId number) {
     reindex(*at);
   }
   demand.wanted.erase(taken, demand.wanted.end());
+  end_event();
   return wave;
 }
 
@@ -200,6 +212,7 @@ void Residency::release(DemandId number, const Wave& wave) {
   }
   demand.pinned = std::move(left);
   for (const int32_t index : wave.experts) unpin(id(demand.layer, index));
+  end_event();
 }
 
 void Residency::finish(DemandId number) {
@@ -213,6 +226,7 @@ void Residency::finish(DemandId number) {
     reindex(expert);
   }
   for (const int32_t expert : demand.pinned) unpin(expert);
+  end_event();
 }
 
 void Residency::copy_done(int32_t slot) {
@@ -228,6 +242,7 @@ void Residency::copy_done(int32_t slot) {
   --in_flight_;
   ++count(expert).loads;
   reindex(expert);
+  end_event();
 }
 
 void Residency::copy_failed(int32_t slot, const Failure& failure) {
@@ -247,12 +262,14 @@ void Residency::copy_failed(int32_t slot, const Failure& failure) {
   leave_slot(expert);
   warm_.insert(slot);
   reindex(expert);
+  end_event();
 }
 
 void Residency::given_back(int32_t slot, int32_t slots) {
   for (int32_t i = 0; i < slots; ++i) cold_.insert(slot + i);
   committed_ -= slots;
   returning_ -= slots;
+  end_event();
 }
 
 void Residency::set_budget(int64_t slots) {
@@ -272,6 +289,7 @@ void Residency::leave_slot(int32_t expert) {
 
 int32_t Residency::evict(int32_t expert) {
   Expert& state = experts_[expert];
+  SIDA_ASSERT(state.state == State::ready && state.pins == 0 && state.awaited == 0, "expert ", expert, " is evicted");
   const int32_t slot = state.slot;
   ++count(expert).evictions;
   if (state.prefetched) ++count(expert).wasted_prefetches;
@@ -314,10 +332,10 @@ void Residency::shrink() {
     if (!warm_.empty()) {
       give_back_later(*warm_.rbegin());
       warm_.erase(std::prev(warm_.end()));
-    } else if (!evictable_.empty()) {
-      give_back_later(evict(evictable_.first()));
-    } else if (!last_resort_.empty()) {
-      give_back_later(evict(last_resort_.first()));
+    } else if (const auto idle = evictable_.first()) {
+      give_back_later(evict(*idle));
+    } else if (const auto wanted = last_resort_.first()) {
+      give_back_later(evict(*wanted));
     } else {
       return;
     }
@@ -329,51 +347,52 @@ void Residency::give_back_later(int32_t slot) {
   ++returning_;
 }
 
-int32_t Residency::take_free_slot() {
+std::optional<int32_t> Residency::take_free_slot() {
   if (!warm_.empty()) {
     const int32_t slot = *warm_.begin();
     warm_.erase(warm_.begin());
     return slot;
   }
-  if (!may_commit()) return -1;
+  if (!may_commit()) return std::nullopt;
   const int32_t slot = *cold_.begin();  // the lowest: memory in use lies close together
   cold_.erase(cold_.begin());
   ++committed_;
+  SIDA_ASSERT(committed_ <= budget_, committed_, " slots hold memory, the budget is ", budget_);
   peak_committed_ = std::max(peak_committed_, committed_);
   return slot;
 }
 
 Command Residency::start(int32_t expert, int32_t slot, bool prefetch) {
   Expert& state = experts_[expert];
+  SIDA_ASSERT(state.state == State::absent && expert_in_slot_[slot] < 0, "expert ", expert, ", slot ", slot);
   state.state = State::loading;
   state.slot = slot;
   state.prefetched = prefetch;
   expert_in_slot_[slot] = expert;
   ++in_flight_;
+  SIDA_ASSERT(in_flight_ <= options_.lanes, in_flight_, " copies are under way, lanes are ", options_.lanes);
   reindex(expert);
-  return {Command::Kind::start_copy, slot, 1, key(expert), prefetch};
+  return {.kind = Command::Kind::start_copy, .slot = slot, .expert = key(expert), .prefetch = prefetch};
 }
 
-int32_t Residency::next_missing(bool waiting) const {
+std::optional<int32_t> Residency::next_missing(bool waiting) const {
   for (const auto& [number, demand] : demands_) {
     if (demand.waiting != waiting || demand.failure) continue;
     for (const int32_t expert : demand.wanted) {
       if (experts_[expert].state == State::absent) return expert;
     }
   }
-  return -1;
+  return std::nullopt;
 }
 
-std::optional<Command> Residency::serve_demands(bool waiting, bool* blocked) {
-  const int32_t expert = next_missing(waiting);
-  *blocked = false;
-  if (expert < 0) return std::nullopt;
-  int32_t slot = take_free_slot();
-  if (slot < 0 && !evictable_.empty()) slot = evict(evictable_.first());
-  if (slot < 0 && waiting && !last_resort_.empty()) slot = evict(last_resort_.first());
-  *blocked = slot < 0;
-  if (slot < 0) return std::nullopt;
-  return start(expert, slot, /*prefetch=*/false);
+// A free one, else one of an expert that goes for it.
+std::optional<int32_t> Residency::slot_for_demand(bool waiting) {
+  std::optional<int32_t> slot = take_free_slot();
+  const std::optional<int32_t> idle = evictable_.first();
+  if (!slot && idle) slot = evict(*idle);
+  const std::optional<int32_t> wanted = last_resort_.first();
+  if (!slot && waiting && wanted) slot = evict(*wanted);
+  return slot;
 }
 
 // The last use that lies within the next `prefetch_layers` announced layers.
@@ -387,16 +406,18 @@ UseTime Residency::near_until() const {
   return never;
 }
 
-// Which expert may go for a prefetch that is used at `time`; -1 if none, or not yet.
+// Which expert may go for a prefetch that is used at `time`; none, or not yet, without a value.
 // With next_use the choice is the one that Belady's rule makes at that time: what is used latest after it. If that
 // one is still to be used before, the prefetch waits for it, for every eviction that the rule would not make is one
 // more read later. Near uses do not wait where the rule is undecided: their copies must begin now to be there in time.
-int32_t Residency::prefetch_victim(UseTime time) const {
+std::optional<int32_t> Residency::prefetch_victim(UseTime time) const {
   const bool near = time <= near_until();
-  if (options_.eviction != Eviction::next_use) return near ? evictable_.first_used_after(never - 1) : -1;
-  const int32_t victim = evictable_.first_used_after(time);
-  if (victim < 0) return -1;
-  const UseTime use = next_use(victim);
+  if (options_.eviction != Eviction::next_use) {
+    return near ? evictable_.first_used_after(never - 1) : std::nullopt;
+  }
+  const std::optional<int32_t> victim = evictable_.first_used_after(time);
+  if (!victim) return std::nullopt;
+  const UseTime use = next_use(*victim);
   if (near && use == never) return victim;
   for (const int32_t expert : expert_in_slot_) {
     if (expert < 0) continue;
@@ -404,7 +425,7 @@ int32_t Residency::prefetch_victim(UseTime time) const {
     const auto after = std::find_if(other.uses.begin(), other.uses.end(), [&](const Use& u) { return u.time > time; });
     const UseTime later = after == other.uses.end() ? never : after->time;
     const int64_t frequency = other.frequency + (after - other.uses.begin());  // as it will be then
-    if (later > use || (!near && later == use && frequency < experts_[victim].frequency)) return -1;
+    if (later > use || (!near && later == use && frequency < experts_[*victim].frequency)) return std::nullopt;
   }
   return victim;
 }
@@ -412,13 +433,13 @@ int32_t Residency::prefetch_victim(UseTime time) const {
 std::optional<Command> Residency::prefetch() {
   if (to_prefetch_.empty()) return std::nullopt;
   const auto [time, rank, expert] = *to_prefetch_.begin();
-  int32_t slot = take_free_slot();
-  if (slot < 0) {
-    const int32_t victim = prefetch_victim(time);
-    if (victim >= 0) slot = evict(victim);
+  std::optional<int32_t> slot = take_free_slot();
+  if (!slot) {
+    const std::optional<int32_t> victim = prefetch_victim(time);
+    if (victim) slot = evict(*victim);
   }
-  if (slot < 0) return std::nullopt;
-  return start(expert, slot, /*prefetch=*/true);
+  if (!slot) return std::nullopt;
+  return start(expert, *slot, /*prefetch=*/true);
 }
 
 std::optional<Command> Residency::next_command() {
@@ -430,13 +451,15 @@ std::optional<Command> Residency::next_command() {
       to_give_back_.erase(to_give_back_.begin());
       ++next;
     }
-    return Command{Command::Kind::give_back, first, next - first};
+    return Command{.kind = Command::Kind::give_back, .slot = first, .count = next - first};
   }
-  if (in_flight_ >= options_.copies || committed_ - returning_ > budget_) return std::nullopt;
-  bool blocked = false;
+  if (in_flight_ >= options_.lanes || committed_ - returning_ > budget_) return std::nullopt;
   for (const bool waiting : {true, false}) {
-    if (auto command = serve_demands(waiting, &blocked)) return command;
-    if (blocked) return std::nullopt;
+    const std::optional<int32_t> expert = next_missing(waiting);
+    if (!expert) continue;
+    const std::optional<int32_t> slot = slot_for_demand(waiting);
+    if (!slot) return std::nullopt;  // what comes after it must not take what it waits for
+    return start(*expert, *slot, /*prefetch=*/false);
   }
   return prefetch();
 }
@@ -498,6 +521,95 @@ std::vector<ExpertStanding> Residency::standings() const {
 void Residency::reset_counters() {
   std::fill(counters_.begin(), counters_.end(), LayerCounters{});
   peak_committed_ = committed_;
+}
+
+void Residency::end_event() const {
+  if constexpr (checked_build) check_invariants();
+}
+
+void Residency::check_invariants() const {
+  check_slots();
+  check_counts();
+  check_orders();
+}
+
+void Residency::check_slots() const {
+  std::vector<int> claims(expert_in_slot_.size(), 0);  // each slot is occupied, warm, cold or on its way back
+  int64_t occupied = 0;
+  for (size_t slot = 0; slot < expert_in_slot_.size(); ++slot) {
+    const int32_t expert = expert_in_slot_[slot];
+    if (expert < 0) continue;
+    ++occupied;
+    ++claims[slot];
+    must_hold(experts_[expert].slot == static_cast<int32_t>(slot), "slot ", slot, " has expert ", expert,
+              ", which is in slot ", experts_[expert].slot);
+  }
+  for (const auto* slots : {&warm_, &cold_, &to_give_back_}) {
+    for (const int32_t slot : *slots) ++claims[slot];
+  }
+  int64_t unclaimed = 0;  // being given back
+  for (size_t slot = 0; slot < claims.size(); ++slot) {
+    must_hold(claims[slot] <= 1, "slot ", slot, " is in ", claims[slot], " places");
+    unclaimed += claims[slot] == 0;
+  }
+  must_hold(returning_ == unclaimed + static_cast<int64_t>(to_give_back_.size()), "returning is ", returning_, ", ",
+            unclaimed, " slots are on their way back and ", to_give_back_.size(), " are to go");
+  must_hold(committed_ == occupied + static_cast<int64_t>(warm_.size()) + returning_, "committed is ", committed_, ", ",
+            occupied, " slots are occupied, ", warm_.size(), " empty, ", returning_, " on their way back");
+  must_hold(peak_committed_ >= committed_, "the peak is ", peak_committed_, ", committed ", committed_);
+}
+
+void Residency::check_counts() const {
+  struct Counts {
+    int32_t wanted = 0, awaited = 0, pins = 0;
+    bool operator==(const Counts&) const = default;
+  };
+  std::vector<Counts> counted(experts_.size());
+  for (const auto& [number, demand] : demands_) {
+    for (const int32_t expert : demand.wanted) {
+      ++counted[expert].wanted;
+      counted[expert].awaited += demand.waiting;
+    }
+    for (const int32_t expert : demand.pinned) ++counted[expert].pins;
+  }
+  int64_t pins = 0;
+  int loading = 0;
+  for (size_t expert = 0; expert < experts_.size(); ++expert) {
+    const Expert& state = experts_[expert];
+    must_hold(counted[expert] == Counts{state.wanted, state.awaited, state.pins}, "expert ", expert, " is wanted by ",
+              counted[expert].wanted, " demands, awaited by ", counted[expert].awaited, ", pinned by ",
+              counted[expert].pins, "; it counts ", state.wanted, ", ", state.awaited, ", ", state.pins);
+    must_hold((state.state == State::absent) == (state.slot < 0), "expert ", expert, " is in slot ", state.slot);
+    must_hold(state.pins == 0 || state.state == State::ready, "expert ", expert, " is computed from and not there");
+    must_hold(!state.prefetched || (state.state != State::absent && state.wanted == 0), "expert ", expert,
+              " counts as prefetched, wanted by ", state.wanted);
+    pins += state.pins;
+    loading += state.state == State::loading;
+  }
+  must_hold(pinned_ == pins, "pinned is ", pinned_, ", counted are ", pins);
+  must_hold(in_flight_ == loading && loading <= options_.lanes, "in flight are ", in_flight_, ", loading ", loading,
+            ", lanes are ", options_.lanes);
+}
+
+void Residency::check_orders() const {
+  int64_t evictable = 0, last_resort = 0, to_prefetch = 0;
+  for (size_t expert = 0; expert < experts_.size(); ++expert) {
+    const Expert& state = experts_[expert];
+    const bool may_go = state.state == State::ready && state.pins == 0 && state.awaited == 0;
+    must_hold((state.standing == Standing::evictable) == (may_go && state.wanted == 0), "expert ", expert,
+              " is in the wrong order");
+    must_hold((state.standing == Standing::last_resort) == (may_go && state.wanted > 0), "expert ", expert,
+              " is in the wrong order");
+    must_hold(!may_go || state.resident.next_use == next_use(static_cast<int32_t>(expert)), "expert ", expert,
+              " is ordered by a use that has passed");
+    evictable += state.standing == Standing::evictable;
+    last_resort += state.standing == Standing::last_resort;
+    to_prefetch += state.standing == Standing::to_prefetch;
+  }
+  must_hold(evictable_.size() == evictable && last_resort_.size() == last_resort &&
+                static_cast<int64_t>(to_prefetch_.size()) == to_prefetch,
+            "the orders hold ", evictable_.size(), ", ", last_resort_.size(), " and ", to_prefetch_.size(),
+            " experts; ", evictable, ", ", last_resort, " and ", to_prefetch, " should stand there");
 }
 
 }  // namespace sida

@@ -63,7 +63,7 @@ struct Failure {
 struct ResidencyOptions {
   int32_t layers, experts;  // experts per layer
   int64_t slots;            // the budget, 1 to layers * experts
-  int copies = 2;           // under way at once
+  int lanes = 2;            // copies under way at once
   Eviction eviction = Eviction::next_use;
   // Prefetches for this many layers ahead begin as early as they can. Those for later ones fill free slots, and evict
   // only what would go at the time of their use in any case: an eviction put off is a better informed one.
@@ -80,7 +80,7 @@ class Residency {
   BatchId announce(AnnouncedBatch batch);
   void retire(BatchId batch);  // twice is once
   // `batch` tells how far it has come: its layers up to this one are no longer announced.
-  DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0);
+  [[nodiscard]] DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0);
   void set_waiting(DemandId demand, bool waiting);  // a caller waits for the demand, or has stopped waiting
   void release(DemandId demand, const Wave& wave);
   void finish(DemandId demand);  // twice is once
@@ -89,10 +89,10 @@ class Residency {
   void given_back(int32_t slot, int32_t count);
   void set_budget(int64_t slots);
 
-  std::optional<Command> next_command();
+  [[nodiscard]] std::optional<Command> next_command();
 
   // What the demand can compute now and has not been given; pins it. Empty if nothing is ready (or left).
-  Wave take_ready(DemandId demand);
+  [[nodiscard]] Wave take_ready(DemandId demand);
   bool is_under_way(DemandId demand) const { return demands_.count(demand) > 0; }
   bool exhausted(DemandId demand) const;          // everything was handed out
   const Failure* failure(DemandId demand) const;  // why an expert that it wants cannot come; null if none
@@ -110,6 +110,10 @@ class Residency {
   const std::vector<LayerCounters>& counters() const { return counters_; }
   void reset_counters();
   std::vector<ExpertStanding> standings() const;  // [layers * experts]
+
+  // Throws Error(internal) that names what does not hold of slots, experts, demands and orders taken together. Every
+  // event ends with it in checked builds (base/check.h).
+  void check_invariants() const;
 
  private:
   enum class State : uint8_t { absent, loading, ready };
@@ -158,19 +162,23 @@ class Residency {
   UseTime next_use(int32_t expert) const;
   void pass_layers(BatchId number, Batch& batch, size_t until);
   void reindex(int32_t expert);  // after every change of an expert: puts it into the order where it belongs
-  int32_t next_missing(bool waiting) const;
+  std::optional<int32_t> next_missing(bool waiting) const;
   UseTime near_until() const;
   bool may_commit() const { return committed_ < budget_; }
-  int32_t take_free_slot();
+  std::optional<int32_t> take_free_slot();
   int32_t evict(int32_t expert);  // its slot
   void shrink();
   void give_back_later(int32_t slot);
   void unpin(int32_t expert);
   void leave_slot(int32_t expert);
   Command start(int32_t expert, int32_t slot, bool prefetch);
-  std::optional<Command> serve_demands(bool waiting, bool* blocked);
-  int32_t prefetch_victim(UseTime time) const;
+  std::optional<int32_t> slot_for_demand(bool waiting);
+  std::optional<int32_t> prefetch_victim(UseTime time) const;
   std::optional<Command> prefetch();
+  void end_event() const;
+  void check_slots() const;
+  void check_counts() const;
+  void check_orders() const;
   Demand& find(DemandId demand);
   const Demand& find(DemandId demand) const;
 

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace sida {
@@ -39,12 +40,14 @@ class Trace {
     }
   }
 
-  // Gives the events away and forgets them; `dropped` is set to how many did not fit.
-  std::vector<TraceEvent> take(int64_t* dropped) {
+  struct Taken {
+    std::vector<TraceEvent> events;
+    int64_t dropped = 0;  // that did not fit
+  };
+  // Gives the events away and forgets them.
+  [[nodiscard]] Taken take() {
     const std::lock_guard lock(mutex_);
-    *dropped = dropped_;
-    dropped_ = 0;
-    return std::move(events_);
+    return {.events = std::exchange(events_, {}), .dropped = std::exchange(dropped_, 0)};
   }
 
   static constexpr size_t limit = 1'000'000;

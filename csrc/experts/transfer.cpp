@@ -47,8 +47,13 @@ std::shared_ptr<Device> host_device(const std::shared_ptr<ExpertStore>& store, c
 }
 
 ResidencyOptions residency_options(const StoreLayout& layout, const EngineOptions& options) {
-  return {layout.layers,           layout.experts,  options.slots, options.lanes, parse_eviction(options.eviction),
-          options.prefetch_layers, options.populate};
+  return {.layers = layout.layers,
+          .experts = layout.experts,
+          .slots = options.slots,
+          .lanes = options.lanes,
+          .eviction = parse_eviction(options.eviction),
+          .prefetch_layers = options.prefetch_layers,
+          .populated = options.populate};
 }
 
 }  // namespace
@@ -88,6 +93,8 @@ struct TransferEngine::Impl {
   Residency residency;
   std::vector<Stalls> stalls;
   double lane_seconds = 0;
+  int64_t restarts_before = 0;  // the last reset: what device and store count, they count from their start
+  double verified_before = 0;
   bool closing = false;
   std::string broken;  // why the engine cannot go on; empty while it can
 
@@ -112,11 +119,12 @@ struct TransferEngine::Impl {
     if (closing || !broken.empty()) return;
     while (const std::optional<Command> command = residency.next_command()) {
       if (command->kind == Command::Kind::give_back) {
-        device->submit({LaneJob::Kind::give_back, command->slot, command->count});
+        device->submit({.kind = LaneJob::Kind::give_back, .slot = command->slot, .count = command->count});
       } else {
         const ExpertKey expert = command->expert;
-        device->submit(
-            {LaneJob::Kind::fill, command->slot, 1, int64_t{expert.layer} * store->layout().experts + expert.index});
+        device->submit({.kind = LaneJob::Kind::fill,
+                        .slot = command->slot,
+                        .record = int64_t{expert.layer} * store->layout().experts + expert.index});
       }
     }
   }
@@ -126,8 +134,13 @@ struct TransferEngine::Impl {
     const LaneJob& job = done.job;
     if (job.kind == LaneJob::Kind::fill) {
       const int32_t experts = store->layout().experts;
-      trace.record({TraceEvent::Kind::copy, done.lane, static_cast<int32_t>(job.record / experts),
-                    static_cast<int32_t>(job.record % experts), 0, done.begin_ns, done.end_ns});
+      trace.record({.kind = TraceEvent::Kind::copy,
+                    .lane = done.lane,
+                    .layer = static_cast<int32_t>(job.record / experts),
+                    .expert = static_cast<int32_t>(job.record % experts),
+                    .batch = 0,
+                    .begin_ns = done.begin_ns,
+                    .end_ns = done.end_ns});
     }
     const std::lock_guard lock(mutex);
     try {
@@ -162,8 +175,13 @@ struct TransferEngine::Impl {
     ++all.count;
     all.seconds += seconds;
     const int64_t begin_ns = std::chrono::nanoseconds(begin.time_since_epoch()).count();
-    trace.record({TraceEvent::Kind::stall, 0, layer, static_cast<int32_t>(residency.missing(demand).size()),
-                  residency.batch_of(demand), begin_ns, Trace::now_ns()});
+    trace.record({.kind = TraceEvent::Kind::stall,
+                  .lane = 0,
+                  .layer = layer,
+                  .expert = static_cast<int32_t>(residency.missing(demand).size()),
+                  .batch = residency.batch_of(demand),
+                  .begin_ns = begin_ns,
+                  .end_ns = Trace::now_ns()});
   }
 
   [[noreturn]] void throw_timeout(DemandId demand) const {
@@ -221,7 +239,8 @@ TransferEngine::TransferEngine(std::shared_ptr<ExpertStore> store, std::shared_p
   impl_ = std::make_unique<Impl>(std::move(store), std::move(device), std::move(options));
   impl_->device->start(impl_->options.lanes, [impl = impl_.get()](const JobDone& done) { impl->job_done(done); });
   if (impl_->options.populate) {
-    impl_->device->submit({LaneJob::Kind::populate, 0, static_cast<int32_t>(impl_->residency.budget())});
+    impl_->device->submit(
+        {.kind = LaneJob::Kind::populate, .slot = 0, .count = static_cast<int32_t>(impl_->residency.budget())});
   }
 }
 
@@ -370,10 +389,10 @@ EngineStats TransferEngine::stats() const {
   impl_->check_process();
   EngineStats stats;
   stats.direct = impl_->store->direct();
-  stats.verify_seconds = impl_->store->verify_seconds();
-  stats.lane_restarts = impl_->device->lane_restarts();
   const int64_t record = format().record_bytes();
   const std::lock_guard lock(impl_->mutex);
+  stats.verify_seconds = impl_->store->verify_seconds() - impl_->verified_before;
+  stats.lane_restarts = impl_->device->lane_restarts() - impl_->restarts_before;
   stats.layers = impl_->residency.counters();
   for (size_t layer = 0; layer < stats.layers.size(); ++layer) {
     stats.layers[layer].stall_seconds = impl_->stalls[layer].seconds;
@@ -412,6 +431,8 @@ void TransferEngine::reset_stats() {
   impl_->residency.reset_counters();
   std::fill(impl_->stalls.begin(), impl_->stalls.end(), Impl::Stalls{});
   impl_->lane_seconds = 0;
+  impl_->restarts_before = impl_->device->lane_restarts();
+  impl_->verified_before = impl_->store->verify_seconds();
 }
 
 Trace& TransferEngine::trace() {

@@ -60,10 +60,10 @@ class TransferEngine {
   void retire(BatchId batch);
 
   // Starts a demand for distinct experts of a layer; returns at once. Every demand is ended by finish().
-  DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0);
+  [[nodiscard]] DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0);
   // Waits for experts of the demand that are ready and not yet handed out. `interrupted` is polled about every
   // 50 ms, with no lock held; when it returns true the wait throws Error(closed, "interrupted ...").
-  Wave next_wave(DemandId demand, const std::function<bool()>& interrupted = {});
+  [[nodiscard]] Wave next_wave(DemandId demand, const std::function<bool()>& interrupted = {});
   void release(DemandId demand, const Wave& wave);
   void finish(DemandId demand) noexcept;  // releases what is left, cancels what is not needed by others
 

@@ -94,8 +94,12 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
   check("before", time.before);
   check("compute", time.compute);
   const auto& tables = predicted.empty() ? trace.batches : predicted;
-  Residency residency(
-      {trace.layers, trace.experts, options.slots, time.lanes, options.eviction, options.prefetch_layers});
+  Residency residency({.layers = trace.layers,
+                       .experts = trace.experts,
+                       .slots = options.slots,
+                       .lanes = time.lanes,
+                       .eviction = options.eviction,
+                       .prefetch_layers = options.prefetch_layers});
   Lanes lanes(residency, time.read);
   ClockResult result;
   std::vector<BatchId> numbers;

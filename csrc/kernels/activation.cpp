@@ -42,19 +42,17 @@ constexpr std::array<Name, 25> names{{
 
 }  // namespace
 
-bool parse_activation(std::string_view name, Activation* activation, bool* gated) {
+std::optional<ActivationName> parse_activation(std::string_view name) {
   constexpr std::string_view prefix = "gated-";
   const bool has_prefix = name.starts_with(prefix);
   if (has_prefix) name.remove_prefix(prefix.size());
   for (const Name& known : names) {
     if (known.name != name) continue;
     const bool only_gated = known.activation == Activation::swiglu_oai;
-    if (only_gated && has_prefix) return false;
-    *activation = known.activation;
-    *gated = has_prefix || only_gated;
-    return true;
+    if (only_gated && has_prefix) return std::nullopt;
+    return ActivationName{.function = known.activation, .gated = has_prefix || only_gated};
   }
-  return false;
+  return std::nullopt;
 }
 
 std::string activation_names() {

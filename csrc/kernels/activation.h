@@ -1,6 +1,7 @@
 // The names of the element-wise activations, as transformers spells them.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -8,10 +9,15 @@
 
 namespace sida {
 
+// What a name means.
+struct ActivationName {
+  Activation function;
+  bool gated;
+};
+
 // Understands every element-wise activation of transformers without parameters and "gated-" before any of them, and
 // "swiglu_oai", which is gated by its name alone.
-// False for a name it does not know, with nothing written.
-bool parse_activation(std::string_view name, Activation* activation, bool* gated);
+[[nodiscard]] std::optional<ActivationName> parse_activation(std::string_view name);
 
 // The names that parse_activation knows, for error messages.
 std::string activation_names();

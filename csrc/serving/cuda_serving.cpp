@@ -49,13 +49,18 @@ CudaServing::CudaServing(const RuntimeTable& runtime, std::shared_ptr<ExpertStor
   }
   pinned_ = std::make_shared<PinnedDevice>(runtime_, options_.device, std::move(source), options_.host_slots, records,
                                            record, options_.pin);
-  pool_ = std::make_shared<TransferEngine>(
-      store, pinned_,
-      EngineOptions{options_.host_slots, options_.host_lanes, options_.eviction, options_.wait_deadline});
+  pool_ = std::make_shared<TransferEngine>(store, pinned_,
+                                           EngineOptions{.slots = options_.host_slots,
+                                                         .lanes = options_.host_lanes,
+                                                         .eviction = options_.eviction,
+                                                         .wait_deadline = options_.wait_deadline});
   slots_ = std::make_shared<CudaDevice>(runtime_, options_.device, std::make_shared<TierSource>(pool_, layout.experts),
                                         records, record, options_.lanes);
-  engine_ = std::make_shared<TransferEngine>(
-      store, slots_, EngineOptions{options_.slots, options_.lanes, options_.eviction, options_.wait_deadline});
+  engine_ = std::make_shared<TransferEngine>(store, slots_,
+                                             EngineOptions{.slots = options_.slots,
+                                                           .lanes = options_.lanes,
+                                                           .eviction = options_.eviction,
+                                                           .wait_deadline = options_.wait_deadline});
 }
 
 CudaServing::~CudaServing() {

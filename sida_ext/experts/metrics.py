@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
+from sida_ext._load import _C
 from sida_ext.experts.runtime import Runtime, runtime_of
-from sida_ext.experts.stats import Counters
 
 try:
     from prometheus_client.core import REGISTRY, CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,8 +19,12 @@ except ImportError as error:
 
 __all__ = ["RuntimeCollector", "register"]
 
-# Counters of each MoE layer: name, field of LayerStats, help.
-COUNTERS = tuple((each.metadata["metric"] or each.name, each.name, each.metadata["text"]) for each in fields(Counters))
+# Where Prometheus has another name for a counter of the engine.
+RENAMED = {"requested": "layers_computed", "unique": "experts_wanted", "bytes_read": "read_bytes"}
+# Counters of each MoE layer and of the engine: name of the metric, of the counter, help.
+LAYER_COUNTERS = tuple((RENAMED.get(name, name), name, text) for name, text in _C.layer_counters)
+SLOTS = ("peak_slots", "committed_slots")  # shown as bytes
+ENGINE_COUNTERS = tuple((name, name, text) for name, text in _C.engine_counters if name not in SLOTS)
 QUANTILES = ((0.5, "stall_p50"), (0.95, "stall_p95"), (0.99, "stall_p99"))
 
 
@@ -48,7 +51,7 @@ class RuntimeCollector(Collector):
         if runtime is None or runtime.closed:
             return
         stats = runtime.stats()
-        for metric, field, text in COUNTERS:
+        for metric, field, text in LAYER_COUNTERS:
             counter = CounterMetricFamily(f"sida_{metric}", text, labels=["model", "layer"])
             for layer in stats.layers:
                 counter.add_metric([self._name, layer.name], getattr(layer, field))
@@ -72,11 +75,10 @@ class RuntimeCollector(Collector):
             gauge = GaugeMetricFamily(f"sida_{metric}", text, labels=["model"])
             gauge.add_metric([self._name], value)
             yield gauge
-        reading = CounterMetricFamily(
-            "sida_read_seconds", "Seconds of all lanes in reads, checks included", labels=["model"]
-        )
-        reading.add_metric([self._name], stats.read_seconds)
-        yield reading
+        for metric, field, text in ENGINE_COUNTERS:
+            counter = CounterMetricFamily(f"sida_{metric}", text, labels=["model"])
+            counter.add_metric([self._name], getattr(stats, field))
+            yield counter
 
 
 def register(model: Any, name: str = "", registry: CollectorRegistry = REGISTRY) -> RuntimeCollector:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
+
+from sida_ext._load import _C
 
 __all__ = ["LayerStanding", "LayerStats", "Stats"]
 
@@ -21,32 +23,28 @@ class LayerStanding(NamedTuple):
     demands: list[int]
 
 
-def counts(text: str, metric: str | None = None) -> dict[str, Any]:
-    """Of a counter of the engine: what it counts, and its name for Prometheus where that is another."""
-    return {"text": text, "metric": metric}
-
-
 @dataclass(frozen=True)
 class Counters:
     """What was demanded, and what it took. An expert that a batch wants in a layer counts once, however many of its
     tokens go there.
 
-    This is the one list of counters in Python: statistics and metrics follow from it.
+    The counters are those of ``csrc/experts/stats.h``, which says what each counts (``_C.layer_counters``); they are
+    named here for their types, and a list that differs is an error at the first ``stats()``.
     """
 
-    requested: int = field(metadata=counts("MoE layers computed", "layers_computed"))
-    unique: int = field(metadata=counts("Distinct experts wanted: hits + late + misses", "experts_wanted"))
-    hits: int = field(metadata=counts("Experts that were in memory when they were wanted"))
-    late: int = field(metadata=counts("Experts wanted while they were being read"))
-    misses: int = field(metadata=counts("Experts wanted that nobody was reading"))
-    evictions: int = field(metadata=counts("Experts evicted"))
-    loads: int = field(metadata=counts("Reads of an expert that ended well"))
-    failed_loads: int = field(metadata=counts("Reads of an expert that failed"))
-    bytes_read: int = field(metadata=counts("Bytes read from the expert store", "read_bytes"))
-    useful_prefetches: int = field(metadata=counts("Experts read ahead and then wanted"))
-    wasted_prefetches: int = field(metadata=counts("Experts read ahead and evicted unused"))
-    cancelled_prefetches: int = field(metadata=counts("Predicted experts whose read never began"))
-    stall_seconds: float = field(metadata=counts("Seconds in which the computation waited with nothing to do"))
+    requested: int
+    unique: int
+    hits: int
+    late: int
+    misses: int
+    evictions: int
+    loads: int
+    failed_loads: int
+    bytes_read: int
+    useful_prefetches: int
+    wasted_prefetches: int
+    cancelled_prefetches: int
+    stall_seconds: float
 
     @property
     def hit_rate(self) -> float:
@@ -66,21 +64,23 @@ class LayerStats(Counters):
 
 @dataclass(frozen=True)
 class Stats(Counters):
-    """Counters of all layers together."""
+    """Counters of all layers together, and those of the engine (``_C.engine_counters``)."""
 
-    layers: tuple[LayerStats, ...]
-    committed_slots: int  # experts in memory now, reads under way included
-    peak_slots: int  # experts in memory at once, reads under way included
-    read_seconds: float  # of all lanes together, checks included
+    peak_slots: int
+    committed_slots: int
+    lane_restarts: int
+    read_seconds: float
+    verify_seconds: float
     direct: bool  # reads go past the page cache
+    layers: tuple[LayerStats, ...]
     lookahead: Any = None  # of a model with a RouterLookahead, its LookaheadStats
 
     @classmethod
     def from_engine(cls, raw: dict[str, Any], names: Sequence[str]) -> Stats:
-        counters = [each.name for each in fields(Counters)]
+        counted = [name for name, _ in _C.layer_counters]
         layers = tuple(
             LayerStats(
-                **{name: layer[name] for name in counters},
+                **{name: layer[name] for name in counted},
                 name=layer_name,
                 stall_p50=_quantile(layer["stalls"], 0.50),
                 stall_p95=_quantile(layer["stalls"], 0.95),
@@ -89,13 +89,18 @@ class Stats(Counters):
             for layer_name, layer in zip(names, raw["layers"], strict=True)
         )
         return cls(
-            **{name: sum(layer[name] for layer in raw["layers"]) for name in counters},
-            layers=layers,
-            committed_slots=raw["committed_slots"],
-            peak_slots=raw["peak_slots"],
-            read_seconds=raw["read_seconds"],
+            **{name: sum(layer[name] for layer in raw["layers"]) for name in counted},
+            **{name: raw[name] for name, _ in _C.engine_counters},
             direct=raw["direct"],
+            layers=layers,
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain dictionaries, lists and numbers, with ``hit_rate`` beside the counters, of the whole and
+        of each layer: what ``json.dumps`` takes."""
+        found = asdict(self)
+        found["layers"] = [asdict(layer) | {"hit_rate": layer.hit_rate} for layer in self.layers]
+        return found | {"hit_rate": self.hit_rate}
 
 
 def _quantile(samples: Sequence[float], share: float) -> float:

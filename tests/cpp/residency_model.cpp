@@ -287,7 +287,7 @@ int32_t ResidencyModel::choose_prefetch_victim(Time time) const {
 
 // What the next copy must be; nothing if there must be none.
 std::optional<ResidencyModel::Choice> ResidencyModel::choose() const {
-  if (count(Content::loading) >= options.copies) return std::nullopt;
+  if (count(Content::loading) >= options.lanes) return std::nullopt;
   if (committed() - count(Content::returning) > budget) return std::nullopt;
   Choice choice;
   bool for_waiting = false;
@@ -357,7 +357,7 @@ void ResidencyModel::command(const Command& command) {
     require(!command.prefetch || next_time(target.expert) > next_time(expert), "a prefetch evicts expert ",
             target.expert, " that is used no later");
   }
-  require(count(Content::loading) < options.copies, "more than ", options.copies, " copies are under way");
+  require(count(Content::loading) < options.lanes, "more than ", options.lanes, " copies are under way");
   require(command.prefetch ? next_use(expert).has_value() : wanted(expert), "nobody asked for a copy of expert ",
           expert);
   // And what this very policy must do.
@@ -391,21 +391,10 @@ void ResidencyModel::no_more_commands() {
 void ResidencyModel::check_counters(const Residency& residency) const {
   for (size_t layer = 0; layer < counters_.size(); ++layer) {
     const LayerCounters &expected = counters_[layer], &found = residency.counters()[layer];
-    const auto compare = [&](const char* name, int64_t LayerCounters::* field) {
-      require(expected.*field == found.*field, "counter ", name, " of layer ", layer, " is ", found.*field,
-              ", expected ", expected.*field);
-    };
-    compare("requested", &LayerCounters::requested);
-    compare("unique", &LayerCounters::unique);
-    compare("hits", &LayerCounters::hits);
-    compare("late", &LayerCounters::late);
-    compare("misses", &LayerCounters::misses);
-    compare("evictions", &LayerCounters::evictions);
-    compare("loads", &LayerCounters::loads);
-    compare("failed_loads", &LayerCounters::failed_loads);
-    compare("useful_prefetches", &LayerCounters::useful_prefetches);
-    compare("wasted_prefetches", &LayerCounters::wasted_prefetches);
-    compare("cancelled_prefetches", &LayerCounters::cancelled_prefetches);
+    for_each_counter(layer_counters, [&](const auto& counter) {
+      require(expected.*counter.member == found.*counter.member, "counter ", counter.name, " of layer ", layer, " is ",
+              found.*counter.member, ", expected ", expected.*counter.member);
+    });
     require(found.unique == found.hits + found.late + found.misses, "counters of layer ", layer, " do not add up");
   }
   require(residency.committed() == committed(), "committed is ", residency.committed(), ", expected ", committed());

@@ -294,13 +294,13 @@ class Run {
     const std::vector<int32_t> twice{0, 0}, beyond{options_.experts};
     switch (step.a % 8) {
       case 0:
-        must_throw("demand of a layer beyond the last", [&] { real_.demand(options_.layers, {}, 0); });
+        must_throw("demand of a layer beyond the last", [&] { (void)real_.demand(options_.layers, {}, 0); });
         break;
       case 1:
-        must_throw("demand of the same expert twice", [&] { real_.demand(0, twice, 0); });
+        must_throw("demand of the same expert twice", [&] { (void)real_.demand(0, twice, 0); });
         break;
       case 2:
-        must_throw("demand of an expert beyond the last", [&] { real_.demand(0, beyond, 0); });
+        must_throw("demand of an expert beyond the last", [&] { (void)real_.demand(0, beyond, 0); });
         break;
       case 3:
         must_throw("a budget of 0", [&] { real_.set_budget(0); });
@@ -326,7 +326,7 @@ class Run {
 
   void pump() {
     model_.begin_commands();
-    int left = static_cast<int>(capacity()) + options_.copies + 4;
+    int left = static_cast<int>(capacity()) + options_.lanes + 4;
     while (const auto command = real_.next_command()) {
       if (--left < 0) throw Violation("the commands do not end");
       model_.command(*command);
@@ -360,7 +360,7 @@ Scenario make_scenario(uint64_t seed) {
   options.experts = static_cast<int32_t>(1 + dice.below(8));
   const uint32_t all = static_cast<uint32_t>(options.layers * options.experts);
   options.slots = 1 + (dice.one_in(3) ? dice.below(std::min(all, 3u)) : dice.below(all));
-  options.copies = static_cast<int>(1 + dice.below(4));
+  options.lanes = static_cast<int>(1 + dice.below(4));
   options.eviction = static_cast<Eviction>(dice.below(4));
   options.prefetch_layers = static_cast<int>(dice.below(4));
   options.populated = dice.one_in(3);
@@ -436,7 +436,7 @@ std::string describe(const Scenario& scenario) {
   const ResidencyOptions& options = scenario.options;
   std::ostringstream text;
   text << "seed " << scenario.seed << ": layers " << options.layers << " experts " << options.experts << " slots "
-       << options.slots << " copies " << options.copies << " eviction " << static_cast<int>(options.eviction)
+       << options.slots << " lanes " << options.lanes << " eviction " << static_cast<int>(options.eviction)
        << " prefetch_layers " << options.prefetch_layers << " populated " << options.populated << "\n";
   for (const Step& step : scenario.steps) {
     for (const auto& [kind, name] : kind_names) {

@@ -63,19 +63,7 @@ inline std::vector<int32_t> range(int32_t begin, int32_t end) {
 inline LayerCounters total(const EngineStats& stats) {
   LayerCounters sum;
   for (const LayerCounters& layer : stats.layers) {
-    sum.requested += layer.requested;
-    sum.unique += layer.unique;
-    sum.hits += layer.hits;
-    sum.late += layer.late;
-    sum.misses += layer.misses;
-    sum.evictions += layer.evictions;
-    sum.loads += layer.loads;
-    sum.failed_loads += layer.failed_loads;
-    sum.bytes_read += layer.bytes_read;
-    sum.useful_prefetches += layer.useful_prefetches;
-    sum.wasted_prefetches += layer.wasted_prefetches;
-    sum.cancelled_prefetches += layer.cancelled_prefetches;
-    sum.stall_seconds += layer.stall_seconds;
+    for_each_counter(layer_counters, [&](const auto& counter) { sum.*counter.member += layer.*counter.member; });
   }
   return sum;
 }

@@ -108,7 +108,7 @@ SIDA_TEST(memory_that_cannot_be_pinned_is_named) {
   machine.recording.pinned_only = false;
   auto serving = machine.serve(chosen);
   CHECK_EQ(serving->pinned_bytes(), 0);
-  CHECK(serving->pin_obstacle().find("MemAvailable") != std::string::npos);
+  CHECK(serving->pin_obstacle().find("locked memory (ulimit -l) is ") != std::string::npos);
   forward(machine, *serving, 1, {0, 1, 2});
   serving.reset();
   machine.finish();

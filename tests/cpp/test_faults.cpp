@@ -214,6 +214,8 @@ SIDA_TEST(a_dying_lane_is_an_error_and_is_replaced) {
   }
   CHECK_EQ(died, 2);
   CHECK_EQ(engine.stats().lane_restarts, 2);
+  engine.reset_stats();
+  CHECK_EQ(engine.stats().lane_restarts, 0);
   serve(engine, file, 0, {0, 1, 2});
 }
 

@@ -103,19 +103,16 @@ SIDA_TEST(activations_of_nan_and_infinity) {
 }
 
 SIDA_TEST(names_are_parsed) {
-  Activation activation = Activation::relu;
-  bool gated = true;
-  CHECK(parse_activation("swish", &activation, &gated));
-  CHECK(activation == Activation::silu && !gated);
-  CHECK(parse_activation("gated-gelu_pytorch_tanh", &activation, &gated));
-  CHECK(activation == Activation::gelu_new && gated);
-  CHECK(parse_activation("swiglu_oai", &activation, &gated));
-  CHECK(activation == Activation::swiglu_oai && gated);
-  CHECK(!parse_activation("gated-swiglu_oai", &activation, &gated));
-  CHECK(!parse_activation("prelu", &activation, &gated));
-  CHECK(!parse_activation("", &activation, &gated));
-  CHECK(!parse_activation("gated-", &activation, &gated));
-  CHECK(!parse_activation("RELU", &activation, &gated));
+  const auto is = [](std::string_view name, Activation function, bool gated) {
+    const std::optional<ActivationName> known = parse_activation(name);
+    return known && known->function == function && known->gated == gated;
+  };
+  CHECK(is("swish", Activation::silu, false));
+  CHECK(is("gated-gelu_pytorch_tanh", Activation::gelu_new, true));
+  CHECK(is("swiglu_oai", Activation::swiglu_oai, true));
+  for (const std::string_view name : {"gated-swiglu_oai", "prelu", "", "gated-", "RELU"}) {
+    CHECK(!parse_activation(name).has_value());
+  }
   CHECK(activation_names().find("leaky_relu") != std::string::npos);
 }
 

@@ -18,7 +18,6 @@
 
 #include "../cuda/recording_runtime.h"
 #include "check.h"
-#include "device/memory_limits.h"
 #include "device/pinned_device.h"
 #include "experts/transfer.h"
 #include "store_file.h"
@@ -172,29 +171,6 @@ SIDA_TEST(records_come_from_the_disk_straight_into_the_pool) {
   }
   recording.finish();
   CHECK(recording.problems().empty());
-}
-
-SIDA_TEST(limits_of_both_kinds_of_control_groups_are_found) {
-  const std::filesystem::path root = scratch() / "limits";
-  const auto write = [&](const std::string& path, const std::string& text) {
-    std::filesystem::create_directories((root / path).parent_path());
-    std::ofstream(root / path) << text;
-  };
-  write("proc/meminfo", "MemTotal: 9 kB\nMemAvailable:    7 kB\n");
-  write("proc/self/cgroup", "0::/a/b\n");
-  CHECK(memory_limits(root).find("locked memory (ulimit -l) is ") == 0);
-  CHECK(memory_limits(root).find(", MemAvailable:    7 kB") != std::string::npos);
-  CHECK(memory_limits(root).find("control group") == std::string::npos);
-  write("sys/fs/cgroup/a/b/memory.max", "max\n");
-  write("sys/fs/cgroup/a/memory.max", "5000000\n");
-  CHECK(memory_limits(root).find("the control group allows 5000000 bytes") != std::string::npos);
-  write("sys/fs/cgroup/a/b/memory.max", "4000000\n");
-  CHECK(memory_limits(root).find("the control group allows 4000000 bytes") != std::string::npos);
-  write("proc/self/cgroup", "5:cpu,memory:/job/7\n3:cpuset:/x\n");
-  write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
-  CHECK(memory_limits(root).find("control group") == std::string::npos);
-  write("sys/fs/cgroup/memory/job/memory.limit_in_bytes", "3000000\n");
-  CHECK(memory_limits(root).find("the control group allows 3000000 bytes") != std::string::npos);
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ SIDA_TEST(demand_comes_before_prefetch) {
 
 SIDA_TEST(waiting_demands_come_before_others_and_older_before_newer) {
   Driver driver(12, 1);
-  driver.residency.demand(0, std::vector<int32_t>{0}, 0);  // nobody waits for it
+  (void)driver.residency.demand(0, std::vector<int32_t>{0}, 0);  // nobody waits for it
   driver.demand(1, {1});
   driver.demand(2, {2});
   CHECK_EQ(driver.started(), "1.1");
@@ -204,7 +204,7 @@ SIDA_TEST(wrong_events_change_nothing) {
   CHECK_THROWS(driver.residency.retire(1), Error, "batch 1 was not announced");
   CHECK_THROWS(driver.residency.copy_done(0), Error, "no copy under way");
   CHECK_THROWS(driver.residency.set_budget(13), Error, "13 slots, expected 1 to 12");
-  CHECK_THROWS(Residency({0, 4, 1}), Error, "0 MoE layers");
+  CHECK_THROWS(Residency({.layers = 0, .experts = 4, .slots = 1}), Error, "0 MoE layers");
   CHECK_THROWS(parse_eviction("none"), Error, "'none'");
   CHECK_EQ(driver.started(), "");
   CHECK_EQ(driver.residency.counters()[0].requested, 0);

@@ -394,15 +394,15 @@ SIDA_TEST(trace_tells_copies_and_stalls) {
   TransferEngine engine(file.open(), options(4));
   engine.trace().set_on(true);
   serve(engine, file, 2, {1, 5});
-  int64_t dropped = -1;
   int copies = 0;
-  for (const TraceEvent& event : engine.trace().take(&dropped)) {
+  const Trace::Taken taken = engine.trace().take();
+  for (const TraceEvent& event : taken.events) {
     CHECK_EQ(event.layer, 2);
     CHECK(event.begin_ns <= event.end_ns);
     if (event.kind == TraceEvent::Kind::copy) ++copies;
   }
   CHECK_EQ(copies, 2);
-  CHECK_EQ(dropped, 0);
+  CHECK_EQ(taken.dropped, 0);
 }
 
 int main(int argc, char** argv) {

@@ -83,10 +83,9 @@ void forward(Machine& machine, CudaServing& serving, const Call& call) {
   args.x_row_stride = call.d_model;
   args.expert_index = indices;
   args.gate = reinterpret_cast<const float*>(call.gate);
-  bool gated = false;  // the store knows
-  if (!parse_activation(call.activation, &args.activation, &gated)) {
-    fail(ErrorKind::invalid, "activation is '", call.activation, "', expected one of ", activation_names());
-  }
+  const std::optional<ActivationName> known = parse_activation(call.activation);
+  if (!known) fail(ErrorKind::invalid, "activation is '", call.activation, "', expected one of ", activation_names());
+  args.activation = known->function;  // whether it is gated the store knows
   args.out = reinterpret_cast<void*>(call.out);
   args.partials = reinterpret_cast<float*>(call.partials);
   const ParallelFor serial{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {

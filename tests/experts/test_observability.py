@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sida_ext
-from sida_ext.experts.stats import Counters, _quantile
+from sida_ext._load import _C
+from sida_ext.experts.stats import Counters, Stats, _quantile
 from sida_ext.experts.timeline import Event, draw, write_chrome_trace
 from tests.support.predictors import ByToken
 
@@ -47,11 +48,45 @@ def test_statistics_add_up_by_layer_and_are_reset(model):
         assert layer.useful_prefetches + layer.wasted_prefetches <= layer.loads
     assert 0 < stats.committed_slots <= stats.peak_slots <= model.sida.slots
     assert 0 < stats.hit_rate < 1
+    assert stats.lane_restarts == 0 < stats.verify_seconds < stats.read_seconds
     model.sida.reset_stats()
     cleared = model.sida.stats()
+    assert cleared.verify_seconds == cleared.read_seconds == 0
     assert all(getattr(layer, name) == 0 for layer in cleared.layers for name in Counters.__dataclass_fields__)
     assert all(layer.stall_p99 == 0 for layer in cleared.layers)
     assert cleared.hit_rate == 1
+
+
+def test_the_counters_are_those_that_the_engine_lists():
+    assert tuple(Counters.__dataclass_fields__) == tuple(name for name, _ in _C.layer_counters)
+    own = set(Stats.__dataclass_fields__) - set(Counters.__dataclass_fields__) - {"direct", "layers", "lookahead"}
+    assert own == {name for name, _ in _C.engine_counters}
+
+
+def test_a_counter_that_python_does_not_know_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(_C, "layer_counters", (*_C.layer_counters, ("unheard_of", "nothing")))
+    with pytest.raises(KeyError, match="unheard_of"):
+        model.sida.stats()
+
+
+def test_a_lane_that_died_is_seen(folder):
+    dying = _C.Faults(die_every=5)
+    model = sida_ext.from_pretrained(folder, expert_memory="25%", lanes=1, faults=dying)
+    with pytest.raises(RuntimeError, match="lane 0 died"):
+        run(model)
+    assert model.sida.stats().lane_restarts == 1
+    model.sida.close()
+
+
+def test_statistics_go_into_json(model):
+    run(model)
+    stats = model.sida.stats()
+    found = json.loads(json.dumps(stats.as_dict()))
+    assert found["hit_rate"] == stats.hit_rate
+    assert found["lane_restarts"] == 0
+    assert [layer["name"] for layer in found["layers"]] == list(LAYERS)
+    assert sum(layer["bytes_read"] for layer in found["layers"]) == found["bytes_read"] == stats.bytes_read
+    assert found["layers"][0]["hit_rate"] == stats.layers[0].hit_rate
 
 
 def test_quantiles():
@@ -86,7 +121,7 @@ def test_prometheus_shows_the_statistics(folder):
     for name, model in models.items():
         stats = model.sida.stats()
         for layer in stats.layers:
-            for metric, field, _ in metrics.COUNTERS:
+            for metric, field, _ in metrics.LAYER_COUNTERS:
                 assert found[f"sida_{metric}_total", name, layer.name, None] == pytest.approx(getattr(layer, field))
             for share, field in metrics.QUANTILES:
                 wait = found["sida_stall_quantile_seconds", name, layer.name, str(share)]
@@ -96,7 +131,9 @@ def test_prometheus_shows_the_statistics(folder):
         assert found["sida_expert_memory_used_bytes", name, None, None] == stats.committed_slots * record
         assert found["sida_expert_memory_peak_bytes", name, None, None] == stats.peak_slots * record
         assert found["sida_experts_bytes", name, None, None] == model.sida.header.experts_bytes
-        assert found["sida_read_seconds_total", name, None, None] == pytest.approx(stats.read_seconds)
+        assert {field for _, field, _ in metrics.ENGINE_COUNTERS} == {"read_seconds", "verify_seconds", "lane_restarts"}
+        for metric, field, _ in metrics.ENGINE_COUNTERS:
+            assert found[f"sida_{metric}_total", name, None, None] == pytest.approx(getattr(stats, field))
     assert found["sida_layers_computed_total", "a", LAYERS[0], None] == 6
     models["a"].sida.close()
     assert {key[1] for key in samples()} == {"b"}

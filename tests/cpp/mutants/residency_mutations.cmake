@@ -6,7 +6,7 @@ sida_mutation("a release is forgotten" experts/residency.cpp
 sida_mutation("an expert is handed out without a pin" experts/residency.cpp
               [=[++state.pins;]=] [=[]=])
 sida_mutation("the budget is off by one" experts/residency.cpp
-              [=[if (!may_commit()) return -1;]=] [=[if (committed_ > budget_) return -1;]=])
+              [=[if (!may_commit()) return std::nullopt;]=] [=[if (committed_ > budget_) return std::nullopt;]=])
 sida_mutation("a shrunk budget keeps one slot too many" experts/residency.cpp
               [=[budget_ = slots;]=]
               [=[budget_ = slots < budget_ ? slots + 1 : slots;]=])
@@ -27,26 +27,26 @@ sida_mutation("a passed layer is still announced" experts/residency.cpp
               [=[std::erase_if(state.uses, [&](const Use& use) { return use.time == use_time(number, batch.passed); });]=]
               [=[]=])
 sida_mutation("demand waits behind prefetch" experts/residency.cpp
-              [=[if (auto command = serve_demands(waiting, &blocked)) return command;]=]
+              [=[if (!expert) continue;]=]
               [=[if (auto command = prefetch()) return command;
-                 if (auto command = serve_demands(waiting, &blocked)) return command;]=])
+                 if (!expert) continue;]=])
 sida_mutation("a caller starves beside experts that nobody waits for" experts/residency.cpp
-              [=[if (slot < 0 && waiting && !last_resort_.empty()) slot = evict(last_resort_.first());]=] [=[]=])
+              [=[if (!slot && waiting && wanted) slot = evict(*wanted);]=] [=[]=])
 sida_mutation("demands that nobody waits for evict each other's experts" experts/residency.cpp
-              [=[if (slot < 0 && !evictable_.empty()) slot = evict(evictable_.first());]=]
-              [=[if (slot < 0 && !evictable_.empty()) slot = evict(evictable_.first());
-                 if (slot < 0 && !last_resort_.empty()) slot = evict(last_resort_.first());]=])
+              [=[if (!slot && idle) slot = evict(*idle);]=]
+              [=[if (!slot && idle) slot = evict(*idle);
+                 if (const auto last = last_resort_.first(); !slot && last) slot = evict(*last);]=])
 sida_mutation("a prefetch evicts what is used sooner" experts/residency.cpp
-              [=[if (victim >= 0) slot = evict(victim);]=]
-              [=[if (!evictable_.empty()) slot = evict(evictable_.first());]=])
+              [=[if (victim) slot = evict(*victim);]=]
+              [=[if (const auto first = evictable_.first()) slot = evict(*first);]=])
 sida_mutation("a prefetch does not wait for a better victim" experts/residency.cpp
-              [=[if (later > use || (!near && later == use && frequency < experts_[victim].frequency)) return -1;]=] [=[]=])
+              [=[if (later > use || (!near && later == use && frequency < experts_[*victim].frequency)) return std::nullopt;]=] [=[]=])
 sida_mutation("the near layers are one too many" experts/residency.cpp
               [=[if (left <= ahead) return left == 0 ? 0 : use_time(number, batch.passed + static_cast<size_t>(left) - 1);]=]
               [=[if (left <= ahead) return use_time(number, batch.passed + static_cast<size_t>(left));]=])
 sida_mutation("one copy too many at once" experts/residency.cpp
-              [=[if (in_flight_ >= options_.copies || committed_ - returning_ > budget_) return std::nullopt;]=]
-              [=[if (in_flight_ > options_.copies || committed_ - returning_ > budget_) return std::nullopt;]=])
+              [=[if (in_flight_ >= options_.lanes || committed_ - returning_ > budget_) return std::nullopt;]=]
+              [=[if (in_flight_ > options_.lanes || committed_ - returning_ > budget_) return std::nullopt;]=])
 sida_mutation("a stale completion is believed" experts/residency.cpp
               [=[if (expert < 0 || experts_[expert].state != State::loading) {
     fail(ErrorKind::internal, "copy_done: slot ", slot, " has no copy under way");
