@@ -316,10 +316,8 @@ def _run_on_cluster(
     """``refused``: options that must be at their defaults; ``arguments``: the fields of ``BatchArguments``."""
     for name, value in refused.items():
         if value != {"order": "given", "lookahead": "auto"}.get(name):
-            raise ValueError(
-                f"--{name} is {value} with --ray, where texts run one by one, grouped by their predicted experts; leave "
-                "it out"
-            )
+            raise ValueError(f"--{name} is {value} with --ray, where texts run alone, grouped by experts; leave it out")
+
     from sida_ext.experts.budget import format_bytes
     from sida_ext.serving.cluster_batch import BatchArguments, run_batch
 

@@ -93,7 +93,7 @@ def application(arguments: ReplicaArguments, shape: Shape, settings: ServerSetti
         scaling = AutoscalingConfig(min_replicas=least, max_replicas=most, target_ongoing_requests=limits.rows)
         scale = {"autoscaling_config": scaling}
     needs = {"num_cpus": shape.cpus, "num_gpus": shape.gpus} | ({"memory": shape.memory} if shape.memory else {})
-    replicas = serve.deployment(
+    replicas: Any = serve.deployment(
         Replica,
         name=REPLICAS,
         ray_actor_options=needs,
@@ -116,7 +116,7 @@ def application(arguments: ReplicaArguments, shape: Shape, settings: ServerSetti
         )
 
     ingress_class: Any = serve.ingress(build)()
-    ingress = serve.deployment(
+    ingress: Any = serve.deployment(
         ingress_class,
         name=INGRESS,
         ray_actor_options={"num_cpus": 0},
