@@ -58,6 +58,12 @@ class Application:
         self.given |= changed
         serve.run(app(self.given), name=self.name, route_prefix=f"/{self.name}")
 
+    def delete(self) -> None:
+        """Stop it, replicas too."""
+        from ray import serve
+
+        serve.delete(self.name)
+
     def metrics(self) -> dict[str, dict[str, float]]:
         """Of ``/metrics`` each replica's numbers, by name without ``sida_replica_`` and ``_total``; and ``retries``."""
         found: dict[str, dict[str, float]] = {}
