@@ -23,6 +23,7 @@ except ImportError as error:
         f"running on a cluster needs {error.name}, which is not installed: pip install 'sida_ext[ray]'"
     ) from error
 
+from sida_ext.files import placed
 from sida_ext.serving.cluster_batch_order import by_experts
 from sida_ext.serving.model import predicted_experts
 
@@ -46,6 +47,13 @@ class BatchArguments:
     predictor: str | None = None
     max_length: int = 512
     generate: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", placed(self.model))
+        if self.predictor is not None:
+            object.__setattr__(self, "predictor", placed(self.predictor))
+        if self.options.get("store") is not None:
+            object.__setattr__(self, "options", {**self.options, "store": placed(str(self.options["store"]))})
 
 
 @dataclass(frozen=True)

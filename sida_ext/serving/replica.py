@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sida_ext.files import placed
 from sida_ext.serving.command import load
 from sida_ext.serving.driver import Answer, Driver, Job, Work
 from sida_ext.serving.expert_routing import mask_of
@@ -39,6 +40,13 @@ class ReplicaArguments:
     options: dict[str, Any] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     drain: float = 30.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", placed(self.model))
+        if self.predictor is not None:
+            object.__setattr__(self, "predictor", placed(self.predictor))
+        if self.options.get("store") is not None:
+            object.__setattr__(self, "options", {**self.options, "store": placed(str(self.options["store"]))})
 
 
 class Replica:
