@@ -166,6 +166,9 @@ def run(
         str | None, typer.Option(help="With cuda: pinned memory for experts; default: picked.")
     ] = None,
     expert_dtype: Annotated[str, typer.Option(help="bfloat16, float32, float16, int8, int4 or mxfp4.")] = "bfloat16",
+    dense_dtype: Annotated[
+        str | None, typer.Option(help="Of every other large matrix: bfloat16, int8 or int4; default: as it is.")
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="A store made by sida pack.")] = None,
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
     routing: Annotated[str, typer.Option(help="router, predicted or confident.")] = "router",
@@ -207,6 +210,7 @@ def run(
         expert_memory=expert_memory,
         host_memory=host_memory,
         expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype,
         store=store,
         routing=routing,
         confidence=confidence,

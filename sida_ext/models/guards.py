@@ -102,7 +102,7 @@ def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
         )
     for dtype in {parameter.dtype for parameter in module.parameters(recurse) if parameter.is_floating_point()}:
         cast = fn(torch.empty(0, device=own, dtype=dtype)).dtype
-        if cast not in COMPUTED_FROM:
+        if cast != dtype and cast not in COMPUTED_FROM:
             raise RuntimeError(
                 f"this model cannot be cast to {_name(cast)}: its experts are computed from tokens of "
                 f"{', '.join(map(_name, COMPUTED_FROM))}; nothing was changed"

@@ -43,6 +43,10 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="Of the experts: bfloat16, float32, float16, int8, int4, mxfp4.")
     ] = "bfloat16",
+    dense_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of every other large matrix: bfloat16, int8 or int4; default: the checkpoint's."),
+    ] = None,
     expert_memory: Annotated[
         str | None, typer.Option(help="Budget: 2GiB, 25%, auto or bytes; default: what fits.")
     ] = None,
@@ -84,6 +88,7 @@ def plan(
         "bandwidth": bandwidth,
         "gpu": gpu,
         "dtype": dtype,
+        "dense_dtype": dense_dtype,
         "expert_memory": expert_memory,
         "context": context,
         "prompt_tokens": prompt,
@@ -91,7 +96,7 @@ def plan(
         "measure": measure,
     }
     if verify:
-        _verify(model, dtype, expert_memory, prompt, as_json)
+        _verify(model, dtype, dense_dtype, expert_memory, prompt, as_json)
         return
     if sweep:
         _sweep(model, options, png, as_json)
@@ -221,7 +226,7 @@ def show(found: Plan) -> None:
         ("model", f"{found.family}, {found.moe_layers} MoE layers of {found.experts} experts, {found.top_k:g} a token"),
         (
             "everything else in memory",
-            f"{format_bytes(found.other_bytes)} ({found.dense_dtype or 'as the checkpoint'})",
+            f"{format_bytes(found.other_bytes)} (matrices {found.dense_dtype or 'as the checkpoint'})",
         ),
         (f"KV cache at {found.context} tokens", format_bytes(found.kv_bytes)),
         ("the process itself", format_bytes(found.process_bytes)),
@@ -257,10 +262,14 @@ def show(found: Plan) -> None:
         out.print(f"[bold]{escape(found.command)}[/]")
 
 
-def _verify(model: str, dtype: str, expert_memory: str | None, prompt: int | None, as_json: bool) -> None:
+def _verify(
+    model: str, dtype: str, dense_dtype: str | None, expert_memory: str | None, prompt: int | None, as_json: bool
+) -> None:
     from sida_ext.planning.verify import verify
 
-    rows = verify(model, dtype=dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt)
+    rows = verify(
+        model, dtype=dtype, dense_dtype=dense_dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt
+    )
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return

@@ -37,6 +37,9 @@ def serve(
     expert_dtype: Annotated[
         str, typer.Option(help="Of the experts: bfloat16, float32, float16, int8, ...")
     ] = "bfloat16",
+    dense_dtype: Annotated[
+        str | None, typer.Option(help="Of every other large matrix: bfloat16, int8 or int4; default: as --dtype says.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of everything else; default: the checkpoint's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     host_memory: Annotated[str | None, typer.Option(help="Pinned pool of a GPU machine.")] = None,
@@ -82,6 +85,7 @@ def serve(
             expert_memory=expert_memory,
             host_memory=host_memory,
             expert_dtype=expert_dtype,
+            dense_dtype=dense_dtype,
             store=store,
             routing=routing,
             confidence=confidence,

@@ -373,11 +373,16 @@ def test_a_hub_id_is_found_in_the_cache_dir_that_is_given(hub, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
-    [("org/unknown", {}), ("org/small-switch", {"revision": "v3"}), ("no such thing", {}), ("./not/a/folder", {})],
+    ("name", "changes", "said"),
+    [
+        ("org/unknown", {}, "is no folder here, and the hub did not give it"),
+        ("org/small-switch", {"revision": "v3"}, "is no folder here, and the hub did not give it"),
+        ("no such thing", {}, "does not exist, expected a checkpoint folder or a hub id"),
+        ("./not/a/folder", {}, "does not exist, expected a checkpoint folder or a hub id"),
+    ],
 )
-def test_neither_a_folder_nor_in_the_hubs_cache(hub, name, changes):
-    with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} is no folder, and the hub did not give it"):
+def test_neither_a_folder_nor_in_the_hubs_cache(hub, name, changes, said):
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} {said}"):
         load(name, **changes)
 
 

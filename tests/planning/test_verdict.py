@@ -143,8 +143,10 @@ def test_a_plan_has_the_fields_that_are_promised(tiny):
     assert [row["dtype"] for row in known["by_dtype"]] == ["float32", "bfloat16", "float16", "int8", "int4", "mxfp4"]
 
 
-def test_the_command_is_one(tiny, tmp_path):
-    words = plan(tiny, memory="1GiB", dtype="int8").command.split()
+@pytest.mark.parametrize("dense_dtype", [None, "int4"])
+def test_the_command_is_one(tiny, tmp_path, dense_dtype):
+    words = plan(tiny, memory="1GiB", dtype="int8", dense_dtype=dense_dtype).command.split()
+    assert ("--dense-dtype" in words) == (dense_dtype is not None)
     group = typer.main.get_command(app)
     if words[1] not in group.commands:
         pytest.skip(f"this tree has no sida {words[1]}")
@@ -208,6 +210,7 @@ def test_rates_are_parsed():
     [
         ({"dtype": "int3"}, "dtype is 'int3', expected one of"),
         ({"dense_dtype": "fp5"}, "dense_dtype is 'fp5'"),
+        ({"dense_dtype": "int8", "gpu": "8GiB"}, "dense_dtype is 'int8', expected None with gpu='8GiB'"),
         ({"memory": "much"}, "memory is 'much'"),
         ({"context": -1}, "context is -1"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
