@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from sida_ext.serving.savings import OrderSavings
     from sida_ext.serving.token_batches import TokenBatch
 
+# Continuations that sida run --generate prints.
+SHOWN = 3
+
 app = typer.Typer(
     name="sida",
     help="Serve Mixture-of-Experts transformers whose experts do not fit where they are computed.",
@@ -391,8 +394,11 @@ class _LanguageRun:
         _write_rows(out, lines, rows)
         print_stats(runtime_of(self.model), sum(row["tokens"] for row in rows), seconds)
         if generate:
-            for row in rows[:3]:
-                print(escape(row["generated"]))
+            for row in rows[:SHOWN]:
+                print(row["generated"])
+            if len(rows) > SHOWN:
+                where = f"all are in {out}" if out is not None else "-o FILE writes all"
+                print(f"({SHOWN} of {len(rows)} continuations are shown; {where})")
         else:
             print(f"perplexity {perplexity([(row['log_likelihood'], row['tokens']) for row in rows]):.2f}")
         if trace is not None:

@@ -161,6 +161,7 @@ def _run(served: ServedModel, limits: Limits, settings: ServerSettings, listener
         log_level="info" if verbose else "warning",
         timeout_graceful_shutdown=round(settings.drain) + 5,
         server_header=False,
+        ws="none",  # there are none, and what speaks them may warn of its own age
     )
     address, port = listener.getsockname()[:2]
     console.print(f"serving {served.name} at http://{address}:{port}", markup=False, highlight=False)
