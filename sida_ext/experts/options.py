@@ -14,9 +14,10 @@ import torch
 
 from sida_ext._load import _C
 
-__all__ = ["DTYPES", "EVICTIONS", "PINS", "ROUTINGS", "Options", "options_from"]
+__all__ = ["DENSE_DTYPES", "DTYPES", "EVICTIONS", "PINS", "ROUTINGS", "Options", "options_from"]
 
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "mxfp4")
+DENSE_DTYPES = (None, "bfloat16", "int8", "int4")
 EVICTIONS = ("next_use", "lru", "lfu", "fifo")
 ROUTINGS = ("router", "predicted", "confident")
 PINS = ("require", "try")
@@ -34,6 +35,9 @@ class Options:
         expert_dtype: what experts are packed as at first use: float32, float16, bfloat16, int8 (one factor for each
             row), int4 or mxfp4 (one for each 32 columns; :mod:`sida_ext.experts.quantise`). With ``store`` they are
             what the store holds.
+        dense_dtype: what every other large matrix (attention, dense and shared feed-forward, the head) is kept as, and
+            computed from by ``torch.ops.sida.linear``: bfloat16, int8 or int4; None: as transformers has it.
+            Routers, norms and embeddings are left alone (:mod:`sida_ext.models.dense`). On the CPU only.
         routing: ``"router"``: the model's own router decides, predictions only prefetch, the output does not depend on
             budget or timing. ``"predicted"``: the hash table replaces router and scaling factors (SiDA as published).
             ``"confident"``: the table for a token and layer where its probability reaches ``confidence``, the router
@@ -64,6 +68,7 @@ class Options:
     expert_memory: str | int = "2GiB"
     host_memory: str | int | None = None
     expert_dtype: str = "bfloat16"
+    dense_dtype: str | None = None
     routing: str = "router"
     confidence: float = 0.9
     store: str | os.PathLike[str] | None = None
@@ -78,15 +83,17 @@ class Options:
     faults: _C.Faults | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (
+        checked: tuple[tuple[str, tuple[str | None, ...]], ...] = (
             ("expert_dtype", DTYPES),
+            ("dense_dtype", DENSE_DTYPES),
             ("routing", ROUTINGS),
             ("eviction", EVICTIONS),
             ("pin", PINS),
-        ):
+        )
+        for name, allowed in checked:
             value = getattr(self, name)
             if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, allowed))}")
         if not _is_number(self.confidence) or not self.confidence >= 0:
             raise ValueError(
                 f"confidence is {self.confidence!r}, expected a probability from which the table decides: 0 for "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,8 @@ from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import open_store
 from sida_ext.experts.store_writer import write_store
-from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, resolve_checkpoint
+from sida_ext.models.checkpoint_files import LOCATION_ARGUMENTS, CheckpointFiles, resolve_checkpoint
+from sida_ext.models.dense import expect_dense, finish_dense, loading_one_by_one, saved_bytes, wants_float32
 from sida_ext.models.families import Family, family_of, moe_layers
 from sida_ext.models.guards import guard_model
 from sida_ext.models.layers import ServedLayer
@@ -83,6 +85,32 @@ def _check_predictors(predictor: Any, device: torch.device) -> None:
         )
 
 
+def _check_dense(options: Options, device: torch.device) -> None:
+    if options.dense_dtype is not None and device.type != "cpu":
+        raise ValueError(
+            f"dense_dtype is {options.dense_dtype!r}, expected None on {str(device)!r}: the kernels that compute from "
+            "it are the CPU's; dtype= says what transformers keeps everything but the experts as"
+        )
+
+
+def _spared_bfloat16(options: Options, found: CheckpointFiles, arguments: dict[str, Any]) -> Options:
+    """The options, and ``dtype`` among the arguments, where neither says what the large matrices are computed in and
+    transformers' own choice would be the slow one."""
+    given = options.dense_dtype is not None or not {"dtype", "torch_dtype"}.isdisjoint(arguments)
+    if given or resolve_device(options.device, options.host_memory).type != "cpu":
+        return options
+    if not wants_float32(found.config, found.model_class):
+        return options
+    arguments["dtype"] = torch.float32
+    logger.warning(
+        "%s is bfloat16 and this CPU has no instructions for it: its matrices stay bfloat16 and are computed by sida's "
+        "kernels (dense_dtype='bfloat16'), everything else by transformers in float32; dtype='auto' leaves it all to "
+        "transformers in bfloat16",
+        found.name,
+    )
+    return replace(options, dense_dtype="bfloat16")
+
+
 def _routers(model: PreTrainedModel, family: Family, predictor: Any) -> Any:
     """Where the model's routers are, if somebody is going to ask them."""
     return None if split_lookahead(predictor)[1] is None else find_routers(model, family.layers(model))
@@ -136,10 +164,11 @@ def _connect(
 
 
 def _without_experts(
-    base: type[PreTrainedModel], stripped: list[tuple[Family, list[ServedLayer]]]
+    base: type[PreTrainedModel], stripped: list[tuple[Family, list[ServedLayer]]], dense_dtype: str | None
 ) -> type[PreTrainedModel]:
     """The class to load by: its models lose their experts' parameters as soon as they are made, before anything is
-    loaded, so that transformers' loader never asks for them."""
+    loaded, so that transformers' loader never asks for them; with a ``dense_dtype`` their other large matrices take it
+    as they are loaded."""
 
     def make(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
@@ -150,6 +179,8 @@ def _without_experts(
             *family.ignored_keys,
         }
         stripped.append((family, family.strip(self)))
+        if dense_dtype is not None:
+            expect_dense(self, family.layers(self), dense_dtype)
 
     # transformers knows what to convert and to cast by the class's name.
     return type(base.__name__, (base,), {"__init__": make, "__module__": base.__module__})
@@ -161,6 +192,7 @@ def from_pretrained(
     expert_memory: str | int = "2GiB",
     host_memory: str | int | None = None,
     expert_dtype: str = "bfloat16",
+    dense_dtype: str | None = None,
     routing: str = "router",
     predictor: Any = None,
     model_class: Any = None,
@@ -177,7 +209,8 @@ def from_pretrained(
     Args:
         path_or_id: checkpoint folder or hub id: Switch Transformers, or any family whose experts go through
             transformers' experts seam (docs/families.md).
-        device, expert_memory, host_memory, expert_dtype, routing: see :class:`~sida_ext.experts.options.Options`.
+        device, expert_memory, host_memory, expert_dtype, dense_dtype, routing: see
+            :class:`~sida_ext.experts.options.Options`.
         predictor: a :class:`~sida_ext.prediction.protocol.Predictor`, what ``stream`` takes when it is given none; or a
             :class:`~sida_ext.prediction.protocol.DecoderPredictor` for ``generate``; or a pair of both; or a
             :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`, for a model of the experts seam, alone or
@@ -187,7 +220,9 @@ def from_pretrained(
             defaults.
         progress: is told experts packed and experts in all.
         kwargs: further options by name (``store``, ``lanes``, ``eviction``, ...); everything else means what it means
-            to transformers: ``dtype`` of everything but the experts, ``attn_implementation``, ``revision``, ``token``,
+            to transformers: ``dtype`` of everything but the experts (without it and without ``dense_dtype``, a bfloat16
+            checkpoint on a CPU that lacks the instructions for it is loaded with ``dtype=torch.float32,
+            dense_dtype="bfloat16"``, which is said), ``attn_implementation``, ``revision``, ``token``,
             ``cache_dir``, fields of the configuration (``num_labels``, ``output_router_logits``, ...). ``device_map``,
             ``quantization_config`` and others that would bring the experts from elsewhere are refused.
 
@@ -204,9 +239,12 @@ def from_pretrained(
         expert_memory=expert_memory,
         host_memory=host_memory,
         expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype,
         routing=routing,
     )
-    _check_predictors(predictor, resolve_device(options.device, options.host_memory))
+    resolved = resolve_device(options.device, options.host_memory)
+    _check_predictors(predictor, resolved)
+    _check_dense(options, resolved)
     for name, reason in REFUSED_ARGUMENTS.items():
         if (given := kwargs.pop(name, None)) not in (None, False):
             raise ValueError(f"{name} is {given!r}, expected nothing: {reason}")
@@ -219,8 +257,10 @@ def from_pretrained(
         fields=kwargs,
         **location,
     )
+    options = _spared_bfloat16(options, found, kwargs)
     with source_of(found) as source:
         if options.store is None:
+            _say_rounding(found.config, options.expert_dtype)
             path = ensure_store(
                 source, options.expert_dtype, options.store_cache, say=logger.warning, progress=progress
             )
@@ -235,15 +275,20 @@ def from_pretrained(
                 )
         # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
         other_bytes = source.other_bytes(itemsize=4)
+        if options.dense_dtype is not None:
+            other_bytes -= saved_bytes(found.config, found.model_class, options.dense_dtype, itemsize=4)
     stripped: list[tuple[Family, list[ServedLayer]]] = []
     # Before the other weights, so that the system backs expert memory while they are read.
     runtime = Runtime(path, options, reserved=other_bytes)
     try:
-        model = _without_experts(found.model_class, stripped).from_pretrained(
-            found.path_or_id, config=found.config, **found.arguments, **dequantised(found.config), **kwargs
-        )
+        with nullcontext() if options.dense_dtype is None else loading_one_by_one():
+            model = _without_experts(found.model_class, stripped, options.dense_dtype).from_pretrained(
+                found.path_or_id, config=found.config, **found.arguments, **dequantised(found.config), **kwargs
+            )
         model.__class__ = found.model_class
         family, layers = stripped.pop()
+        if options.dense_dtype is not None:
+            finish_dense(model, family.layers(model), options.dense_dtype)
         _own_memory(model)
         family.check_fit(model, runtime.header, layers, str(path))
         _check_predictor(model, family, predictor, options)
@@ -255,6 +300,15 @@ def from_pretrained(
     finally:
         stripped.clear()  # a class is freed by the cycle collector alone, and the one made here would keep the layers
     return model
+
+
+def _say_rounding(config: PreTrainedConfig, expert_dtype: str) -> None:
+    """One sentence where the default type of experts is less than the checkpoint has."""
+    if getattr(config, "dtype", None) == torch.float32 and expert_dtype in ("bfloat16", "float16"):
+        logger.info(
+            "the checkpoint is of float32, its experts are served as %s, rounded; expert_dtype='float32' keeps them",
+            expert_dtype,
+        )
 
 
 def _own_memory(model: nn.Module) -> None:
@@ -283,6 +337,7 @@ def swap_experts(
     expert_memory: str | int = "2GiB",
     host_memory: str | int | None = None,
     expert_dtype: str = "bfloat16",
+    dense_dtype: str | None = None,
     routing: str = "router",
     predictor: Any = None,
     *,
@@ -307,11 +362,14 @@ def swap_experts(
         expert_memory=expert_memory,
         host_memory=host_memory,
         expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype,
         routing=routing,
     )
     if kwargs:
         raise TypeError(f"swap_experts got {next(iter(kwargs))!r}, expected a field of sida_ext.Options")
-    _check_predictors(predictor, resolve_device(options.device, options.host_memory))
+    resolved = resolve_device(options.device, options.host_memory)
+    _check_predictors(predictor, resolved)
+    _check_dense(options, resolved)
     family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
@@ -335,6 +393,8 @@ def swap_experts(
             folder.cleanup()
         raise
     try:
+        if options.dense_dtype is not None:
+            finish_dense(model, family.layers(model), options.dense_dtype)
         _connect(model, family, family.strip(model), runtime, predictor, routers)
     except BaseException:
         runtime.close()

@@ -7,10 +7,20 @@ from dataclasses import dataclass
 
 from sida_ext.planning.counting import ExpertShape, ModelFacts
 
-__all__ = ["EXPERT_DTYPES", "Capacity", "experts_bytes", "kv_cache_bytes", "other_bytes", "record_bytes", "room"]
+__all__ = [
+    "DENSE_DTYPES",
+    "EXPERT_DTYPES",
+    "Capacity",
+    "experts_bytes",
+    "kv_cache_bytes",
+    "other_bytes",
+    "record_bytes",
+    "room",
+]
 
 # Bits of a weight; 4-bit formats with the scale of each group of 32 (float16, or the one byte of MX).
 EXPERT_DTYPES = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.5, "mxfp4": 4.25}
+DENSE_DTYPES = ("bfloat16", "int8", "int4")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # The record of csrc/experts/expert.h: wi, wo, scales, biases, each part and the whole aligned.
 PART, RECORD = 64, 4096
@@ -61,18 +71,22 @@ def other_bytes(facts: ModelFacts, dense_dtype: str | None = None) -> int:
     """Of everything but the experts, as it lies in memory.
 
     Args:
-        dense_dtype: None: as the checkpoint's configuration says. int8 and int4 hold for matrices; a table of which a
-            token reads one row stays in the configuration's type.
+        dense_dtype: of the large matrices, as ``from_pretrained`` takes it; everything else, and all of it with None,
+            is of the type that the checkpoint's configuration names.
     """
     item = ITEM_BYTES.get(facts.dtype, 4)
     if dense_dtype is None:
         return facts.other_numbers * item
-    if dense_dtype not in ("float32", "bfloat16", "float16", "int8", "int4"):
-        raise ValueError(f"dense_dtype is {dense_dtype!r}, expected float32, float16, bfloat16, int8 or int4")
-    bits = EXPERT_DTYPES[dense_dtype]
-    table_bits = bits if bits >= 16 else 8 * item
-    matrices = facts.other_numbers - facts.embedding_numbers
-    return math.ceil((matrices * bits + facts.embedding_numbers * table_bits) / 8)
+    if dense_dtype not in DENSE_DTYPES:
+        raise ValueError(f"dense_dtype is {dense_dtype!r}, expected None or one of {', '.join(DENSE_DTYPES)}")
+    numbers = sum(rows * columns for rows, columns in facts.dense)
+    if dense_dtype == "bfloat16":
+        stored = 2 * numbers
+    elif dense_dtype == "int8":
+        stored = sum(rows * (columns + 4) for rows, columns in facts.dense)
+    else:
+        stored = sum(18 * rows * -(-columns // 32) for rows, columns in facts.dense)
+    return (facts.other_numbers - numbers + facts.tied_numbers) * item + stored
 
 
 def kv_cache_bytes(facts: ModelFacts, context: int, batch: int = 1) -> int:

@@ -43,7 +43,13 @@ def plan(
     dtype: Annotated[
         str, typer.Option(help="Of the experts: bfloat16, float32, float16, int8, int4, mxfp4.")
     ] = "bfloat16",
-    expert_memory: Annotated[str | None, typer.Option(help="Budget, 2GiB; default: what fits.")] = None,
+    dense_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of every other large matrix: bfloat16, int8 or int4; default: the checkpoint's."),
+    ] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Budget: 2GiB, 25%, auto or bytes; default: what fits.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Of the machine, 16GiB; default: what is free here.")] = None,
     disk: Annotated[str | None, typer.Option(help="Its read rate, 2GB/s; default: measured here.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="Of its memory, 40GB/s; default: measured here.")] = None,
@@ -72,6 +78,8 @@ def plan(
 ) -> None:
     """Will it run here, and how fast? From config.json and file headers, before a weight is downloaded.
 
+    The exit status is 1 where it does not fit.
+
     With TEXT: also the hit rates of OPT, next_use, LRU, LFU and FIFO on its routing, at every budget.
     """
     options: dict[str, Any] = {
@@ -80,6 +88,7 @@ def plan(
         "bandwidth": bandwidth,
         "gpu": gpu,
         "dtype": dtype,
+        "dense_dtype": dense_dtype,
         "expert_memory": expert_memory,
         "context": context,
         "prompt_tokens": prompt,
@@ -87,7 +96,7 @@ def plan(
         "measure": measure,
     }
     if verify:
-        _verify(model, dtype, expert_memory, prompt, as_json)
+        _verify(model, dtype, dense_dtype, expert_memory, prompt, as_json)
         return
     if sweep:
         _sweep(model, options, png, as_json)
@@ -104,11 +113,13 @@ def _plan(model: str, options: dict[str, Any], texts: _Texts | None, as_json: bo
     if texts is None:
         found = made(model, **options)
         print(json.dumps(found.to_dict(), indent=1)) if as_json else show(found)
+        _end(found)
         return
     # First, for a model that does not fit or does not exist is not loaded.
-    if not made(model, **options).fits:
-        show(made(model, **options))
-        return
+    first = made(model, **options)
+    if not first.fits:
+        print(json.dumps(first.to_dict(), indent=1)) if as_json else show(first)
+        _end(first)
     routing, tokens = _recorded(model, texts)
     from sida_ext.planning.routing import Recorded
 
@@ -120,6 +131,12 @@ def _plan(model: str, options: dict[str, Any], texts: _Texts | None, as_json: bo
         return
     show(found)
     _show_hit_rates(table, texts)
+
+
+def _end(found: Plan) -> None:
+    """The status tells a script what the verdict tells a reader: 1 where the model does not fit."""
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 def _recorded(model: str, texts: _Texts) -> tuple[Any, int]:
@@ -209,7 +226,7 @@ def show(found: Plan) -> None:
         ("model", f"{found.family}, {found.moe_layers} MoE layers of {found.experts} experts, {found.top_k:g} a token"),
         (
             "everything else in memory",
-            f"{format_bytes(found.other_bytes)} ({found.dense_dtype or 'as the checkpoint'})",
+            f"{format_bytes(found.other_bytes)} (matrices {found.dense_dtype or 'as the checkpoint'})",
         ),
         (f"KV cache at {found.context} tokens", format_bytes(found.kv_bytes)),
         ("the process itself", format_bytes(found.process_bytes)),
@@ -245,10 +262,14 @@ def show(found: Plan) -> None:
         out.print(f"[bold]{escape(found.command)}[/]")
 
 
-def _verify(model: str, dtype: str, expert_memory: str | None, prompt: int | None, as_json: bool) -> None:
+def _verify(
+    model: str, dtype: str, dense_dtype: str | None, expert_memory: str | None, prompt: int | None, as_json: bool
+) -> None:
     from sida_ext.planning.verify import verify
 
-    rows = verify(model, dtype=dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt)
+    rows = verify(
+        model, dtype=dtype, dense_dtype=dense_dtype, expert_memory=expert_memory or "25%", prompt_tokens=prompt
+    )
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=1))
         return

@@ -70,6 +70,10 @@ PARTS = {
 LAYER = re.compile(r"(?:^|\.)(?:layers|block|blocks|h)\.(\d+)\.")
 # Heads that guess several tokens ahead: transformers' classes ignore their keys.
 AHEAD = re.compile(r"(?:^|\.)(?:mtp|mtp_[a-z]+|nextn|eagle)(?:\.|$)")
+# What ``dense_dtype`` leaves alone, and the numbers of a matrix from which it takes one (sida_ext.models.dense).
+TABLES = re.compile(r"(?:^|\.)(?:[a-z_]*embed[a-z_]*|shared|wte|wpe|word_embeddings|relative_attention_bias)\.weight$")
+ROUTER = re.compile(r"(?:^|\.)(?:router|gate)\.")
+LARGE = 1 << 14
 OTHER_SENSES = re.compile(
     r"(?:^|\.)(?:[a-z_]*visual|[a-z_]*vision[a-z_]*|[a-z_]*audio[a-z_]*|talker|code2wav|sam_model)\."
 )
@@ -97,6 +101,8 @@ class ModelFacts:
         top_k: experts of each token in a layer; a mean where layers differ.
         other_numbers: parameters of everything else that a model loads, other_dtypes: by type of the file.
         embedding_numbers: of these, tables of which a token reads one row.
+        dense: rows and columns of the matrices that ``dense_dtype`` takes, a head that is the table itself among them;
+            tied_numbers: of such a head, whose table stays beside it.
         layer_numbers: of these, in the layers of the language model, read for each token; head_numbers: in its head.
         kv_numbers: numbers that one token adds to the caches of all attention layers, without a window.
         windowed: (numbers, window) of the layers whose cache ends with a window of tokens.
@@ -115,6 +121,8 @@ class ModelFacts:
     other_numbers: int
     other_dtypes: dict[str, int]
     embedding_numbers: int
+    dense: tuple[tuple[int, int], ...]
+    tied_numbers: int
     layer_numbers: int
     head_numbers: int
     ignored_numbers: int
@@ -423,6 +431,7 @@ def _facts(
     plain, windowed = _cache(rows, configs)
     named_dtype = _first(configs, ("dtype", "torch_dtype"))
     table_numbers = sum(other[key].numbers for key in tables if key in other)
+    tied = [] if _classifier(architectures) else [key for key in heads if key in tables and key in other]
     return ModelFacts(
         family=family,
         layers=layers,
@@ -436,6 +445,9 @@ def _facts(
         other_dtypes=dtypes,
         # A head that is the table itself is read whole for each token.
         embedding_numbers=0 if heads == tables and not _classifier(architectures) else table_numbers,
+        dense=tuple(_dense({key: tensor for key, tensor in other.items() if key not in tables}))
+        + tuple((other[key].shape[0], other[key].shape[1]) for key in tied),
+        tied_numbers=sum(other[key].numbers for key in tied),
         layer_numbers=sum(
             tensor.numbers for key, tensor in other.items() if LAYER.search(key) and not OTHER_SENSES.search(key)
         ),
@@ -447,6 +459,14 @@ def _facts(
         encoder_only=encoder_only,
         dtype=_dtype(named_dtype, dtypes),
     )
+
+
+def _dense(tensors: Mapping[str, TensorHeader]) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the large matrices that are linears and choose no experts."""
+    for key, tensor in tensors.items():
+        large = len(tensor.shape) == 2 and tensor.numbers >= LARGE and key.endswith(".weight")
+        if large and not TABLES.search(key) and not ROUTER.search(key):
+            yield tensor.shape[0], tensor.shape[1]
 
 
 def _dtype(named: Any, dtypes: dict[str, int]) -> str:

@@ -90,7 +90,9 @@ def _cpu() -> str:
 
 
 def machine_key() -> str:
-    return f"{_cpu()}, {engine().instruction_set()}, {threads()} threads, torch {engine().torch_version}"
+    from sida_ext._load import installed_torch
+
+    return f"{_cpu()}, {engine().instruction_set()}, {threads()} threads, torch {installed_torch()}"
 
 
 def remembered(key: str) -> Any:
@@ -184,8 +186,19 @@ def disk_plan(folder: Path, again: bool = False) -> ReadPlan:
     return replace(found, disk_rate=rate.bytes_per_second, why=f"{what} at {rate.bytes_per_second / 1e9:.2f} GB/s")
 
 
-def measured_rates(facts: ModelFacts, dtype: str, folder: Path, again: bool = False) -> Rates:
-    """Of this machine at the model's shape, with the experts in ``dtype``.
+def dense_rates(facts: ModelFacts, dense_dtype: str, again: bool = False) -> tuple[dict[int, Pair], str]:
+    """Seconds of one parameter of a dense matrix that is kept as ``dense_dtype``: the kernels are those of the experts,
+    so an expert of that type tells."""
+    shape = facts.shape
+    numbers = shape.d_model * shape.d_ff * (3 if shape.gated else 2)
+    pairs, said = expert_rates(facts, dense_dtype, again)
+    return {tokens: (low / numbers, high / numbers) for tokens, (low, high) in pairs.items()}, f"as experts: {said}"
+
+
+def measured_rates(
+    facts: ModelFacts, dtype: str, folder: Path, again: bool = False, dense_dtype: str | None = None
+) -> Rates:
+    """Of this machine at the model's shape, with the experts in ``dtype``, the other large matrices in ``dense_dtype``.
 
     Args:
         folder: of the expert store; its disk is measured.
@@ -196,8 +209,12 @@ def measured_rates(facts: ModelFacts, dtype: str, folder: Path, again: bool = Fa
     dense = facts.dtype if facts.dtype in ("float32", "bfloat16", "float16") else "float32"
     if dense == "float16":
         dense = "float32"  # torch computes it so on a CPU
-    number, said_number = number_rates(facts.shape.d_model, dense, again)
-    layer, said_layer = layer_rates(facts)
+    if dense_dtype is None:
+        number, said_number = number_rates(facts.shape.d_model, dense, again)
+        layer, said_layer = layer_rates(facts)
+    else:  # what --measure remembers holds torch's own matrices
+        number, said_number = dense_rates(facts, dense_dtype, again)
+        layer, said_layer = None, _assumed_layer()
     return Rates(
         disk=(reads.disk_rate, reads.disk_rate * SLOWER_DISK),
         store=reads.disk_rate,
@@ -227,5 +244,9 @@ def layer_rates(facts: ModelFacts) -> tuple[dict[int, Pair] | None, str]:
             return pairs, "a layer of transformers without experts, remembered"
         except (ValueError, TypeError, IndexError):
             pass  # written by another version
+    return None, f"{_assumed_layer()}; --measure measures it"
+
+
+def _assumed_layer() -> str:
     low, high = ASSUMED_LAYER
-    return None, f"assumed: {low * 1e3:g} to {high * 1e3:g} ms a layer beside its matrices; --measure measures it"
+    return f"assumed: {low * 1e3:g} to {high * 1e3:g} ms a layer beside its matrices"

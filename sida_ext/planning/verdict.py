@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sida_ext.experts.budget import available_memory, format_bytes, parse_bytes
+from sida_ext.experts.budget import available_memory, format_bytes, parse_bytes, parse_memory
 from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import (
     EXPERT_DTYPES,
@@ -58,7 +58,8 @@ class Plan:
         model, family: as given, and ``model_type``.
         fits: the smallest budget and everything else fit in the memory.
         verdict: one sentence.
-        dtype: of the experts, as planned; dense_dtype: of everything else, None: as the checkpoint has it.
+        dtype: of the experts, as planned; dense_dtype: of every other large matrix, None: as the
+            checkpoint has it.
         moe_layers, experts, top_k: of the model; experts in each layer.
         experts_bytes: of all experts in ``dtype``; the store has this size. by_dtype: in every type.
         other_bytes: of everything else; kv_bytes: of the cache at ``context`` tokens.
@@ -265,8 +266,9 @@ def plan(
         bandwidth: of the memory; None: this machine's. The cores stay this machine's.
         gpu: ``"8GiB"``, ``"L4"`` or ``"RTX 4090:24GiB"``: experts computed on a GPU. Its times are *modelled*.
         dtype: of the experts: float32, bfloat16, float16, int8, int4 or mxfp4.
-        dense_dtype: of everything else, None: as the checkpoint has it.
-        expert_memory: a budget to plan with; None: as much as fits.
+        dense_dtype: of every other large matrix: bfloat16, int8 or int4; None: as the checkpoint has it.
+        expert_memory: a budget to plan with, as ``from_pretrained`` takes it: bytes, ``"2GiB"``, ``"25%"`` of the
+            experts; None or ``"auto"``: as much as fits.
         context: tokens in the cache; prompt_tokens: of a prompt, None: 512, or 32 for an encoder.
         recorded: routing of a real run for ``"decode"``, ``"prompt"`` or both; where there is none, two synthetic ones
             are the ends of the range (:mod:`sida_ext.planning.routing`).
@@ -288,13 +290,15 @@ def plan(
     facts = count_experts(headers)
     host = parse_bytes(memory, "memory") if memory is not None else available_memory()
     kv = 0 if facts.encoder_only else kv_cache_bytes(facts, context)
-    asked = parse_bytes(expert_memory, "expert_memory") if expert_memory is not None else None
+    asked = None
+    if expert_memory not in (None, "auto"):
+        asked = parse_memory(expert_memory, experts_bytes(facts, dtype))
     where = "this machine" if memory is None else "the machine"
     place, place_name, process = (host, where, None) if card is None else (card.memory, "the GPU", card.context_bytes)
-    if dense_dtype is not None:  # a plan promises a command that runs
+    if dense_dtype is not None and card is not None:  # a plan promises a command that runs
         raise ValueError(
-            f"dense_dtype is {dense_dtype!r}, expected None: from_pretrained serves everything but the experts as the "
-            "checkpoint has it, or as dtype= says"
+            f"dense_dtype is {dense_dtype!r}, expected None with gpu={gpu!r}: the kernels that compute from it are the "
+            "CPU's"
         )
     options: dict[str, Any] = {"kv": kv, "dense_dtype": dense_dtype}
     if process is not None:
@@ -305,7 +309,7 @@ def plan(
         from sida_ext.planning.layer_time import measure_layer
 
         measure_layer(headers.config, facts)
-    rates, unknown = _rates(facts, dtype, card, host, disk_rate, measure)
+    rates, unknown = _rates(facts, dtype, dense_dtype, card, host, disk_rate, measure)
     if rates is not None and card is None:
         rates = _adjusted(rates, disk_rate, memory_rate)
     rows = []
@@ -372,12 +376,18 @@ def plan(
 
 
 def _rates(
-    facts: ModelFacts, dtype: str, card: Gpu | None, host: int, disk_rate: float | None, again: bool
+    facts: ModelFacts,
+    dtype: str,
+    dense_dtype: str | None,
+    card: Gpu | None,
+    host: int,
+    disk_rate: float | None,
+    again: bool,
 ) -> tuple[Rates | None, str | None]:
     """The machine's rates, or why there are none."""
     if card is not None:
         return gpu_rates(facts, dtype, card, host, disk_rate), None
     try:
-        return measured_rates(facts, dtype, Path(default_cache()), again), None
+        return measured_rates(facts, dtype, Path(default_cache()), again, dense_dtype), None
     except ValueError as error:
         return None, f"no speed: the engine of this build does not compute experts of {dtype} ({error})"

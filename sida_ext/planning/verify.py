@@ -174,6 +174,7 @@ def verify(
     folder: str | os.PathLike[str],
     *,
     dtype: str = "bfloat16",
+    dense_dtype: str | None = None,
     expert_memory: str | int = "25%",
     prompt_tokens: int | None = None,
     seed: int = 0,
@@ -182,6 +183,7 @@ def verify(
 
     Args:
         folder: of the checkpoint, or a hub id; its store is packed if it is not in the cache.
+        dtype, dense_dtype: of the experts and of every other large matrix.
         expert_memory: budget: bytes, ``"2GiB"``, ``"25%"`` of the experts.
         prompt_tokens: None: 128, or 32 for an encoder.
 
@@ -198,7 +200,7 @@ def verify(
     budget = parse_memory(expert_memory, experts_bytes(facts, dtype))
     measure_layer(headers.config, facts)
     model: Any = sida_ext.from_pretrained(
-        folder, expert_memory=budget, expert_dtype=dtype, dtype=getattr(torch, facts.dtype)
+        folder, expert_memory=budget, expert_dtype=dtype, dense_dtype=dense_dtype, dtype=getattr(torch, facts.dtype)
     )
     try:
         with torch.inference_mode():
@@ -209,5 +211,5 @@ def verify(
     finally:
         model.sida.close()
     model = runner = None  # type: ignore[assignment]  # their memory is measured next
-    rates = measured_rates(facts, dtype, default_cache(), again=True)
+    rates = measured_rates(facts, dtype, default_cache(), again=True, dense_dtype=dense_dtype)
     return [_compared(one, facts, dtype, budget, rates) for one in timed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
 
+import sida_ext
 from sida_ext import _C
+from sida_ext.models import dense
 from sida_ext.models.seam_source import expert_facts
-from sida_ext.planning.capacity import EXPERT_DTYPES, experts_bytes, kv_cache_bytes, other_bytes, record_bytes, room
+from sida_ext.planning import counting
+from sida_ext.planning.capacity import (
+    DENSE_DTYPES,
+    EXPERT_DTYPES,
+    experts_bytes,
+    kv_cache_bytes,
+    other_bytes,
+    record_bytes,
+    room,
+)
 from sida_ext.planning.counting import ExpertShape, count_experts
 from sida_ext.planning.headers import CheckpointHeaders, TensorHeader, read_headers
 from tests.planning.tiny import FAMILIES, experts_of, save_tiny
@@ -110,6 +122,28 @@ def test_layers_that_transformers_ignores_are_not_counted(tmp_path):
         plain.other_numbers,
     )
     assert facts.ignored_numbers == plain.ignored_numbers + sum(tensor.numel() for tensor in extra.values())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DENSE_DTYPES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "jamba"])
+def test_dense_matrices_are_those_that_are_swapped(family, dtype, tied, tmp_path, monkeypatch):
+    """What everything but the experts takes with a ``dense_dtype``, beside the loaded model."""
+    assert counting.LARGE == dense.LARGE
+    for module in (counting, dense):
+        monkeypatch.setattr(module, "LARGE", 300)
+    save_tiny(family, tmp_path, tie_word_embeddings=tied)
+    facts = count_experts(read_headers(tmp_path))
+    served = sida_ext.from_pretrained(tmp_path, dense_dtype=dtype, store_cache=tmp_path / "store")
+    served.sida.close()
+    linears = [module for module in served.modules() if isinstance(module, dense.DenseLinear)]
+    assert sorted(facts.dense) == sorted((module.out_features, module.in_features) for module in linears)
+    kept = [tensor for module in served.modules() for tensor in module._parameters.values() if tensor is not None]
+    for module in served.modules():
+        kept += [part for name, part in module._buffers.items() if name not in module._non_persistent_buffers_set]
+    # Of what stays, routers in float32 (deepseek_v3) count as the configuration's type.
+    numbers = sum({id(tensor): tensor.numel() for tensor in kept}.values())
+    assert other_bytes(facts, dtype) == 2 * numbers + sum(module.matrix.bytes for module in linears)
 
 
 def headers(config: dict, **tensors: tuple[str, tuple[int, ...]]) -> CheckpointHeaders:
@@ -266,4 +300,5 @@ def test_what_fits():
         room(facts, "bfloat16", 10**9, budget=record - 1, **options)
     with pytest.raises(ValueError, match="dtype is 'int3', expected one of"):
         room(facts, "int3", 10**9, **options)
-    assert other_bytes(facts, "int8") < other_bytes(facts, "bfloat16")
+    sizes = [other_bytes(replace(facts, dense=((32, 32),)), dtype) for dtype in ("bfloat16", "int8", "int4")]
+    assert sizes == [other_bytes(facts), sizes[0] - 1024 + 128, sizes[0] - 2048 + 18 * 32]

@@ -143,8 +143,10 @@ def test_a_plan_has_the_fields_that_are_promised(tiny):
     assert [row["dtype"] for row in known["by_dtype"]] == ["float32", "bfloat16", "float16", "int8", "int4", "mxfp4"]
 
 
-def test_the_command_is_one(tiny, tmp_path):
-    words = plan(tiny, memory="1GiB", dtype="int8").command.split()
+@pytest.mark.parametrize("dense_dtype", [None, "int4"])
+def test_the_command_is_one(tiny, tmp_path, dense_dtype):
+    words = plan(tiny, memory="1GiB", dtype="int8", dense_dtype=dense_dtype).command.split()
+    assert ("--dense-dtype" in words) == (dense_dtype is not None)
     group = typer.main.get_command(app)
     if words[1] not in group.commands:
         pytest.skip(f"this tree has no sida {words[1]}")
@@ -208,6 +210,7 @@ def test_rates_are_parsed():
     [
         ({"dtype": "int3"}, "dtype is 'int3', expected one of"),
         ({"dense_dtype": "fp5"}, "dense_dtype is 'fp5'"),
+        ({"dense_dtype": "int8", "gpu": "8GiB"}, "dense_dtype is 'int8', expected None with gpu='8GiB'"),
         ({"memory": "much"}, "memory is 'much'"),
         ({"context": -1}, "context is -1"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
@@ -285,9 +288,30 @@ def test_the_command_line(tiny, tmp_path):
     assert f"sida serve {tiny}" in run.stdout
     as_json = sida(tiny, "--memory", "1GiB", "--disk", "2GB/s", "--json", cache=tmp_path)
     assert json.loads(as_json.stdout)["fits"] is True
+    shared = sida(tiny, "--memory", "1GiB", "--disk", "2GB/s", "--expert-memory", "25%", "--json", cache=tmp_path)
+    found = json.loads(shared.stdout)
+    assert found["expert_memory"] == round(found["experts_bytes"] / 4)
+    assert found["resident_share"] == pytest.approx(0.25)
     wrong = sida(tiny, "--disk", "fast", cache=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "error: disk is 'fast'" in wrong.stderr
+
+
+def test_the_exit_status_tells_whether_it_fits(tiny, tmp_path):
+    for form in ([], ["--json"]):
+        run = sida(tiny, "--memory", "64KiB", "--disk", "2GB/s", *form, cache=tmp_path)
+        assert run.returncode == 1
+        assert "does not fit" in run.stdout
+        assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(("given", "share"), [("auto", None), ("50%", 0.5), ("100%", 1.0)])
+def test_a_budget_is_given_as_to_from_pretrained(tiny, given, share):
+    free = plan(tiny, memory="1GiB", disk="2GB/s")
+    found = plan(tiny, memory="1GiB", disk="2GB/s", expert_memory=given)
+    assert found.expert_memory == (free.expert_memory if share is None else round(share * found.experts_bytes))
+    with pytest.raises(ValueError, match="expert_memory is '0%', expected a share above 0%"):
+        plan(tiny, memory="1GiB", disk="2GB/s", expert_memory="0%")
 
 
 def test_a_picture_of_the_sweep(tiny, tmp_path):
