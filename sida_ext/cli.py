@@ -127,13 +127,16 @@ def train(
         runtime_of(loaded).close()
     report = json.loads((out / "report.json").read_text())
     table = Table(title="held-out hit rates")
-    for column in ("", "top-1", "top-3"):
+    choices = report["held_out"]["predictor"]["choices"]
+    several = choices > 1
+    shown = ("among_k", "among_2k") if several else ("top1", "top3")
+    for column in ("", *((f"among {choices}", f"among {2 * choices}") if several else ("top-1", "top-3"))):
         table.add_column(column, justify="right" if column else "left")
     for name in ("token_table", "predictor"):
         found = report["held_out"][name]
-        for layer, (top1, top3) in enumerate(zip(found["top1"], found["top3"], strict=True)):
-            table.add_row(f"{name}, layer {layer}", f"{top1:.1%}", f"{top3:.1%}")
-        table.add_row(f"[bold]{name}, mean[/]", f"{found['mean_top1']:.1%}", f"{found['mean_top3']:.1%}")
+        for layer, shares in enumerate(zip(*(found[column] for column in shown), strict=True)):
+            table.add_row(f"{name}, layer {layer}", *(f"{share:.1%}" for share in shares))
+        table.add_row(f"[bold]{name}, mean[/]", *(f"{found[f'mean_{column}']:.1%}" for column in shown))
     Console().print(table)
     print(f"predictor: {out}; report: {out / 'report.json'}")
     if (advice := table_advice(report["held_out"], out)) is not None:
@@ -142,11 +145,13 @@ def train(
 
 def table_advice(held_out: dict[str, Any], out: Path) -> str | None:
     """What to do where the token table, which costs nothing, hits more often than the predictor; else None."""
-    table, ours = (held_out[name]["mean_top3"] for name in ("token_table", "predictor"))
+    several = held_out["predictor"].get("choices", 1) > 1
+    share, what = ("mean_among_2k", "among 2k") if several else ("mean_top3", "top-3")
+    table, ours = (held_out[name][share] for name in ("token_table", "predictor"))
     if table <= ours:
         return None
     return (
-        f"on held-out text the token table hits more often (top-3 {table:.1%}) than the predictor ({ours:.1%}): train "
+        f"on held-out text the token table hits more often ({what} {table:.1%}) than the predictor ({ours:.1%}): train "
         f"on more text, or serve with --predictor {out / 'token_table'}"
     )
 

@@ -24,6 +24,7 @@ from sida_ext.experts.store import StoreHeader
 from sida_ext.models.gates import by_rows, gate_formula, own_gate
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.layouts import expert_parameters, experts_modules, shared_modules
+from sida_ext.models.prompt_prediction import predict_prompts
 from sida_ext.models.seam_source import SeamModules
 
 __all__ = ["ExpertsShape", "SeamFamily", "ServedExperts"]
@@ -269,12 +270,13 @@ class SeamFamily:
 
     @staticmethod
     def enter(model: PreTrainedModel, runtime: Runtime, layers: list[ServedLayer]) -> None:
-        """Nothing stands before the stacks' forwards. The kernel's result is held against the module's own function,
-        on a few random rows of one layer of each kind.
+        """Prompts are predicted while the runtime has a predictor. The kernel's result is held against the module's own
+        function, on a few random rows of one layer of each kind.
 
         Raises:
             RuntimeError: they differ.
         """
+        predict_prompts(model, runtime, [layer.name for layer in layers])
         if runtime.device.type != "cpu":  # whose slots Python cannot read
             return
         kinds = {(type(layer), cast(ServedExperts, layer).formula): cast(ServedExperts, layer) for layer in layers}

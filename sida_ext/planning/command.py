@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sida_ext.planning.verdict import Plan
 
 __all__ = ["plan", "show"]
+
+STEP_BATCHES = 8  # of the texts, whose tokens are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def plan(
 
     The exit status is 1 where it does not fit.
 
-    With TEXT: also the hit rates of OPT, next_use, LRU, LFU and FIFO on its routing, at every budget.
+    With TEXT: also the hit rates of OPT, next_use, LRU, LFU and FIFO on its routing, at every budget; of a decoder-only
+    model on prompts, and on the same text decoded token by token.
     """
     options: dict[str, Any] = {
         "memory": memory,
@@ -120,17 +124,23 @@ def _plan(model: str, options: dict[str, Any], texts: _Texts | None, as_json: bo
     if not first.fits:
         print(json.dumps(first.to_dict(), indent=1)) if as_json else show(first)
         _end(first)
-    routing, tokens = _recorded(model, texts)
+    routing, steps, tokens = _recorded(model, texts)
     from sida_ext.planning.routing import Recorded
 
     recorded = {"prompt": Recorded(routing.batches, len(routing.batches) // 2)}
     found = made(model, **options | {"recorded": recorded, "prompt_tokens": tokens})
-    table = _hit_rates(routing, texts)
+    tables = {"hit_rates": _hit_rates(routing, texts)}
+    if steps is not None:
+        tables["decode_hit_rates"] = _hit_rates(steps, texts)
     if as_json:
-        print(json.dumps(found.to_dict() | {"hit_rates": table}, indent=1))
+        print(json.dumps(found.to_dict() | tables, indent=1))
         return
     show(found)
-    _show_hit_rates(table, texts)
+    named = "perfect tables" if texts.predictor is None else escape(texts.predictor)
+    _show_hit_rates(f"hit rates, {named}, lookahead {texts.lookahead}", tables["hit_rates"])
+    if steps is not None:
+        known = f"next_use as if the next {texts.lookahead} tokens were known"
+        _show_hit_rates(f"hit rates of decoding, {known}", tables["decode_hit_rates"])
 
 
 def _end(found: Plan) -> None:
@@ -139,11 +149,13 @@ def _end(found: Plan) -> None:
         raise typer.Exit(1)
 
 
-def _recorded(model: str, texts: _Texts) -> tuple[Any, int]:
-    """The routing of the texts, and the mean tokens of a batch."""
+def _recorded(model: str, texts: _Texts) -> tuple[Any, Any, int]:
+    """The routing of the texts, of a decoder-only model that of their tokens one by one too, else None, and the mean
+    tokens of a batch."""
     from sida_ext import from_pretrained
     from sida_ext.experts.runtime import runtime_of
-    from sida_ext.planning.hit_rates import record_routing
+    from sida_ext.planning.hit_rates import record_routing, record_steps
+    from sida_ext.prediction.moe_facts import predicted_stack
     from sida_ext.prediction.protocol import find_predictor
 
     loaded = from_pretrained(model, expert_memory="auto", store=texts.store)
@@ -167,9 +179,11 @@ def _recorded(model: str, texts: _Texts) -> tuple[Any, int]:
                     bar(min(start + texts.batch_size, len(texts.lines)), len(texts.lines))
 
             routing = record_routing(loaded, batches(), chosen)
+        few = itertools.islice(batches(), STEP_BATCHES)
+        steps = record_steps(loaded, few) if predicted_stack(loaded) == "causal" else None
     finally:
         runtime_of(loaded).close()
-    return routing, max(1, round(sum(counts) / len(counts)))
+    return routing, steps, max(1, round(sum(counts) / len(counts)))
 
 
 def _hit_rates(routing: Any, texts: _Texts) -> list[dict[str, Any]]:
@@ -179,15 +193,16 @@ def _hit_rates(routing: Any, texts: _Texts) -> list[dict[str, Any]]:
     return [{"share": row.share, "slots": row.slots, "hit_rate": row.hit_rate} for row in rows]
 
 
-def _show_hit_rates(rows: list[dict[str, Any]], texts: _Texts) -> None:
+def _show_hit_rates(title: str, rows: list[dict[str, Any]]) -> None:
     from sida_ext.experts.options import EVICTIONS
+    from sida_ext.planning.hit_rates import UNTOLD
 
-    named = "perfect tables" if texts.predictor is None else escape(texts.predictor)
-    table = Table(title=f"hit rates, {named}, lookahead {texts.lookahead}")
-    for column in ("budget", "experts", "OPT", *EVICTIONS):
+    table = Table(title=title)
+    policies = ("opt", EVICTIONS[0], UNTOLD, *EVICTIONS[1:])
+    for column in ("budget", "experts", "OPT", *policies[1:]):
         table.add_column(column, justify="right")
     for row in rows:
-        rates = [f"{row['hit_rate'][name]:.1%}" for name in ("opt", *EVICTIONS)]
+        rates = [f"{row['hit_rate'][name]:.1%}" for name in policies]
         table.add_row(f"{row['share']:.0%}", str(row["slots"]), *rates)
     _console().print(table)
 

@@ -16,10 +16,23 @@ from sida_ext._load import _C
 from sida_ext.experts.options import EVICTIONS
 from sida_ext.experts.runtime import runtime_of
 from sida_ext.models.layers import swapped_layers
-from sida_ext.prediction.prefetch import CANDIDATES, PrefetchPolicy
+from sida_ext.prediction.moe_facts import predicted_stack
+from sida_ext.prediction.prefetch import PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import Predictor
 
-__all__ = ["ClockRow", "ModelledTime", "PlanRow", "Routing", "compare", "on_the_clock", "record_routing"]
+__all__ = [
+    "UNTOLD",
+    "ClockRow",
+    "ModelledTime",
+    "PlanRow",
+    "Routing",
+    "compare",
+    "on_the_clock",
+    "record_routing",
+    "record_steps",
+]
+
+UNTOLD = "next_use, no tables"
 
 
 @dataclass(frozen=True)
@@ -136,13 +149,55 @@ def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predicto
                 used.append(routed)
                 if predictor is not None:
                     table = predictor.predict(
-                        batch["input_ids"], batch.get("attention_mask"), top_k=min(CANDIDATES, header.num_experts)
+                        batch["input_ids"],
+                        batch.get("attention_mask"),
+                        top_k=candidates_of(predictor, header.num_experts),
                     )
                     predicted.append(list(zip(covered, prefetch.experts_by_layer(table), strict=True)))
     finally:
         for layer, observer in zip(layers, before, strict=True):
             layer.observer = observer
     return Routing(len(names), header.num_experts, used, predicted)
+
+
+def record_steps(model: nn.Module, batches: Iterable[dict[str, Any]]) -> Routing:
+    """The routing of a decoder-only model's batches token by token, each as a step of its own: what decoding the same
+    text wants. A forward over a text tells it, since no token's routing depends on a later one.
+
+    Args:
+        batches: with ``input_ids`` [B, S] and maybe ``attention_mask``; row after row, padding left out.
+
+    Raises:
+        ValueError: the model has no swapped layers of the experts seam.
+    """
+    layers = swapped_layers(model)
+    if not layers or predicted_stack(model) != "causal":
+        raise ValueError(f"{type(model).__name__} is no decoder-only model with swapped experts, expected one")
+    header = runtime_of(model).header
+    names = list(header.layers)
+    routed: list[tuple[int, Tensor]] = []
+
+    def record(name: str, expert_index: Tensor) -> None:
+        routed.append((names.index(name), expert_index.long()))
+
+    before = [layer.observer for layer in layers]
+    for layer in layers:
+        layer.observer = record
+    steps: list[list[tuple[int, list[int]]]] = []
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                routed.clear()
+                model(**batch)
+                mask = batch.get("attention_mask")
+                real = torch.ones_like(batch["input_ids"]) if mask is None else mask
+                for token in real.flatten().nonzero()[:, 0].tolist():
+                    chosen = ((layer, index[token]) for layer, index in routed)
+                    steps.append([(layer, index[index >= 0].tolist()) for layer, index in chosen])
+    finally:
+        for layer, observer in zip(layers, before, strict=True):
+            layer.observer = observer
+    return Routing(len(names), header.num_experts, steps, [])
 
 
 def compare(routing: Routing, shares: Sequence[float], lookahead: int = 4) -> list[PlanRow]:
@@ -153,8 +208,8 @@ def compare(routing: Routing, shares: Sequence[float], lookahead: int = 4) -> li
         lookahead: batches whose tables are known ahead; tables are the predicted ones where there are any.
 
     Returns:
-        One row for each share; ``"opt"`` and the names of ``Options.eviction`` are the keys. ``next_use`` sees the
-        tables; the others run without any, as they are used elsewhere.
+        One row for each share; ``"opt"``, the names of ``Options.eviction`` and ``UNTOLD`` are the keys. ``next_use``
+        sees the tables; the others, and ``UNTOLD``, which is next_use as well, run without any.
     """
     rows = []
     total = routing.layers * routing.experts
@@ -163,13 +218,13 @@ def compare(routing: Routing, shares: Sequence[float], lookahead: int = 4) -> li
             raise ValueError(f"share is {share}, expected above 0 and up to 1")
         slots = max(1, round(total * share))
         results = {"opt": _C.run_optimal(routing.layers, routing.experts, routing.batches, slots)}
-        for policy in EVICTIONS:
+        for policy in (*EVICTIONS, UNTOLD):
             ahead = lookahead if policy == "next_use" else 0
             results[policy] = _C.run_policy(
                 routing.layers,
                 routing.experts,
                 routing.batches,
-                policy,
+                "next_use" if policy == UNTOLD else policy,
                 slots,
                 ahead,
                 routing.predicted if ahead else [],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,6 @@ from torch import Tensor
 def fit_temperature(logits: Tensor, label: Tensor) -> Tensor:
     """The temperature of each layer that makes the labels most likely under softmax(logits / temperature).
 
-    A golden-section search over log temperature: the likelihood has one maximum in 1/temperature.
-
     Args:
         logits: [n, layers, experts] float32.
         label: [n, layers] int64, the router's first choice.
@@ -21,15 +20,59 @@ def fit_temperature(logits: Tensor, label: Tensor) -> Tensor:
     Returns:
         [layers] float32 in [1e-4, 1e2]; ones where n is 0.
     """
+    return _fit(logits, label, torch.nn.functional.cross_entropy)
+
+
+def fit_chosen_temperature(logits: Tensor, chosen: Tensor) -> Tensor:
+    """As :func:`fit_temperature` for sigmoid(logits / temperature), the probability that an expert is among the chosen.
+
+    Args:
+        chosen: [n, layers, choices] int64, the experts that the router chose.
+    """
+
+    def loss(scaled: Tensor, wanted: Tensor) -> Tensor:
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            scaled, torch.zeros_like(scaled).scatter(-1, wanted, 1.0)
+        )
+
+    return _fit(logits, chosen, loss)
+
+
+def fit_mixture(features: Tensor, happened: Tensor, steps: int = 25) -> Tensor:
+    """Weights w for which sigmoid(features @ w) tells best what happened: a logistic regression by Newton's method,
+    with a ridge so small that it only decides where the features do not.
+
+    Args:
+        features: [n, m] float.
+        happened: [n] bool.
+
+    Returns:
+        [m] float32.
+    """
+    x, y = features.double(), happened.double()
+    weights = torch.zeros(x.shape[1], dtype=torch.float64)
+    ridge = 1e-6 * x.shape[0] * torch.eye(x.shape[1], dtype=torch.float64)
+    for _ in range(steps):
+        p = (x @ weights).sigmoid()
+        slope = x.T @ (p - y) + ridge @ weights
+        step = torch.linalg.solve((x * (p * (1 - p)).unsqueeze(-1)).T @ x + ridge, slope)
+        # A whole step from far away overshoots.
+        weights = weights - step * min(1.0, 4.0 / float(step.abs().max().clamp(min=1e-12)))
+        if float(step.abs().max()) < 1e-9:
+            break
+    return weights.float()
+
+
+def _fit(logits: Tensor, wanted: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A golden-section search over each layer's log temperature: a likelihood has one maximum in 1/temperature."""
     if logits.shape[0] == 0:
         return torch.ones(logits.shape[1])
     found = []
     for layer in range(logits.shape[1]):
-        scores, wanted = logits[:, layer].float(), label[:, layer]
+        scores, labels = logits[:, layer].float(), wanted[:, layer]
 
-        def loss(log_temperature: float, scores: Tensor = scores, wanted: Tensor = wanted) -> float:
-            scaled = scores * float(torch.tensor(-log_temperature).exp())
-            return float(torch.nn.functional.cross_entropy(scaled, wanted))
+        def loss(log_temperature: float, scores: Tensor = scores, labels: Tensor = labels) -> float:
+            return float(measure(scores * float(torch.tensor(-log_temperature).exp()), labels))
 
         ratio = (5**0.5 - 1) / 2
         # A flat router has margins of hundredths, and its shadow needs a temperature as small.

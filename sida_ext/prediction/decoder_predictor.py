@@ -35,6 +35,7 @@ class RecurrentPredictor(NetworkPredictor):
 
     kind = "recurrent_predictor"
     stack = "decoder"
+    stacks = ("decoder",)
     nets: ClassVar[dict[str, type[nn.Module]]] = {"recurrent": DecoderNet}
     net: DecoderNet
 

@@ -52,19 +52,22 @@ class DriftWatch:
 
         Args:
             table: [B, S, layers, top_k].
-            chosen: [B, S, layers] integer, the router's first choice; -1 where there is none.
+            chosen: [B, S, layers] integer, the router's choice, -1 where there is none; or [B, S, layers, choices] of
+                a router that makes several, where a table's first candidate hits if it is one of them.
         """
-        if tuple(chosen.shape) != tuple(table.expert_index.shape[:3]):
+        if tuple(chosen.shape[:3]) != tuple(table.expert_index.shape[:3]) or chosen.dim() not in (3, 4):
             raise ValueError(
-                f"chosen has shape {tuple(chosen.shape)}, expected the table's {tuple(table.expert_index.shape[:3])}"
+                f"chosen has shape {tuple(chosen.shape)}, expected the table's {tuple(table.expert_index.shape[:3])}, "
+                "with or without a further dimension of several choices"
             )
-        first = table.expert_index[..., 0]
-        judged = (first >= 0) & (chosen >= 0)
+        first = table.expert_index[..., :1]
+        chosen = chosen if chosen.dim() == 4 else chosen.unsqueeze(-1)
+        judged = (first >= 0) & (chosen >= 0).any(-1, keepdim=True)
         layers = table.layers
         tokens = int(judged.sum()) // layers
         if not tokens:
             return
-        hits = float(((first == chosen) & judged).sum()) / layers
+        hits = float(((first == chosen).any(-1, keepdim=True) & judged).sum()) / layers
         with self._lock:
             drifted = self._add(hits, tokens)
         if drifted is not None:

@@ -9,6 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+STACKS = ("encoder", "decoder", "causal")
+# What the families' configurations call the number of experts that a router chooses for each token.
+CHOICES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "experts_per_token",
+)
+
 
 @dataclass(frozen=True)
 class StackFacts:
@@ -21,6 +33,7 @@ class StackFacts:
         blocks: the index of each MoE layer's block in the stack.
         experts: experts in each MoE layer.
         fingerprint: see ``fingerprint``.
+        choices: experts that a router chooses for each token.
     """
 
     stack: nn.Module
@@ -29,24 +42,33 @@ class StackFacts:
     blocks: tuple[int, ...]
     experts: int
     fingerprint: str
+    choices: int = 1
 
     @property
     def layers(self) -> int:
         return len(self.routers)
 
 
+def predicted_stack(model: nn.Module) -> str:
+    """The stack whose tables ``stream`` takes: "causal" of a decoder-only model, "encoder" of the Switch family."""
+    return "causal" if experts_of_seam(model) else "encoder"
+
+
 def stack_facts(model: nn.Module, stack: str = "encoder") -> StackFacts:
-    """Find the stack of a Switch model, plain or with swapped experts.
+    """Find the stack of a model, plain or with swapped experts.
 
     Args:
-        model: any module that holds a Switch ``encoder`` (and ``decoder``) at some depth, or the stack itself.
-        stack: "encoder" or "decoder".
+        model: any module that holds a Switch ``encoder`` (and ``decoder``) at some depth, or the stack itself; for
+            "causal" a decoder-only model of transformers' experts seam.
+        stack: "encoder", "decoder" or "causal".
 
     Raises:
         ValueError: the model has no such stack, no MoE layer in it, or layers of different sizes.
     """
-    if stack not in ("encoder", "decoder"):
-        raise ValueError(f"stack is {stack!r}, expected 'encoder' or 'decoder'")
+    if stack not in STACKS:
+        raise ValueError(f"stack is {stack!r}, expected one of {', '.join(STACKS)}")
+    if stack == "causal":
+        return _causal_facts(model)
     module = _find_stack(model, stack)
     embedding = getattr(module, "embed_tokens", None)
     if not isinstance(embedding, nn.Embedding):
@@ -67,6 +89,79 @@ def stack_facts(model: nn.Module, stack: str = "encoder") -> StackFacts:
     weight = embedding.weight.detach()
     tensors = [weight, *(p.detach() for router in routers for p in router.classifier.parameters())]
     return StackFacts(module, weight, tuple(routers), tuple(blocks), experts.pop(), fingerprint(tensors))
+
+
+def experts_of_seam(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> experts module of transformers' seam, plain or swapped: what it says of its own layout tells it."""
+    flags = ("has_gate", "is_transposed", "num_experts", "_apply_gate")
+    return {name: module for name, module in model.named_modules() if all(hasattr(module, flag) for flag in flags)}
+
+
+def _causal_facts(model: Any) -> StackFacts:
+    """Facts of a decoder-only model; its layers are its experts modules, in the order of the model's modules."""
+    who = type(model).__name__
+    found: dict[str, Any] = dict(experts_of_seam(model))
+    if not found:
+        raise ValueError(f"{who} has no MoE layer of transformers' experts seam; there is nothing to predict")
+    experts = {int(module.num_experts) for module in found.values()}
+    if len(experts) != 1:
+        raise ValueError(f"{who}'s MoE layers have {sorted(experts)} experts, expected one number for all")
+    number = experts.pop()
+    weight = model.get_input_embeddings().weight.detach()
+    routers = tuple(_router_beside(model, name, number, weight.shape[1]) for name in found)
+    blocks = tuple(_block_number(name, at) for at, name in enumerate(found))
+    if list(blocks) != sorted(set(blocks)):
+        blocks = tuple(range(len(found)))
+    choices = _choices(model, number)
+    tensors = [weight, *(router_matrix(router, number, weight.shape[1]) for router in routers)]
+    stack = getattr(model, "base_model", model)
+    return StackFacts(stack, weight, routers, blocks, number, fingerprint(tensors), choices)
+
+
+def _choices(model: Any, experts: int) -> int:
+    """Experts that a decoder-only model's routers choose for each token, as its configuration says."""
+    config = model.config.get_text_config()
+    given = {name: getattr(config, name) for name in CHOICES if getattr(config, name, None) is not None}
+    for value in given.values():
+        each = set(value) if isinstance(value, (list, tuple)) else {value}
+        if len(each) == 1 and isinstance(number := each.pop(), int) and 1 <= number <= experts:
+            return number
+    raise ValueError(
+        f"{type(model).__name__}: its configuration's number of experts a token is {given or 'missing'} "
+        f"({', '.join(CHOICES)}), expected one number of 1 to {experts} for all layers"
+    )
+
+
+def _block_number(name: str, position: int) -> int:
+    """Of the decoder block that a module stands in; ``position`` where its path has no number."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), position)
+
+
+def _router_beside(model: nn.Module, experts: str, number: int, d_model: int) -> nn.Module:
+    """The module beside (or one level above) an experts module that holds the router's matrix."""
+    around = experts
+    for _ in range(2):
+        around = around.rpartition(".")[0]
+        for name, module in model.get_submodule(around).named_children():
+            inside = f"{around}.{name}" if around else name
+            if not experts.startswith(inside) and _matrix(module, number, d_model) is not None:
+                return module
+    raise ValueError(
+        f"{experts}: no module beside it has a matrix [{number}, {d_model}], expected the router that chooses its "
+        "experts"
+    )
+
+
+def _matrix(router: nn.Module, number: int, d_model: int) -> Tensor | None:
+    return next((p for p in router.parameters() if tuple(p.shape) == (number, d_model)), None)
+
+
+def router_matrix(router: nn.Module, experts: int, d_model: int) -> Tensor:
+    """The matrix [experts, d_model] of one of a decoder-only model's routers, as ``StackFacts.routers`` holds them."""
+    found = _matrix(router, experts, d_model)
+    if found is None:
+        raise ValueError(f"{type(router).__name__} has no matrix [{experts}, {d_model}], expected a router's")
+    return found.detach()
 
 
 def fingerprint(tensors: list[Tensor]) -> str:
@@ -134,9 +229,9 @@ def check_vocabulary(input_ids: Tensor, real: Tensor | None, vocabulary: int | N
         )
 
 
-def check_top_k(top_k: int, experts: int) -> None:
+def check_top_k(top_k: int, experts: int, name: str = "top_k") -> None:
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= experts:
-        raise ValueError(f"top_k is {top_k!r}, expected an integer in 1..{experts} (the number of experts)")
+        raise ValueError(f"{name} is {top_k!r}, expected an integer in 1..{experts} (the number of experts)")
 
 
 def _find_stack(model: nn.Module, stack: str) -> Any:
@@ -150,6 +245,6 @@ def _find_stack(model: nn.Module, stack: str) -> Any:
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} holds {len(found)} {stack} stacks of the Switch family, expected exactly one; "
-            "trained predictors are for Switch Transformers"
+            "trained predictors are for Switch Transformers and for decoder-only models of transformers' experts seam"
         )
     return found[0]

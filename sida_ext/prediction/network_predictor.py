@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sida_ext.prediction.calibration import fit_chosen_temperature, fit_temperature
 from sida_ext.prediction.files import PredictorError, field, read_config, read_predictor, write_predictor
 from sida_ext.prediction.hash_table import NO_EXPERT, HashTable
 from sida_ext.prediction.moe_facts import stack_facts
+from sida_ext.prediction.prefetch import worth_asking
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from typing_extensions import Self
+
+    from sida_ext.prediction.token_table import TokenTablePredictor
 
 
 class NetworkPredictor(nn.Module):
@@ -30,7 +36,8 @@ class NetworkPredictor(nn.Module):
     """
 
     kind: ClassVar[str]
-    stack: ClassVar[str]  # "encoder" or "decoder"
+    stack: str  # "encoder", "decoder" or "causal"
+    stacks: ClassVar[tuple[str, ...]]  # that the class predicts
     nets: ClassVar[dict[str, type[nn.Module]]]
     embedding: Tensor
     temperature: Tensor
@@ -44,6 +51,9 @@ class NetworkPredictor(nn.Module):
         if embedding.dim() != 2 or not embedding.is_floating_point():
             raise ValueError(f"embedding is {embedding.dtype} {tuple(embedding.shape)}, expected [vocabulary, d_model]")
         self.layers, self.experts, self.variant = layers, experts, variant
+        # Candidates of each token that are worth asking for, and experts that the router chooses for it.
+        self.choices = int(options.get("choices", 1))
+        self.candidates = min(experts, worth_asking(self.choices))
         self.model_fingerprint, self.options = model_fingerprint, dict(options)
         # Mean top-1 share on held-out text, once trained: what ``drift.DriftWatch`` compares with.
         self.held_out_top1: float | None = None
@@ -80,7 +90,10 @@ class NetworkPredictor(nn.Module):
         best, index = logits.topk(top_k, dim=-1)
         gate = (best - logits.logsumexp(dim=-1, keepdim=True)).exp()
         tempered = logits / self.temperature[:, None]
-        probability = (best / self.temperature[:, None] - tempered.logsumexp(dim=-1, keepdim=True)).exp()
+        if self.choices_apart:
+            probability = (best / self.temperature[:, None]).sigmoid()
+        else:
+            probability = (best / self.temperature[:, None] - tempered.logsumexp(dim=-1, keepdim=True)).exp()
         padding = ~real[:, :, None, None]
         return HashTable(
             index.int().masked_fill(padding, NO_EXPERT),
@@ -88,6 +101,24 @@ class NetworkPredictor(nn.Module):
             probability.clamp(0, 1).masked_fill(padding, 0.0),
             self._padding_need(tempered, real),
         )
+
+    @property
+    def choices_apart(self) -> bool:
+        """Whether a logit says of its expert alone if it is among the chosen ones, rather than beside the others."""
+        return self.stack == "causal"
+
+    def calibrate(self, logits: Tensor, wanted: Tensor) -> None:
+        """Set the temperatures that make the router's choices most likely.
+
+        Args:
+            logits: [n, layers, experts].
+            wanted: [n, layers, choices] int64, what the router chose.
+        """
+        fit = fit_chosen_temperature if self.choices_apart else fit_temperature
+        self.temperature.copy_(fit(logits, wanted if self.choices_apart else wanted[..., 0]))
+
+    def join_table(self, table: TokenTablePredictor, traces: Iterable[Any]) -> None:
+        """Take in what a token table knows, where the kind of predictor can; weighed on ``traces`` of other text."""
 
     def _padding_need(self, tempered: Tensor, real: Tensor) -> Tensor | None:
         """[layers, experts]: how likely padding is to need an expert; None where that is not known or there is none."""
@@ -117,8 +148,14 @@ class NetworkPredictor(nn.Module):
 
         Weights that float16 holds exactly (as those of a trained predictor) are stored so, in half the space.
         """
-        tensors = {n: t.half() if torch.equal(t.half().float(), t) else t for n, t in self.state_dict().items()}
-        write_predictor(path, self.description(), tensors)
+        write_predictor(path, self.description(), self._stored())
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {n: t.half() if torch.equal(t.half().float(), t) else t for n, t in self.state_dict().items()}
+
+    def _load(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """What ``save_pretrained`` wrote."""
+        self.load_state_dict(tensors)
 
     @torch.no_grad()
     def round_weights(self) -> None:
@@ -135,8 +172,10 @@ class NetworkPredictor(nn.Module):
             PredictorError: nothing there, damaged, or of another model. Never a random predictor instead.
         """
         stack = field(read_config(path), "stack", str, path)
-        if stack != cls.stack:
-            raise PredictorError(f"{path} holds a predictor of the {stack}, expected one of the {cls.stack}")
+        if stack not in cls.stacks:
+            raise PredictorError(
+                f"{path} holds a predictor of the {stack}, expected one of the {' or '.join(cls.stacks)}"
+            )
         facts = stack_facts(model, stack)
         config, tensors = read_predictor(path, cls.kind, facts.fingerprint)
         try:
@@ -148,10 +187,10 @@ class NetworkPredictor(nn.Module):
                 field(config, "variant", str, path),
                 **field(config, "options", dict, path),
             )
-            predictor.load_state_dict(tensors)
+            predictor._load(config, tensors)
             predictor.held_out_top1 = config.get("held_out_top1")
             predictor.path = os.fspath(path)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, PredictorError):
                 raise
             raise PredictorError(f"{path}: the weights do not fit the network that it describes ({error})") from error

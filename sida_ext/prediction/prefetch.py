@@ -8,12 +8,23 @@ import torch
 
 from sida_ext.prediction.hash_table import HashTable
 
-# Candidates of each token that are weighed. More than these together hold a few thousandths of the probability.
+# Candidates of each token that are weighed where its router chooses one expert. More than these together hold a few
+# thousandths of the probability.
 CANDIDATES = 8
 # A disk that is always reading loses as much by a wasted read as by a miss; docs/predictor_figures.md has both sides.
 WASTE_COST = 1.0
 # What is needed with less than this is not read ahead, even where a wasted read costs nothing.
 NO_NEED = 1e-30
+
+
+def worth_asking(choices: int) -> int:
+    """Candidates of each token to ask a predictor for, where a router chooses so many experts."""
+    return max(CANDIDATES, 3 * choices)
+
+
+def candidates_of(predictor: object, experts: int) -> int:
+    """Candidates to ask a predictor for: as many as it says are worth it (``candidates``), else eight."""
+    return min(int(getattr(predictor, "candidates", CANDIDATES)), experts)
 
 
 @dataclass(frozen=True)

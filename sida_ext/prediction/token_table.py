@@ -9,20 +9,27 @@ from torch import Tensor, nn
 
 from sida_ext.prediction.files import field, read_config, read_predictor, write_predictor
 from sida_ext.prediction.hash_table import NO_EXPERT, HashTable
-from sida_ext.prediction.moe_facts import check_tokens, check_top_k, stack_facts
+from sida_ext.prediction.moe_facts import check_tokens, check_top_k, predicted_stack, stack_facts
+from sida_ext.prediction.prefetch import worth_asking
 
 
 class TokenTablePredictor:
     """Expert counts by token id, smoothed towards the layer's marginal as far as a token was seldom seen.
 
     With n observations of a token, p(expert) = (count + backoff * marginal(expert)) / (n + backoff): an unseen token
-    gets the marginal. Counts are kept sparse, so the table grows with what was seen and not with the vocabulary.
+    gets the marginal. Where a router chooses several experts for each token, p is the probability that the expert is
+    among them, and the marginals of a layer sum to their number. Counts are kept sparse, so the table grows with what
+    was seen and not with the vocabulary.
 
     Args:
         vocabulary, layers, experts: sizes of the stack that is predicted.
         model_fingerprint: of that stack; see ``moe_facts.fingerprint``.
         backoff: observations that the marginal is worth.
-        stack: "encoder" or "decoder".
+        stack: "encoder", "decoder" or "causal" (a decoder-only model).
+        choices: experts that the router chooses for each token.
+
+    Attributes:
+        candidates: of each token that are worth asking ``predict`` for.
     """
 
     kind = "token_table"
@@ -35,13 +42,16 @@ class TokenTablePredictor:
         model_fingerprint: str,
         backoff: float = 1.0,
         stack: str = "encoder",
+        choices: int = 1,
     ) -> None:
         for name, value in (("vocabulary", vocabulary), ("layers", layers), ("experts", experts)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
         if not backoff > 0:
             raise ValueError(f"backoff is {backoff}, expected more than 0, so that unseen tokens have a distribution")
-        self.vocabulary, self.layers, self.experts = vocabulary, layers, experts
+        check_top_k(choices, experts, "choices")
+        self.vocabulary, self.layers, self.experts, self.choices = vocabulary, layers, experts, choices
+        self.candidates = min(experts, worth_asking(choices))
         self.model_fingerprint, self.backoff, self.stack = model_fingerprint, float(backoff), stack
         # key = (token * layers + layer) * experts + expert, sorted; count and summed gate of each.
         self._key = torch.zeros(0, dtype=torch.int64)
@@ -51,10 +61,17 @@ class TokenTablePredictor:
         self._refresh()
 
     @classmethod
-    def for_model(cls, model: nn.Module, stack: str = "encoder", backoff: float = 1.0) -> TokenTablePredictor:
-        """An empty table of the right sizes for ``model``."""
+    def for_model(cls, model: nn.Module, stack: str | None = None, backoff: float = 1.0) -> TokenTablePredictor:
+        """An empty table of the right sizes for ``model``.
+
+        Args:
+            stack: None: "causal" for a decoder-only model, else "encoder".
+        """
+        stack = stack or predicted_stack(model)
         facts = stack_facts(model, stack)
-        return cls(facts.embedding.shape[0], facts.layers, facts.experts, facts.fingerprint, backoff, stack)
+        return cls(
+            facts.embedding.shape[0], facts.layers, facts.experts, facts.fingerprint, backoff, stack, facts.choices
+        )
 
     def update(
         self, input_ids: Tensor, expert_index: Tensor, gate: Tensor, attention_mask: Tensor | None = None
@@ -63,14 +80,16 @@ class TokenTablePredictor:
 
         Args:
             input_ids: [B, S] (or any shape, without a mask: [tokens]).
-            expert_index: [..., layers], the router's first choice.
-            gate: [..., layers] float32, its probability.
+            expert_index: [..., layers], the router's choice; [..., layers, choices] of one that makes several.
+            gate: of that shape, float32: its probability, or the weight of each choice.
             attention_mask: [B, S]; padding is not counted.
         """
         if input_ids.dim() == 1:
             input_ids, expert_index, gate = input_ids[None], expert_index[None], gate[None]
         real = check_tokens(input_ids, attention_mask, self.vocabulary)
-        expected = (*input_ids.shape, self.layers)
+        expected = (
+            (*input_ids.shape, self.layers) if self.choices == 1 else (*input_ids.shape, self.layers, self.choices)
+        )
         for name, value in (("expert_index", expert_index), ("gate", gate)):
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
@@ -82,7 +101,8 @@ class TokenTablePredictor:
             raise ValueError(f"expert_index holds {int(bad)}, expected experts 0..{self.experts - 1}")
         if not bool(torch.isfinite(gates).all()):
             raise ValueError("gate holds NaN or inf; the model's router gave no probability")
-        key = (tokens[:, None] * self.layers + torch.arange(self.layers)) * self.experts + chosen
+        chosen, gates = (part.view(len(tokens), self.layers, self.choices) for part in (chosen, gates))
+        key = (tokens[:, None] * self.layers + torch.arange(self.layers)).unsqueeze(-1) * self.experts + chosen
         merged = torch.cat([self._key, key.reshape(-1)])
         self._key, place = torch.unique(merged, return_inverse=True)
         ones = torch.ones(key.numel(), dtype=torch.int64)
@@ -129,9 +149,19 @@ class TokenTablePredictor:
             "layers": self.layers,
             "experts": self.experts,
             "backoff": self.backoff,
+            "choices": self.choices,
         }
-        tensors = {"key": self._key, "count": self._count, "gate": self._gate, "seen": self._seen}
-        write_predictor(path, config, tensors)
+        write_predictor(path, config, self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was counted, as files keep it."""
+        return {"key": self._key, "count": self._count, "gate": self._gate, "seen": self._seen}
+
+    def set_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """What ``tensors`` gave, of a table of the same sizes."""
+        self._key, self._count, self._gate = tensors["key"], tensors["count"], tensors["gate"]
+        self._seen = tensors["seen"]
+        self._refresh()
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model: nn.Module) -> TokenTablePredictor:
@@ -149,10 +179,9 @@ class TokenTablePredictor:
             facts.fingerprint,
             field(config, "backoff", float, path),
             config["stack"],
+            facts.choices,
         )
-        table._key, table._count, table._gate = tensors["key"], tensors["count"], tensors["gate"]
-        table._seen = tensors["seen"]
-        table._refresh()
+        table.set_tensors(tensors)
         return table
 
     def _refresh(self) -> None:
@@ -163,7 +192,7 @@ class TokenTablePredictor:
         total = torch.zeros(size, dtype=torch.float64).index_add_(0, place, self._gate)
         count, total = count.view(self.layers, self.experts), total.view(self.layers, self.experts)
         # One more observation spread over all experts: one that no token chose keeps a chance.
-        self._marginal = (count + 1 / self.experts) / (count.sum(-1, keepdim=True) + 1)
+        self._marginal = self.choices * (count + 1 / self.experts) / (count.sum(-1, keepdim=True) + 1)
         layer_gate = torch.where(count.sum(-1) > 0, total.sum(-1) / count.sum(-1).clamp(min=1), 1 / self.experts)
         self._mean_gate = torch.where(count > 0, total / count.clamp(min=1), layer_gate[:, None])
 

@@ -25,7 +25,7 @@ from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.prediction.drift import DriftWatch
 from sida_ext.prediction.moe_facts import check_vocabulary
-from sida_ext.prediction.prefetch import CANDIDATES, WASTE_COST, PrefetchPolicy
+from sida_ext.prediction.prefetch import WASTE_COST, PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import HashTable, Predictor, check_table
 from sida_ext.serving.ending import at_work, close_at_exit
 from sida_ext.serving.lookahead import DEFAULT_LOOKAHEAD, choose_lookahead
@@ -205,7 +205,7 @@ class _HashBuilder:
             input_ids, mask = on_predictor(self.predictor, input_ids, mask)
         begin = time.perf_counter_ns()
         with torch.profiler.record_function("sida::predict"):
-            table = self.predictor.predict(input_ids, mask, top_k=min(CANDIDATES, self.num_experts))
+            table = self.predictor.predict(input_ids, mask, top_k=candidates_of(self.predictor, self.num_experts))
         self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
         wanted = dict(zip(self.layers, self.prefetch.experts_by_layer(table, self.num_experts), strict=True))
@@ -274,7 +274,9 @@ def _compute(
             turn += 1
         # After the outputs, so that nobody waits for a figure of the past.
         if watch is not None and item.table is not None and chosen and len(chosen) == item.table.layers:
-            watch.observe(item.table, torch.stack([chosen[layer].cpu() for layer in sorted(chosen)], dim=2))
+            rows = item.table.expert_index.shape[:2]  # layers of the experts seam tell [tokens, choices]
+            each = [chosen[layer].cpu().reshape(*rows, -1) for layer in sorted(chosen)]
+            watch.observe(item.table, torch.stack(each, dim=2))
 
 
 def _watch(model: PreTrainedModel, runtime: Runtime, predictor: Predictor) -> DriftWatch | None:

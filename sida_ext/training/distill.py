@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from sida_ext.batching import cut_by_length, padded, windows
 from sida_ext.prediction.decoder_predictor import RecurrentPredictor
 from sida_ext.prediction.hash_predictor import HashPredictor
-from sida_ext.prediction.moe_facts import StackFacts, stack_facts
+from sida_ext.prediction.moe_facts import StackFacts, predicted_stack, stack_facts
 from sida_ext.prediction.token_table import TokenTablePredictor
 from sida_ext.progress import progress_bar
+from sida_ext.training.causal_fit import fit_stand_ins, freeze_copies
+from sida_ext.training.causal_traces import CausalTrace, collect_causal_traces
 from sida_ext.training.evaluation import cost_share, evaluate
 from sida_ext.training.objective import TrainingOptions, predictor_loss, truncated_distillation
 from sida_ext.training.report import write_report
@@ -53,14 +55,15 @@ def train_predictor(
     progress: bool = True,
     keep_traces: bool = False,
 ) -> HashPredictor:
-    """Train a predictor of the encoder's routing and write it, with its report and a token table, to folder ``out``.
+    """Train a predictor of an encoder's or a decoder-only model's routing and write it, with its report and a token
+    table, to folder ``out``.
 
     Work in progress lives in OUT/training: traces and a checkpoint. After Ctrl-C or a crash the same call goes on where
     it stopped (Ctrl-C is re-raised once the checkpoint is on disk). A predictor that ``out`` already holds is replaced
     only when the new one is complete; until then OUT/training/early is the best so far, which can be served with.
 
     Args:
-        model: holds a Switch encoder, plain or with swapped experts.
+        model: holds a Switch encoder, or is a decoder-only model of the experts seam; plain or with swapped experts.
         tokenizer: called with a sentence, gives ``input_ids``; the model's own.
         texts: documents, each a string or a sequence of sentences.
         out: folder of the predictor.
@@ -77,11 +80,17 @@ def train_predictor(
         ValueError: texts too few to split, tokens unknown to the model, unfinished work of another model or text.
     """
     started = time.perf_counter()
-    options = training_options(options, "held_out_texts", held_out_texts)
-    facts = stack_facts(model)
+    stack = predicted_stack(model)
+    options = training_options(options, "held_out_texts", held_out_texts, 8 if stack == "causal" else 64)
+    facts = stack_facts(model, stack)
     work = training_folder(out, resume)
     store = _collect(model, facts, tokenizer, texts, held_out_texts, work / "traces", options, progress)
     predictor = HashPredictor.for_model(model, options.variant, options.seed, **options.net)
+    if stack == "causal":
+        trained = SplitPart(store, options, TRAIN)
+        freeze_copies(predictor, trained)
+        if not (work / "checkpoint.safetensors").is_file():
+            fit_stand_ins(predictor, model, trained, progress=progress)
     table = TokenTablePredictor.for_model(model)
     return train_on_store(
         predictor,
@@ -91,7 +100,7 @@ def train_predictor(
         out,
         compared_with=table,
         details=lambda held_out: {
-            "confident": routing_curve(predictor, model, held_out()),
+            **({"confident": routing_curve(predictor, model, held_out())} if stack == "encoder" else {}),
             "cost": cost_share(predictor, model),
         },
         started=started,
@@ -100,9 +109,16 @@ def train_predictor(
     )
 
 
-def training_options(options: TrainingOptions | None, argument: str, held_out: Any) -> TrainingOptions:
-    """The options of a run; where documents to report on are given (``argument``), no others are held out for that."""
+def training_options(
+    options: TrainingOptions | None, argument: str, held_out: Any, sentences: int = 64
+) -> TrainingOptions:
+    """The options of a run; where documents to report on are given (``argument``), no others are held out for that.
+
+    Args:
+        sentences: in a step, where the options leave it open.
+    """
     options = options or TrainingOptions()
+    options = replace(options, batch_sentences=options.batch_sentences or sentences)
     if held_out is not None:
         return replace(options, held_out=0.0)
     if options.held_out == 0:
@@ -152,7 +168,10 @@ def train_on_store(
     history = trainer.run(progress)
     trainer.finish()
     for trace in trained():
-        table.update(trace.input_ids, trace.top1, trace.gate)
+        chosen, weights = trace.chosen, trace.weights
+        one = table.choices == 1
+        table.update(trace.input_ids, chosen[..., 0] if one else chosen, weights[..., 0] if one else weights)
+    predictor.join_table(table, validation())
     judged = evaluate(predictor, held_out())
     predictor.held_out_top1 = judged.summary()["mean_top1"]
     report = {
@@ -219,12 +238,14 @@ def _collect(
 ) -> TraceStore:
     """Trace all texts into ``folder``, going on after the batches that are already there."""
     identity = {"model_fingerprint": facts.fingerprint, "max_length": options.max_length}
-    store = TraceStore(folder, identity)
+    causal = predicted_stack(model) == "causal"
+    collect = collect_causal_traces if causal else collect_traces
+    store = TraceStore(folder, identity, CausalTrace if causal else Trace)
     batches = tokenized_batches(tokenizer, texts, options.max_length)
     held_out = None
     if held_out_texts is not None:
         held_out = tokenized_batches(tokenizer, held_out_texts, options.max_length)
-    return fill_store(store, batches, held_out, lambda given: collect_traces(model, given), progress)
+    return fill_store(store, batches, held_out, lambda given: collect(model, given), progress)
 
 
 def fill_store(

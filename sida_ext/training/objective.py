@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sida_ext.prediction.hash_predictor import DEFAULT_VARIANT
+from sida_ext.training.causal_traces import CausalTrace
 from sida_ext.training.traces import KEPT, Trace
 
 
@@ -17,12 +18,12 @@ class TrainingOptions:
     """How a predictor is trained; the defaults are justified in docs/predictor.md.
 
     Attributes:
-        variant, net: HashPredictor's variant and the sizes of its network.
+        variant, net: HashPredictor's variant (None: the one of ours for the model) and the sizes of its network.
         truncation: T, the teacher's most likely experts that are distilled; at most 30 and the number of experts.
         top1_weight: lambda, the weight of the cross-entropy with the router's first choice.
         temperature: divides the teacher's and the student's logits inside the distillation term.
         learning_rate, weight_decay, warmup: of AdamW; linear warm-up over ``warmup`` steps, then cosine decay.
-        batch_sentences: sentences in a step.
+        batch_sentences: sentences in a step; None: 64, of a decoder-only model 8, whose prompts are longer.
         epochs: at most so many passes; ``patience`` passes without a better held-out loss end it earlier.
         seconds: at most so much training time (checked after each pass and step); None: no limit.
         validation: share of documents that decide when to stop and how probabilities are calibrated.
@@ -31,7 +32,7 @@ class TrainingOptions:
         seed: of the split, the initial weights and the order.
     """
 
-    variant: str = DEFAULT_VARIANT
+    variant: str | None = None
     net: dict[str, Any] = field(default_factory=dict)
     truncation: int = KEPT
     top1_weight: float = 0.005
@@ -39,7 +40,7 @@ class TrainingOptions:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: int = 100
-    batch_sentences: int = 64
+    batch_sentences: int | None = None
     epochs: int = 20
     patience: int = 3
     seconds: float | None = None
@@ -49,8 +50,8 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("truncation", "temperature", "learning_rate", "batch_sentences", "epochs", "patience", "max_length")
-        for name in positive:
+        positive = ["truncation", "temperature", "learning_rate", "epochs", "patience", "max_length"]
+        for name in positive if self.batch_sentences is None else [*positive, "batch_sentences"]:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
         if self.truncation > KEPT:
@@ -91,7 +92,24 @@ def truncated_distillation(
     return (given - wanted).abs().sum(dim=-1).mean()
 
 
+def membership_loss(student: Tensor, chosen: Tensor) -> Tensor:
+    """Cross-entropy of whether each expert is among the chosen ones, summed over experts, for each choice.
+
+    Args:
+        student: [n, layers, experts] float32 logits.
+        chosen: [n, layers, choices] int64.
+
+    Returns:
+        A scalar: the mean over tokens, layers and choices.
+    """
+    wanted = torch.zeros_like(student).scatter(-1, chosen, 1.0)
+    return F.binary_cross_entropy_with_logits(student, wanted) * (student.shape[-1] / chosen.shape[-1])
+
+
 def predictor_loss(student: Tensor, trace: Trace, options: TrainingOptions) -> Tensor:
-    """TKD(T) + lambda * CE with the router's first choice, for student logits [N, layers, experts]."""
+    """For student logits [N, layers, experts]: TKD(T) + lambda * CE with the router's first choice; for a decoder-only
+    model, whose router chooses several experts, whether each is among them."""
+    if isinstance(trace, CausalTrace):
+        return membership_loss(student, trace.chosen)
     distilled = truncated_distillation(student, trace.logits, trace.candidates, options.truncation, options.temperature)
     return distilled + options.top1_weight * F.cross_entropy(student.flatten(0, 1), trace.top1.flatten())

@@ -48,6 +48,16 @@ class Trace:
         return self.candidates[..., 0].long()
 
     @property
+    def chosen(self) -> Tensor:
+        """[N, layers, choices] int64: what the router chose; an encoder's router chooses one."""
+        return self.candidates[..., :1].long()
+
+    @property
+    def weights(self) -> Tensor:
+        """[N, layers, choices] float32: the router's probability of each choice."""
+        return self.gate.unsqueeze(-1)
+
+    @property
     def rows(self) -> int:
         return self.length.numel()
 
@@ -57,7 +67,8 @@ class Trace:
         length = self.length[rows]
         first = torch.repeat_interleave(start - (length.cumsum(0) - length), length)
         token = first + torch.arange(int(length.sum()))
-        return Trace(
+        # A subclass with further fields selects them itself.
+        return _plain(type(self))(
             self.input_ids[token],
             length,
             self.document[rows],
@@ -86,6 +97,11 @@ class Trace:
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
+
+
+def _plain(kind: type[Trace]) -> type[Trace]:
+    """``kind`` itself if it has Trace's fields and no more."""
+    return kind if set(kind.__dataclass_fields__) == set(Trace.__dataclass_fields__) else Trace
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sida_ext.files import written_whole
-from sida_ext.prediction.calibration import fit_temperature
 from sida_ext.prediction.network_predictor import NetworkPredictor
 from sida_ext.progress import Bar, log, progress_bar
 from sida_ext.training.objective import TrainingOptions, predictor_loss
@@ -74,6 +73,7 @@ class Trainer:
         self.predictor, self.train, self.validation, self.options = predictor, train, validation, options
         self.file = Path(checkpoint).with_suffix(".safetensors")
         self.save_every, self.early = save_every, early
+        self.batch_sentences = options.batch_sentences or 64
         self.rows = [train.shard(number).rows for number in range(len(train))]
         if not any(self.rows):
             raise ValueError(f"no document is left to train on; {_FEW}")
@@ -82,7 +82,7 @@ class Trainer:
                 f"no document was set aside to tell when to stop (each is, with a chance of {options.validation:.0%}); "
                 f"{_FEW}"
             )
-        self.steps_per_epoch = sum(math.ceil(rows / options.batch_sentences) for rows in self.rows)
+        self.steps_per_epoch = sum(math.ceil(rows / self.batch_sentences) for rows in self.rows)
         decayed = [p for p in predictor.parameters() if p.dim() > 1]
         others = [p for p in predictor.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -148,8 +148,8 @@ class Trainer:
         logits, labels = [], []
         for student, trace in self._validate():
             logits.append(student)
-            labels.append(trace.top1)
-        self.predictor.temperature.copy_(fit_temperature(torch.cat(logits), torch.cat(labels)))
+            labels.append(trace.chosen)
+        self.predictor.calibrate(torch.cat(logits), torch.cat(labels))
         return self.predictor
 
     @contextlib.contextmanager
@@ -249,7 +249,7 @@ class Trainer:
         start, passed = self.step, 0
         for number in torch.randperm(len(self.rows), generator=self._generator(0)).tolist():
             first = max(start - passed, 0)
-            passed += math.ceil(self.rows[number] / self.options.batch_sentences)
+            passed += math.ceil(self.rows[number] / self.batch_sentences)
             if start >= passed or not self.rows[number]:
                 continue
             shard = self.train.shard(number)
@@ -263,7 +263,7 @@ class Trainer:
 
     def _grouped(self, length: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Batches of rows of similar length, so that little is padding: sorted within pools of 16 batches."""
-        size = self.options.batch_sentences
+        size = self.batch_sentences
         batches: list[Tensor] = []
         for pool in torch.randperm(length.numel(), generator=generator).split(16 * size):
             batches += pool[length[pool].argsort(stable=True)].split(size)
@@ -291,7 +291,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> Iterator[tuple[Tensor, Trace]]:
         for shard in self.validation():
-            for rows in torch.arange(shard.rows).split(self.options.batch_sentences):
+            for rows in torch.arange(shard.rows).split(self.batch_sentences):
                 trace = shard.select(rows)
                 yield trace.logits_of(self.predictor), trace
 

@@ -12,8 +12,18 @@ import torch
 from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
+from bench.causal.tiny_families import tiny_model
 from sida_ext.experts.options import EVICTIONS
-from sida_ext.planning.hit_rates import ModelledTime, Routing, compare, on_the_clock, record_routing
+from sida_ext.models.layers import swapped_layers
+from sida_ext.planning.hit_rates import (
+    UNTOLD,
+    ModelledTime,
+    Routing,
+    compare,
+    on_the_clock,
+    record_routing,
+    record_steps,
+)
 from tests.support.reference import build, small_config
 
 
@@ -49,6 +59,40 @@ def test_a_cycle_that_lru_never_hits():
     assert row.hit_rate["lru"] == row.hit_rate["fifo"] == 0
     assert row.hit_rate["opt"] > 0.6
     assert row.hit_rate["next_use"] > 0.6
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("decoder") / "experts.sida"
+    model = sida_ext.swap_experts(tiny_model("olmoe")[1], expert_memory="50%", expert_dtype="float32", store=path)
+    yield model
+    model.sida.close()
+
+
+def test_steps_are_the_tokens_of_a_text_one_by_one(decoder):
+    ids = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    found = record_steps(decoder, [{"input_ids": ids, "attention_mask": mask}])
+    assert len(found.batches) == 10
+    seen = []
+    for layer in swapped_layers(decoder):
+        layer.observer = lambda name, index: seen.append(sorted(index[-1].tolist()))
+    with torch.no_grad():
+        cache = decoder(input_ids=ids[:1, :5], use_cache=True).past_key_values
+        seen.clear()
+        decoder(input_ids=ids[:1, 5:], past_key_values=cache, use_cache=True)
+    for layer in swapped_layers(decoder):
+        layer.observer = None
+    assert [sorted(experts) for _, experts in found.batches[5]] == seen
+    for row in compare(found, [0.25, 0.75]):
+        assert set(row.hit_rate) == {"opt", *EVICTIONS, UNTOLD}
+        assert row.loads["opt"] <= row.loads["next_use"] <= row.loads[UNTOLD]
+
+
+def test_only_decoder_only_models_have_steps():
+    with pytest.raises(ValueError, match="no decoder-only model"):
+        record_steps(torch.nn.Linear(2, 2), [])
 
 
 def test_shares_are_checked():

@@ -1,0 +1,268 @@
+"""What predictors of prompts are worth on a decoder-only model: ``python -m bench.causal.prompts``.
+
+Held-out passages in batches of 1, 4 and 16 through ``stream``, cold, a quarter of the experts in memory: no predictor,
+the token table, the hash predictor and an oracle that names what the routers will choose. On the virtual clock the
+engine's own state machine runs the recorded routing, the same every time, at the rates of ``--read``, ``--before`` and
+``--compute`` (in milliseconds) or at those that ``--measure`` takes from traces of this machine. ``--engine`` runs the
+engine itself, its reads made slower by ``--delay`` milliseconds, in rounds in which all rows take turns.
+
+The gap closed is (stall without - with) / (stall without - with the oracle).
+
+``--grid`` runs the clock over budgets from 10 to 90 % and disks of 0.2 to 4 GB/s, and says for each predictor the time
+beside that without one: the least, the most, and where. What predicting takes is not on the clock: it runs on a thread
+of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import sida_ext
+from examples.running_text import load_documents, passages
+from examples.train_demo_language_model import DEMO_LANGUAGE_MODEL
+from examples.train_demo_language_predictor import DEMO_LANGUAGE_PREDICTOR
+from sida_ext import _C
+from sida_ext.models.layers import swapped_layers
+from sida_ext.planning.hit_rates import ModelledTime, Routing, on_the_clock, record_routing
+from sida_ext.prediction.hash_table import HashTable
+from sida_ext.prediction.protocol import load_predictor
+
+NAMES = ("none", "token table", "hash predictor", "oracle")
+BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
+DISKS = (0.2, 0.5, 1.0, 2.0, 4.0)  # GB/s
+BATCHES = {1: 48, 4: 16, 16: 6}  # batch -> batches of a run
+
+
+def batches_of(tokenizer: Any, size: int, count: int, tokens: int) -> list[dict[str, Any]]:
+    """Batches of held-out passages of both domains in turn, each cut to at most ``tokens`` tokens."""
+    found = passages(load_documents("held_out"), 6 * tokens)
+    step = max(1, len(found) // (size * count))
+    texts = [passage.text for passage in found[::step]][: size * count]
+    given = []
+    for start in range(0, len(texts) - size + 1, size):
+        batch = tokenizer(
+            texts[start : start + size], padding=True, truncation=True, max_length=tokens, return_tensors="pt"
+        )
+        given.append({name: batch[name] for name in ("input_ids", "attention_mask")})
+    return given
+
+
+class Replay:
+    """Tables of the true routing, by the batch's token ids; found by a pass beforehand, at no cost."""
+
+    def __init__(self, model: Any, batches: list[dict[str, Any]]) -> None:
+        self.tables: dict[bytes, HashTable] = {}
+        for batch in batches:
+            # Padding is routed too, and its experts are read: here it counts as any token.
+            with Routed(model) as calls, torch.no_grad():
+                model(**batch)
+            index = torch.stack(calls, dim=1).unflatten(0, tuple(batch["input_ids"].shape))
+            chance = torch.ones(index.shape)
+            self.tables[batch["input_ids"].numpy().tobytes()] = HashTable(index.int(), chance, chance)
+
+    def predict(self, input_ids: Any, attention_mask: Any = None, top_k: int = 1) -> HashTable:
+        return self.tables[input_ids.numpy().tobytes()]
+
+
+class Routed:
+    """The experts [tokens, choices] that each served layer is given, while the block runs."""
+
+    def __init__(self, model: Any) -> None:
+        self.layers, self.calls = swapped_layers(model), []
+
+    def __enter__(self) -> list[torch.Tensor]:
+        for layer in self.layers:
+            layer.observer = lambda _, index: self.calls.append(index.long())
+        return self.calls
+
+    def __exit__(self, *exception: object) -> None:
+        for layer in self.layers:
+            layer.observer = None
+
+
+def served(arguments: argparse.Namespace, budget: str, delay: float = 0.0) -> Any:
+    slow = round(delay * 1000)
+    faults = _C.Faults(delay_us_min=slow, delay_us_max=slow) if slow else None
+    return sida_ext.from_pretrained(
+        arguments.model, expert_memory=budget, expert_dtype="bfloat16", dtype=torch.float32, faults=faults
+    )
+
+
+def rates(arguments: argparse.Namespace, batches: list[dict[str, Any]]) -> ModelledTime:
+    """Seconds of a read, of computing one expert and of what comes before an MoE layer, from traces of real runs."""
+    model = served(arguments, "100%")
+    for _ in sida_ext.stream(model, batches):
+        pass
+    model.sida.reset_stats()
+    model.sida.start_trace()
+    begin = time.perf_counter()
+    for _ in sida_ext.stream(model, batches):
+        pass
+    seconds = time.perf_counter() - begin
+    events = [event for event in model.sida.take_trace() if event.kind == "compute"]
+    spent = sum(event.end - event.begin for event in events) / 1e9
+    experts = sum(layer.unique for layer in model.sida.stats().layers)
+    layers = len(model.sida.header.layers)
+    model.sida.close()
+    cold = served(arguments, arguments.budget, arguments.delay)
+    cold.sida.start_trace()
+    for _ in sida_ext.stream(cold, batches):
+        pass
+    reads = [(event.end - event.begin) / 1e9 for event in cold.sida.take_trace() if event.kind == "copy"]
+    lanes = cold.sida.read_plan.lanes
+    cold.sida.close()
+    before = max(seconds - spent, 0.0) / (layers * len(batches))
+    return ModelledTime(statistics.median(reads), before, spent / max(experts, 1), lanes)
+
+
+def on_clock(
+    arguments: argparse.Namespace, model: Any, batches: list[dict[str, Any]], predictors: dict[str, Any]
+) -> dict[str, Any]:
+    clock = ModelledTime(arguments.read / 1e3, arguments.before / 1e3, arguments.compute / 1e3, arguments.lanes)
+    if arguments.measure:
+        clock = rates(arguments, batches)
+    slots = max(1, round(float(arguments.budget.rstrip("%")) / 100 * model.sida.header.total_experts))
+    plain: Routing | None = None
+    rows: dict[str, Any] = {}
+    for name in NAMES:
+        if name in ("none", "oracle"):
+            routing = plain or record_routing(model, batches)
+            plain = routing
+        else:
+            routing = record_routing(model, batches, predictors[name])
+        row = on_the_clock(routing, slots, clock, lookahead=0 if name == "none" else 4)
+        rows[name] = {"stall": row.stalled, "seconds": row.seconds, "reads": row.loads, "wasted": row.wasted_prefetches}
+    return {"clock": vars(clock), "rows": rows}
+
+
+def grid(
+    arguments: argparse.Namespace, model: Any, batches: list[dict[str, Any]], predictors: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Seconds of each predictor over those without, by budget and disk."""
+    header = model.sida.header
+    plain = record_routing(model, batches)
+    routings = {name: record_routing(model, batches, predictor) for name, predictor in predictors.items()}
+    routings |= {"oracle": plain}
+    rows = []
+    for budget in BUDGETS:
+        slots = max(1, round(budget * header.total_experts))
+        for disk in DISKS:
+            clock = ModelledTime(
+                header.record_bytes / (disk * 1e9), arguments.before / 1e3, arguments.compute / 1e3, arguments.lanes
+            )
+            none = on_the_clock(plain, slots, clock, lookahead=0)
+            row: dict[str, Any] = {"budget": budget, "disk": disk, "none": none.seconds}
+            for name, routing in routings.items():
+                found = on_the_clock(routing, slots, clock, lookahead=4)
+                row[name] = found.seconds / none.seconds
+                row[f"{name}, reads"] = found.loads / max(none.loads, 1)
+            rows.append(row)
+    return rows
+
+
+def ends(rows: list[dict[str, Any]], names: Iterable[str]) -> str:
+    said = []
+    for name in names:
+        least, most = (pick(rows, key=lambda row: row[name]) for pick in (min, max))
+        said.append(
+            f"{name} {least[name]:.3f} ({least['budget']:.0%}, {least['disk']:g} GB/s) to {most[name]:.3f} "
+            f"({most['budget']:.0%}, {most['disk']:g} GB/s)"
+        )
+    return "; ".join(said)
+
+
+def for_real(
+    arguments: argparse.Namespace, batches: list[dict[str, Any]], predictors: dict[str, Any]
+) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+    for _ in range(arguments.rounds):
+        for name in NAMES:
+            model = served(arguments, arguments.budget, arguments.delay)
+            begin = time.perf_counter()
+            for _ in sida_ext.stream(model, batches, predictors.get(name), drift=False):
+                pass
+            seconds = time.perf_counter() - begin
+            stats = model.sida.stats()
+            runs[name].append(
+                {"stall": stats.stall_seconds, "seconds": seconds, "reads": sum(layer.loads for layer in stats.layers)}
+            )
+            model.sida.close()
+    rows = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
+    return {"delay_ms": arguments.delay, "rounds": arguments.rounds, "rows": rows}
+
+
+def shown(what: str, size: int, rows: dict[str, dict[str, float]]) -> str:
+    gap = rows["none"]["stall"] - rows["oracle"]["stall"]
+    cells = []
+    for name in NAMES:
+        row = rows[name]
+        closed = (rows["none"]["stall"] - row["stall"]) / gap if gap > 0 else float("nan")
+        reads = row["reads"] / max(rows["oracle"]["reads"], 1)
+        cells.append(
+            f"{name}: stall {1e3 * row['stall']:.0f} ms, gap closed {closed:.0%}, reads {reads:.2f} of the oracle's"
+        )
+    return f"{what} batch {size}: " + "; ".join(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO_LANGUAGE_MODEL)
+    parser.add_argument("--predictor", type=Path, default=DEMO_LANGUAGE_PREDICTOR)
+    parser.add_argument("--budget", default="25%")
+    parser.add_argument("--tokens", type=int, default=64, help="of a prompt at the most")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--quick", action="store_true", help="a third of the batches")
+    parser.add_argument("--read", type=float, default=0.2, help="of the clock: ms to read an expert")
+    parser.add_argument("--before", type=float, default=0.5, help="of the clock: ms before each MoE layer")
+    parser.add_argument("--compute", type=float, default=0.05, help="of the clock: ms of one expert")
+    parser.add_argument("--lanes", type=int, default=1, help="of the clock")
+    parser.add_argument("--measure", action="store_true", help="take the clock's rates from this machine")
+    parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--engine", action="store_true")
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    model = served(arguments, "100%")
+    predictors: dict[str, Any] = {
+        "token table": load_predictor(arguments.predictor / "token_table", model),
+        "hash predictor": load_predictor(arguments.predictor, model),
+    }
+    found: dict[str, Any] = {}
+    for size in arguments.batches:
+        count = BATCHES.get(size, 8)
+        batches = batches_of(tokenizer, size, max(2, count // 3) if arguments.quick else count, arguments.tokens)
+        if arguments.grid:
+            rows = grid(arguments, model, batches, predictors)
+            found[str(size)] = rows
+            print(f"grid batch {size}: {ends(rows, NAMES[1:])}", flush=True)
+            continue
+        if arguments.engine:
+            given = predictors | {"oracle": Replay(model, batches)}
+            found[str(size)] = for_real(arguments, batches, given)
+        else:
+            found[str(size)] = on_clock(arguments, model, batches, predictors)
+        print(shown("engine" if arguments.engine else "clock", size, found[str(size)]["rows"]), flush=True)
+    model.sida.close()
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
