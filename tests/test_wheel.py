@@ -88,12 +88,12 @@ def test_the_wheel_names_no_torch_and_brings_none(wheel):
 def test_one_wheel_serves_this_torch(environment, tmp_path):
     python, alone = environment
     assert shutil.which("cc", path=alone["PATH"]) is None
+    pip(python, "pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100", "prometheus_client>=0.20", **alone)
     printed = run([python, "-c", PROGRAM], tmp_path, alone)
     assert printed.strip()
     run([python.parent / "sida", "--help"], tmp_path, alone)
 
     # The tests of this tree, and not its package.
-    pip(python, "pytest>=8.0", "pytest-benchmark>=4.0", "hypothesis>=6.100", **alone)
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     origin = run([python, "-c", "import sida_ext; print(sida_ext.__file__)"], tmp_path, alone)
