@@ -6,8 +6,8 @@ In an environment of its own, which needs no torch:
     PEER/bin/python -m bench.causal.peer write CHECKPOINT/config.json FILE.gguf --kind Q4_0
     PEER/bin/python -m bench.causal.peer run FILE.gguf --prompt 128 --steps 64
 
-The weights in the file are random blocks, not the checkpoint's: times are to be compared, not texts. ``bench.causal.decode
---ways ours peer`` runs it beside sida_ext.
+The weights in the file are random blocks, not the checkpoint's: times are to be compared, not texts.
+``bench.causal.decode --ways ours peer`` runs it beside sida_ext.
 """
 
 from __future__ import annotations
