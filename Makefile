@@ -1,6 +1,6 @@
 # The only commands a newcomer needs. Each does its own set-up in .venv.
 PYTHON ?= python3
-# Any torch from 2.6 will do. This release is named because its CPU build, where the index has one, is a small download.
+# Any torch from 2.10 will do. This release is named because its CPU build, where the index has one, is a small download.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,7 +1,8 @@
-"""Builds the extension with CMake against the torch of the environment that it is installed into.
+"""Builds the extension with CMake and the headers of the torch of the environment that it is installed into.
 
-SIDA_CUDA=auto|on|off chooses whether the CUDA sources are built; auto builds them when torch is a CUDA build and nvcc
-is found. MAX_JOBS bounds the compilers that run at once.
+What is built keeps to torch's stable ABI and serves every torch from MINIMUM_TORCH on. SIDA_CUDA=auto|on|off chooses
+whether the CUDA sources are built; auto builds them when torch is a CUDA build and nvcc is found, on wherever nvcc is
+found. MAX_JOBS bounds the compilers that run at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-MINIMUM_TORCH = (2, 6)
+MINIMUM_TORCH = (2, 10)  # as in sida_ext/_load.py; its stable ABI is named in csrc/bindings/CMakeLists.txt
 MINIMUM_CUDA = (12, 8)
 
 PROBE = """
@@ -29,7 +30,6 @@ from torch.utils import cpp_extension
 print(json.dumps({
     "version": torch.__version__,
     "cuda": torch.version.cuda,
-    "cxx11_abi": bool(torch._C._GLIBCXX_USE_CXX11_ABI),
     "include": cpp_extension.include_paths(),
     "library": cpp_extension.library_paths(),
     "cuda_home": cpp_extension.CUDA_HOME,
@@ -38,13 +38,13 @@ print(json.dumps({
 
 
 def find_torch() -> dict:
-    """The torch of the target environment, also from inside pip's build isolation (which hides it on PYTHONPATH)."""
+    """The torch whose headers are taken: the target environment's, which pip's build isolation hides on PYTHONPATH."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     probe = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True)
     if probe.returncode != 0:
         sys.exit(
-            f"sida_ext: torch is not importable by {sys.executable}, and the extension must be built against the torch "
-            f"that it will run with.\nInstall torch first (pip install torch), then run: pip install "
+            f"sida_ext: torch is not importable by {sys.executable}, and the extension is built with its headers."
+            f"\nInstall torch first (pip install torch), then run: pip install "
             f"--no-build-isolation .\n(import torch said: {probe.stderr.strip().splitlines()[-1:] or ['nothing']})"
         )
     torch = json.loads(probe.stdout.splitlines()[-1])
@@ -76,7 +76,7 @@ def choose_cuda(torch: dict) -> str | None:
     nvcc, phrase = find_nvcc(torch)
     if wish == "off":
         choice, why = None, "SIDA_CUDA=off"
-    elif torch["cuda"] is None:
+    elif wish == "auto" and torch["cuda"] is None:
         choice, why = None, f"torch {torch['version']} is a CPU build"
     else:
         choice, why = nvcc, phrase
@@ -104,9 +104,8 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         nvcc = choose_cuda(torch)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = (
-            ROOT / "build" / f"ext-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch['version']}"
-        )
+        variant = f"torch{torch['version']}{'-cuda' if nvcc else ''}"
+        build = ROOT / "build" / f"ext-{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{variant}"
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -115,8 +114,6 @@ class CMakeBuild(build_ext):
             "SIDA_CUDA": "ON" if nvcc else "OFF",
             "SIDA_TORCH_INCLUDE": ";".join(torch["include"]),
             "SIDA_TORCH_LIBRARY": ";".join(torch["library"]),
-            "SIDA_TORCH_VERSION": torch["version"],
-            "SIDA_TORCH_CXX11_ABI": "1" if torch["cxx11_abi"] else "0",
             "SIDA_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "SIDA_PYBIND11_INCLUDE": pybind11.get_include(),
             "SIDA_OUTPUT": str(target),
@@ -143,9 +140,12 @@ class CMakeBuild(build_ext):
             "python": platform.python_version(),
             "compiler": os.environ.get("CXX", "c++"),
         }
-        # An editable install copies the extension alone into the source tree.
-        for folder in {target.parent, *([ROOT / "sida_ext"] if getattr(self, "editable_mode", False) else [])}:
-            (folder / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+        (target.parent / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """Of an editable install, and of ``build_ext --inplace``: what the build says of itself goes along."""
+        super().copy_extensions_to_source()
+        shutil.copy2(Path(self.build_lib) / "sida_ext" / "_build_info.json", ROOT / "sida_ext")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import numpy as np
 
 Wanted = Sequence[tuple[int, Sequence[int]]]  # (MoE layer, distinct experts), most wanted first
 
-torch_version: str
 cuda_built: bool
 layer_counters: tuple[tuple[str, str], ...]  # name, what it counts
 engine_counters: tuple[tuple[str, str], ...]

@@ -1,7 +1,8 @@
-"""Loads the compiled extension, after a check that it was built for the torch that is installed.
+"""Loads the compiled extension, after a check that the torch that is installed can serve it.
 
-The extension is linked against torch's libraries, which ``import torch`` makes known to the loader. Where torch is not
-imported they are loaded by their path, and Python's torch is left alone: 0.2 s of CPU time in place of 1.4 s.
+The extension is written against torch's stable ABI and serves every release from ``MINIMUM_TORCH`` on. It is linked to
+torch's library for the CPU, which ``import torch`` makes known to the loader. Where torch is not imported it is loaded
+by its path, and Python's torch is left alone: 0.2 s of CPU time in place of 1.4 s.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["_C", "check_build"]
+__all__ = ["_C", "check_build", "installed_torch"]
 
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
+MINIMUM_TORCH = (2, 10)  # as in setup.py
 
 
-def _installed_torch() -> str:
+def installed_torch() -> str:
     """The version of torch that is imported, or that would be.
 
     Raises:
@@ -52,25 +55,24 @@ def check_build(path: Path = BUILD_INFO, found: str | None = None) -> dict:
         found: the version of torch to check for; None: the one that is installed.
 
     Raises:
-        ImportError: it was never built, or for another torch; a load would end in a missing symbol.
+        ImportError: it was never built, or torch is older than its stable ABI; a load would end in a missing symbol.
     """
-    found = _installed_torch() if found is None else found
     try:
         info = json.loads(path.read_text())
     except FileNotFoundError:
         raise ImportError(
             f"sida_ext's extension was not built ({path} is missing); run: pip install --no-build-isolation ."
         ) from None
-    if info["torch"] != found:
+    found = installed_torch() if found is None else found
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < MINIMUM_TORCH:
         raise ImportError(
-            f"sida_ext was built against torch {info['torch']}, but torch {found} is installed; build it again against "
-            "this one: pip install --force-reinstall --no-deps --no-build-isolation ."
+            f"torch {found} is installed, expected {'.'.join(map(str, MINIMUM_TORCH))} or later, whose stable "
+            "ABI has what sida_ext uses; run: pip install --upgrade torch"
         )
     return info
 
 
-if check_build()["cuda"]:  # linked against more of torch's libraries, whose order torch knows
-    import torch  # noqa: F401
+check_build()
 _load_libraries()
 
 # Every module takes the extension from here, so that none loads it unchecked.

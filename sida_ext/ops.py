@@ -1,9 +1,13 @@
 """Typed functions over ``torch.ops.sida``, side by side with their fake (meta) implementations.
 
-The schemas are in ``csrc/bindings/ops.cpp``. Importing this module loads the compiled extension.
+The schemas are in ``csrc/bindings/ops.cpp``. Importing this module loads the compiled extension, and registers what
+torch's stable ABI has no way to: the fake implementations, and the error of a backward.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +15,55 @@ from torch import Tensor
 from sida_ext._load import _C  # noqa: F401  (registers the ops)
 
 __all__ = ["linear", "moe_ffn", "moe_layer", "route_top1"]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Experts and routers are frozen: a backward through an op is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, compute: Callable[[], Any], *recorded: Tensor) -> Any:
+        ctx.name = name
+        return compute()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            f"sida::{ctx.name} has no backward: swapped weights are frozen; train the model before they are swapped, "
+            "or run it under torch.no_grad()"
+        )
+
+
+def _autograd_kernel(name: str) -> Callable[..., Any]:
+    """What an op does where autograd is on. (``torch.library.register_autograd`` takes no op with a tensor that is
+    given by its name alone.)
+    """
+    op = getattr(torch.ops.sida, name).default
+
+    def kernel(keys: Any, *arguments: Any, **keywords: Any) -> Any:
+        def compute() -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments, **keywords)
+
+        if not torch.is_grad_enabled():
+            return compute()
+        given = (*arguments, *keywords.values())
+        recorded = [value for value in given if isinstance(value, Tensor) and value.requires_grad]
+        return _NoBackward.apply(name, compute, *recorded) if recorded else compute()
+
+    return kernel
+
+
+_kernels = torch.library.Library("sida", "IMPL")
+for _name in __all__:
+    _kernels.impl(_name, _autograd_kernel(_name), "Autograd", with_keyset=True)
+
+
+def _call(op: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Call an op; where nothing is recorded, below autograd, whose kernel in Python costs more than the op's checks."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*arguments, **keywords)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments, **keywords)
 
 
 def moe_ffn(
@@ -59,7 +112,8 @@ def moe_ffn(
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
         NotImplementedError: biases, ``"swiglu_oai"`` or 4-bit weights on a CUDA device.
     """
-    return torch.ops.sida.moe_ffn(
+    return _call(
+        torch.ops.sida.moe_ffn,
         x,
         expert_index,
         gate,
@@ -115,7 +169,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
         ValueError, TypeError: the message names the argument, the value found and the value expected.
         NotImplementedError: on a CUDA device; or a backward, as the weights are frozen.
     """
-    return torch.ops.sida.linear(x, weight, scale, bias)
+    return _call(torch.ops.sida.linear, x, weight, scale, bias)
 
 
 @torch.library.register_fake("sida::linear")
@@ -140,7 +194,7 @@ def route_top1(
         ``expert_index`` [B, S] int32, -1 for a token over capacity, and ``gate`` [B, S] float32, the probability of
         the chosen expert (of a dropped token too).
     """
-    return torch.ops.sida.route_top1(router_logits, capacity, probs_dtype=probs_dtype)
+    return _call(torch.ops.sida.route_top1, router_logits, capacity, probs_dtype=probs_dtype)
 
 
 @torch.library.register_fake("sida::route_top1")
@@ -169,7 +223,7 @@ def moe_layer(x: Tensor, expert_index: Tensor, gate: Tensor, handle: int) -> Ten
         ValueError, TypeError, IndexError: as :func:`moe_ffn`; StoreError, OSError: an expert could not be loaded;
         TimeoutError: a wait passed the runtime's deadline; RuntimeError: the runtime was closed.
     """
-    return torch.ops.sida.moe_layer(x, expert_index, gate, handle)
+    return _call(torch.ops.sida.moe_layer, x, expert_index, gate, handle)
 
 
 @torch.library.register_fake("sida::moe_layer")

@@ -15,7 +15,7 @@ def set_precision(precision: Precision) -> None:
     """Choose what the CPU kernels of ``moe_ffn`` may round, for every call of the process that begins afterwards.
 
     ``"exact"`` (the default) multiplies weights with activations as they are and sums in fp32. bfloat16 and float16
-    weights are widened exactly; where instructions multiply bfloat16 pairs (``SIDA_CPU=amx``), an activation is split
+    weights are widened exactly; where instructions multiply bfloat16 pairs (``amx``), an activation is split
     into bfloat16 terms that add up to it.
 
     ``"fast"`` rounds activations (x, and the hidden layer between the two products) to bfloat16 where weights are

@@ -1,4 +1,4 @@
-"""The build: which torch it is made for, what SIDA_CUDA chooses, and what an import on the wrong torch says."""
+"""The build: which torch it serves, what SIDA_CUDA chooses, and what an import beside the wrong torch says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 import sida_ext
 from sida_ext import _C
-from sida_ext._load import check_build
+from sida_ext._load import check_build, installed_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,18 +28,40 @@ def setup_module():
     return module
 
 
-def test_the_installed_build_is_for_the_installed_torch():
-    assert check_build()["torch"] == torch.__version__ == _C.torch_version
+def test_what_is_said_of_the_build_is_true():
     assert check_build()["cuda"] == _C.cuda_built
+    assert installed_torch() == torch.__version__
 
 
-def test_another_torch_is_named_before_anything_is_loaded(tmp_path):
-    info = tmp_path / "_build_info.json"
-    info.write_text(json.dumps({"torch": "2.6.0+cpu", "cuda": False}))
-    with pytest.raises(ImportError, match=r"built against torch 2\.6\.0\+cpu, but torch .* is installed"):
-        check_build(info)
+def test_a_torch_that_is_too_old_is_named_before_anything_is_loaded(tmp_path):
+    for good in ("2.10.0", "2.10.0+cu128", "2.13.0+cpu", "2.100.1", "3.0.0a0"):
+        assert check_build(found=good) == check_build()
+    for old in ("2.9.1", "2.9.1+cpu", "1.13.1"):
+        with pytest.raises(ImportError, match=rf"torch {re.escape(old)} is installed, expected 2\.10 or later"):
+            check_build(found=old)
     with pytest.raises(ImportError, match="extension was not built"):
         check_build(tmp_path / "missing.json")
+
+
+# What the extension may ask of the libraries of torch: C functions of its stable ABI, as they were in torch 2.10.
+STABLE = re.compile(r"(aoti_torch|aoti_record_function|torch)_\w+")
+
+
+def test_of_torch_the_extension_needs_the_stable_abi_alone():
+    """No C++ symbol of torch, which is of one release, and no library of torch but the one for the CPU."""
+    undefined = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split()[-1].split("@")[0] for line in undefined.splitlines()]
+    ours = {name for name in names if re.search(r"torch|c10|aten|caffe|_ZN?K?2at", name)}
+    assert {"torch_call_dispatcher", "torch_library_impl", "aoti_torch_get_dtype"} <= ours
+    assert not {name for name in ours if not STABLE.fullmatch(name)}
+    # There only from 2.13 on: asked for, not needed.
+    weak = {line.split()[-1] for line in undefined.splitlines() if line.split()[0] == "w"}
+    assert {name for name in weak if "torch" in name} == {"torch_exception_get_what_without_backtrace"}
+    needed = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"Shared library: \[(.*)\]", needed)
+    assert [name for name in libraries if "torch" in name or "c10" in name] == ["libtorch_cpu.so"]
 
 
 def test_importing_starts_no_thread_and_touches_no_device():
@@ -73,8 +95,8 @@ def test_no_torch_or_an_old_one_is_refused(setup_module, monkeypatch):
     answer(1)
     with pytest.raises(SystemExit, match="Install torch first"):
         setup_module.find_torch()
-    answer(0, json.dumps({"version": "2.5.1"}))
-    with pytest.raises(SystemExit, match=r"found torch 2\.5\.1, expected 2\.6 or later"):
+    answer(0, json.dumps({"version": "2.9.1"}))
+    with pytest.raises(SystemExit, match=r"found torch 2\.9\.1, expected 2\.10 or later"):
         setup_module.find_torch()
 
 
@@ -86,8 +108,12 @@ def test_the_variant_is_chosen_and_said(setup_module, monkeypatch, capsys):
     assert setup_module.choose_cuda(CPU) is None
     assert "building the CPU variant (SIDA_CUDA=auto: torch 2.13.0+cpu is a CPU build)" in capsys.readouterr().out
     monkeypatch.setenv("SIDA_CUDA", "on")
-    with pytest.raises(SystemExit, match=r"SIDA_CUDA=on, but torch 2\.13\.0\+cpu is a CPU build"):
+    monkeypatch.setattr(setup_module, "find_nvcc", lambda torch: (None, "no nvcc was found"))
+    with pytest.raises(SystemExit, match="SIDA_CUDA=on, but no nvcc was found"):
         setup_module.choose_cuda(CPU)
+    monkeypatch.setattr(setup_module, "find_nvcc", lambda torch: ("/opt/nvcc", "nvcc 13.0"))
+    assert setup_module.choose_cuda(CPU) == "/opt/nvcc"
+    assert "building CPU and CUDA (SIDA_CUDA=on: nvcc 13.0)" in capsys.readouterr().out
     monkeypatch.setenv("SIDA_CUDA", "maybe")
     with pytest.raises(SystemExit, match="SIDA_CUDA is 'maybe', expected auto, on or off"):
         setup_module.choose_cuda(CPU)
@@ -130,9 +156,9 @@ def test_an_instruction_set_that_is_not_to_be_had_is_an_error(name, reason):
         assert re.search(r"this machine lacks \w|which this build for [\w-]+ does not have", done.stderr)
 
 
-def test_amx_is_taken_only_by_name():
+def test_the_best_instruction_set_of_this_cpu_is_taken():
     done = run("-c", "from sida_ext import _C; print(_C.instruction_set())", SIDA_CPU="")
-    assert done.stdout.strip() == next(name for name in _C.instruction_sets() if name != "amx")
+    assert done.stdout.strip() == _C.instruction_sets()[0]
 
 
 def test_info_prints_what_it_measured(tmp_path):

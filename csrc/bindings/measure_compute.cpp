@@ -1,14 +1,5 @@
 #include "bindings/measure_compute.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/ones.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -17,13 +8,13 @@
 #include <optional>
 #include <string_view>
 
+#include "base/at_end.h"
 #include "base/error.h"
+#include "bindings/tensors.h"
 #include "kernels/activation.h"
 
 namespace sida {
 namespace {
-
-using at::Tensor;
 
 // More than most caches hold; a cache of several hundred MiB makes the measured rate too high.
 constexpr int64_t walked_bytes = 192ll << 20;
@@ -32,10 +23,10 @@ constexpr int fewest_calls = 3;
 // of two 4-bit weights int4 reads 3 and -4.
 constexpr int filler = 0x3c;
 
-at::ScalarType torch_dtype(const std::string& name) {
-  if (name == "float32") return at::kFloat;
-  if (name == "bfloat16") return at::kBFloat16;
-  if (name == "float16") return at::kHalf;
+ScalarType torch_dtype(const std::string& name) {
+  if (name == "float32") return ScalarType::Float;
+  if (name == "bfloat16") return ScalarType::BFloat16;
+  if (name == "float16") return ScalarType::Half;
   fail(ErrorKind::invalid, "dtype is '", name, "', expected float32, bfloat16 or float16");
 }
 
@@ -43,11 +34,36 @@ void check_count(const char* name, int64_t value) {
   if (value < 1) fail(ErrorKind::invalid, name, " is ", value, ", expected at least 1");
 }
 
+int64_t bytes_of(ScalarType type) {
+  return type == ScalarType::Float ? 4 : type == ScalarType::BFloat16 || type == ScalarType::Half ? 2 : 1;
+}
+
+Tensor empty_on_cpu(const std::vector<int64_t>& shape, ScalarType type) {
+  return taken(call_torch("aten::empty", "memory_format", Shape(shape), std::optional(type), std::nullopt, std::nullopt,
+                          std::nullopt, std::nullopt)[0]);
+}
+
 // Uninitialised pages would be one page of zeros, which no memory is read for.
-Tensor filled(at::IntArrayRef shape, at::ScalarType dtype) {
-  const Tensor tensor = at::empty(shape, dtype);
-  std::memset(tensor.mutable_data_ptr(), filler, tensor.nbytes());
+Tensor filled(const std::vector<int64_t>& shape, ScalarType type) {
+  const Tensor tensor = empty_on_cpu(shape, type);
+  std::memset(tensor.mutable_data_ptr(), filler, tensor.numel() * bytes_of(type));
   return tensor;
+}
+
+template <class Element, class ValueAt>
+Tensor made(const std::vector<int64_t>& shape, ScalarType type, const ValueAt& value_at) {
+  const Tensor tensor = empty_on_cpu(shape, type);
+  auto* const elements = tensor.mutable_data_ptr<Element>();
+  for (int64_t i = 0, count = tensor.numel(); i < count; ++i) elements[i] = value_at(i);
+  return tensor;
+}
+
+// Runs `body` as under torch.no_grad().
+template <class Body>
+auto without_grad(const Body& body) {
+  const AtEnd restore([before = aoti_torch_grad_mode_is_enabled()] { aoti_torch_grad_mode_set_enabled(before); });
+  aoti_torch_grad_mode_set_enabled(false);
+  return body();
 }
 
 std::vector<double> timed(double seconds, const std::function<void(int64_t)>& call) {
@@ -77,57 +93,38 @@ std::vector<double> measure_moe_ffn(int64_t d_model, int64_t d_ff, const std::st
   check_count("tokens", tokens);
   const std::optional<ActivationName> known = parse_activation(activation);
   if (!known) fail(ErrorKind::invalid, "activation is '", activation, "', expected one of ", activation_names());
-  const at::NoGradGuard no_grad;
   const int64_t wi_rows = known->gated ? 2 * d_ff : d_ff;
   const bool grouped = dtype == "int4" || dtype == "mxfp4";
-  const at::ScalarType type = grouped ? at::kByte : dtype == "int8" ? at::kChar : torch_dtype(dtype);
+  const ScalarType type = grouped ? ScalarType::Byte : dtype == "int8" ? ScalarType::Char : torch_dtype(dtype);
   const int64_t packed = grouped ? 2 : 1;  // weights in an element
-  const int64_t item = static_cast<int64_t>(c10::elementSize(type));
-  const int64_t expert_bytes = std::max<int64_t>(1, (wi_rows + d_ff) * d_model * item / packed);
+  const int64_t expert_bytes = std::max<int64_t>(1, (wi_rows + d_ff) * d_model * bytes_of(type) / packed);
   const int64_t slots = std::max(experts, (walked_bytes + expert_bytes - 1) / expert_bytes / experts * experts);
-  const Tensor x = filled({experts * tokens, d_model}, type == at::kFloat ? at::kFloat : at::kBFloat16);
+  const Tensor x =
+      filled({experts * tokens, d_model}, type == ScalarType::Float ? ScalarType::Float : ScalarType::BFloat16);
   const Tensor wi = filled({slots, wi_rows, d_model / packed}, type);
   const Tensor wo = filled({slots, d_model, d_ff / packed}, type);
-  c10::IValue wi_scale, wo_scale;
+  std::optional<Tensor> wi_scale, wo_scale;
   if (grouped) {
-    const at::ScalarType scales = dtype == "int4" ? at::kHalf : at::kByte;
+    const ScalarType scales = dtype == "int4" ? ScalarType::Half : ScalarType::Byte;
     wi_scale = filled({slots, wi_rows, (d_model + 31) / 32}, scales);
     wo_scale = filled({slots, d_model, (d_ff + 31) / 32}, scales);
-  } else if (type == at::kChar) {
-    wi_scale = at::full({slots, wi_rows}, 1e-3, at::kFloat);
-    wo_scale = at::full({slots, d_model}, 1e-3, at::kFloat);
+  } else if (type == ScalarType::Char) {
+    const auto factor = [](int64_t) { return 1e-3f; };
+    wi_scale = made<float>({slots, wi_rows}, ScalarType::Float, factor);
+    wo_scale = made<float>({slots, d_model}, ScalarType::Float, factor);
   }
-  const Tensor index = at::arange(experts, at::kInt).repeat_interleave(tokens).unsqueeze(1);
-  const Tensor gate = at::ones({experts * tokens, 1}, at::kFloat);
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("sida::moe_ffn", "");
-  return timed(seconds, [&](int64_t number) {
-    const int64_t first = number * experts % slots;
-    torch::jit::Stack stack;
-    for (const c10::Argument& argument : op.schema().arguments()) {
-      const std::string_view name = argument.name();
-      if (name == "x") {
-        stack.emplace_back(x);
-      } else if (name == "expert_index") {
-        stack.emplace_back(index);
-      } else if (name == "gate") {
-        stack.emplace_back(gate);
-      } else if (name == "wi") {
-        stack.emplace_back(wi);
-      } else if (name == "wo") {
-        stack.emplace_back(wo);
-      } else if (name == "slot_of_expert") {
-        stack.emplace_back(at::arange(first, first + experts, at::kInt));
-      } else if (name == "wi_scale") {
-        stack.emplace_back(wi_scale);
-      } else if (name == "wo_scale") {
-        stack.emplace_back(wo_scale);
-      } else if (name == "activation") {
-        stack.emplace_back(activation);
-      } else {
-        stack.emplace_back(argument.default_value().value());
-      }
-    }
-    op.callBoxed(&stack);
+  const Tensor index = made<int32_t>({experts * tokens, 1}, ScalarType::Int,
+                                     [&](int64_t row) { return static_cast<int32_t>(row / tokens); });
+  const Tensor gate = made<float>({experts * tokens, 1}, ScalarType::Float, [](int64_t) { return 1.0f; });
+  const std::optional<Tensor> no_bias;
+  return without_grad([&] {
+    return timed(seconds, [&](int64_t number) {
+      const int64_t first = number * experts % slots;
+      const Tensor slot_of_expert = made<int32_t>({experts}, ScalarType::Int,
+                                                  [&](int64_t expert) { return static_cast<int32_t>(first + expert); });
+      taken(call_torch("sida::moe_ffn", "", x, index, gate, wi, wo, slot_of_expert, wi_scale, wo_scale, activation,
+                       no_bias, no_bias, std::string("error"))[0]);
+    });
   });
 }
 
@@ -136,13 +133,17 @@ std::vector<double> measure_linear(int64_t rows, int64_t columns, const std::str
   check_count("rows", rows);
   check_count("columns", columns);
   check_count("tokens", tokens);
-  const at::NoGradGuard no_grad;
-  const at::ScalarType type = torch_dtype(dtype);
-  const int64_t matrix_bytes = rows * columns * static_cast<int64_t>(c10::elementSize(type));
+  const ScalarType type = torch_dtype(dtype);
+  const int64_t matrix_bytes = rows * columns * bytes_of(type);
   const int64_t matrices = std::max<int64_t>(1, walked_bytes / matrix_bytes);
   const Tensor x = filled({tokens, columns}, type);
   const Tensor weights = filled({matrices, rows, columns}, type);
-  return timed(seconds, [&](int64_t number) { at::linear(x, weights[number % matrices]); });
+  return without_grad([&] {
+    return timed(seconds, [&](int64_t number) {
+      const Tensor weight = taken(call_torch("aten::select", "int", weights, int64_t{0}, number % matrices)[0]);
+      taken(call_torch("aten::linear", "", x, weight, std::nullopt)[0]);
+    });
+  });
 }
 
 }  // namespace sida

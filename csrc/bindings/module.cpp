@@ -314,7 +314,6 @@ PYBIND11_MODULE(_C, m) {
       set_python_error(error);
     }
   });
-  m.attr("torch_version") = SIDA_TORCH_VERSION;
   m.attr("layer_counters") = described(layer_counters);
   m.attr("engine_counters") = described(engine_counters);
 

@@ -1,9 +1,5 @@
-// Argument checks that the ops of every device share, and engine errors as exceptions of an op.
+// Argument checks that the ops of every device share.
 #pragma once
-
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/Exceptions.h>
 
 #include <optional>
 #include <string_view>
@@ -11,100 +7,81 @@
 #include <vector>
 
 #include "base/dtype.h"
-#include "bindings/python_errors.h"
+#include "bindings/op_error.h"
+#include "bindings/tensors.h"
 #include "kernels/activation.h"
 #include "kernels/moe_ffn.h"
 
 namespace sida {
 
-using at::Tensor;
-
-// Runs `body` and turns an engine error into the Python exception of its kind.
-template <class Body>
-auto with_python_errors(Body&& body) {
-  try {
-    return body();
-  } catch (const Error& error) {
-    const PyGILState_STATE state = PyGILState_Ensure();
-    // A signal that ended a wait has left its own exception (KeyboardInterrupt), which says more than ours.
-    if (PyErr_Occurred() == nullptr) set_python_error(error);
-    python_error raised;
-    raised.persist();
-    PyGILState_Release(state);
-    throw raised;
-  }
-}
-
 inline DType dtype_of(const Tensor& tensor, const char* op, const char* name, bool weights) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
+  switch (type_of(tensor)) {
+    case ScalarType::Float:
       return DType::f32;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return DType::bf16;
-    case at::kHalf:
+    case ScalarType::Half:
       return DType::f16;
-    case at::kChar:
+    case ScalarType::Char:
       if (weights) return DType::i8;
       [[fallthrough]];
     default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " has dtype ", tensor.scalar_type(), ", expected float32, bfloat16",
-                       weights ? ", float16, int8 or uint8 (4 bits)" : " or float16");
+      CHECK_TYPE(false, op, ": ", name, " has dtype ", type_of(tensor), ", expected float32, bfloat16",
+                 weights ? ", float16, int8 or uint8 (4 bits)" : " or float16");
   }
 }
 
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* op, const char* name) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": ", name, " is on ", tensor.device(), ", expected ",
-                    like.device(), ", the device of x");
+  CHECK_VALUE(Place(tensor) == Place(like), op, ": ", name, " is on ", Place(tensor), ", expected ", Place(like),
+              ", the device of x");
 }
 
 inline void check_dims(const Tensor& tensor, int64_t dims, const char* op, const char* name, const char* shape) {
-  TORCH_CHECK_VALUE(tensor.dim() == dims, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", dims,
-                    " dimensions, ", shape);
+  CHECK_VALUE(tensor.dim() == dims, op, ": ", name, " has shape ", Text(tensor), ", expected ", dims, " dimensions, ",
+              shape);
 }
 
 inline void check_size(const Tensor& tensor, int64_t dim, int64_t expected, const char* op, const char* name,
                        const char* meaning) {
-  TORCH_CHECK_VALUE(tensor.size(dim) == expected, op, ": ", name, " has shape ", tensor.sizes(), ", expected ",
-                    expected, " (", meaning, ") in dimension ", dim);
+  CHECK_VALUE(tensor.size(dim) == expected, op, ": ", name, " has shape ", Text(tensor), ", expected ", expected, " (",
+              meaning, ") in dimension ", dim);
 }
 
 inline void check_rows(const Tensor& tensor, const char* op, const char* name) {
-  TORCH_CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, op, ": rows of ", name,
-                    " are not contiguous (stride ", tensor.stride(-1), " in the last dimension), expected stride 1; ",
-                    "call .contiguous()");
+  CHECK_VALUE(tensor.size(-1) <= 1 || tensor.stride(-1) == 1, op, ": rows of ", name, " are not contiguous (stride ",
+              tensor.stride(-1), " in the last dimension), expected stride 1; ", "call .contiguous()");
 }
 
 // [T, K] of any integer type as contiguous int32, every value checked against [-1, limit) before it is narrowed.
 inline Tensor checked_index(const Tensor& index, int64_t limit, const char* op, const char* name, const char* of) {
-  const auto type = index.scalar_type();
-  TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), op, ": ", name, " has dtype ", type,
-                   ", expected an integer type");
+  const auto type = type_of(index);
+  CHECK_TYPE(is_integral(type), op, ": ", name, " has dtype ", type, ", expected an integer type");
   const auto check = [&](const auto* value, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      TORCH_CHECK_INDEX(value[i] >= -1 && value[i] < limit, op, ": ", name, " holds ", value[i], " at flat position ",
-                        i, ", expected a value from -1 to ", limit - 1, " (", of, ")");
+      CHECK_INDEX(value[i] >= -1 && value[i] < limit, op, ": ", name, " holds ", value[i], " at flat position ", i,
+                  ", expected a value from -1 to ", limit - 1, " (", of, ")");
     }
   };
-  if (type == at::kInt) {
-    const Tensor narrow = index.contiguous();
+  if (type == ScalarType::Int) {
+    const Tensor narrow = contiguous(index);
     check(narrow.const_data_ptr<int32_t>(), narrow.numel());
     return narrow;
   }
-  const Tensor wide = index.to(at::kLong).contiguous();
+  const Tensor wide = contiguous(as_type(index, ScalarType::Long));
   check(wide.const_data_ptr<int64_t>(), wide.numel());
-  return wide.to(at::kInt);
+  return as_type(wide, ScalarType::Int);
 }
 
 // The type of weights. uint8 weights are pairs of 4-bit values, whose kind the type of their scales tells.
 inline DType weight_dtype(const Tensor& weight, const std::optional<Tensor>& scale, const char* op, const char* name,
                           const char* scale_name) {
-  if (weight.scalar_type() != at::kByte) return dtype_of(weight, op, name, /*weights=*/true);
-  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype uint8, pairs of 4-bit values, and needs ",
-                    scale_name, ": float16 for int4, uint8 for mxfp4");
-  const auto type = scale->scalar_type();
-  TORCH_CHECK_TYPE(type == at::kHalf || type == at::kByte, op, ": ", scale_name, " has dtype ", type,
-                   ", expected float16 (int4) or uint8 (mxfp4) with weights of dtype uint8");
-  return type == at::kHalf ? DType::int4 : DType::mxfp4;
+  if (type_of(weight) != ScalarType::Byte) return dtype_of(weight, op, name, /*weights=*/true);
+  CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype uint8, pairs of 4-bit values, and needs ", scale_name,
+              ": float16 for int4, uint8 for mxfp4");
+  const auto type = type_of(*scale);
+  CHECK_TYPE(type == ScalarType::Half || type == ScalarType::Byte, op, ": ", scale_name, " has dtype ", type,
+             ", expected float16 (int4) or uint8 (mxfp4) with weights of dtype uint8");
+  return type == ScalarType::Half ? DType::int4 : DType::mxfp4;
 }
 
 // How many elements of its tensor a row of `columns` weights takes, in words for an error.
@@ -118,23 +95,22 @@ inline std::pair<int64_t, const char*> stored_columns(DType dtype, int64_t colum
 inline void set_scale(ExpertMatrix& matrix, const std::optional<Tensor>& scale, const Tensor& weight, DType dtype,
                       int64_t columns, const char* op, const char* name, const char* scale_name) {
   if (dtype != DType::i8 && !is_grouped(dtype)) {
-    TORCH_CHECK_VALUE(!scale.has_value(), op, ": ", scale_name, " was given, but ", name, " has dtype ",
-                      weight.scalar_type(), "; scales go with int8 and 4-bit weights only");
+    CHECK_VALUE(!scale.has_value(), op, ": ", scale_name, " was given, but ", name, " has dtype ", type_of(weight),
+                "; scales go with int8 and 4-bit weights only");
     return;
   }
-  std::vector<int64_t> shape = weight.sizes().slice(0, weight.dim() - 1).vec();
+  std::vector<int64_t> shape = shape_of(weight);
+  shape.pop_back();
   if (is_grouped(dtype)) shape.push_back(groups_of(columns));
-  TORCH_CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype int8 and needs ", scale_name,
-                    ", a float32 tensor of shape ", at::IntArrayRef(shape));
-  const auto type = dtype == DType::i8 ? at::kFloat : dtype == DType::int4 ? at::kHalf : at::kByte;
-  TORCH_CHECK_TYPE(scale->scalar_type() == type, op, ": ", scale_name, " has dtype ", scale->scalar_type(),
-                   ", expected ", type);
-  TORCH_CHECK_VALUE(scale->device() == weight.device(), op, ": ", scale_name, " is on ", scale->device(), ", expected ",
-                    weight.device(), ", the device of x");
-  TORCH_CHECK_VALUE(scale->sizes() == at::IntArrayRef(shape), op, ": ", scale_name, " has shape ", scale->sizes(),
-                    ", expected ", at::IntArrayRef(shape));
-  TORCH_CHECK_VALUE(scale->size(-1) <= 1 || scale->stride(-1) == 1, op, ": rows of ", scale_name,
-                    " are not contiguous (stride ", scale->stride(-1), "), expected stride 1");
+  CHECK_VALUE(scale.has_value(), op, ": ", name, " has dtype int8 and needs ", scale_name,
+              ", a float32 tensor of shape ", Text(shape));
+  const auto type = dtype == DType::i8 ? ScalarType::Float : dtype == DType::int4 ? ScalarType::Half : ScalarType::Byte;
+  CHECK_TYPE(type_of(*scale) == type, op, ": ", scale_name, " has dtype ", type_of(*scale), ", expected ", type);
+  CHECK_VALUE(Place(*scale) == Place(weight), op, ": ", scale_name, " is on ", Place(*scale), ", expected ",
+              Place(weight), ", the device of x");
+  CHECK_VALUE(shape_of(*scale) == shape, op, ": ", scale_name, " has shape ", Text(*scale), ", expected ", Text(shape));
+  CHECK_VALUE(scale->size(-1) <= 1 || scale->stride(-1) == 1, op, ": rows of ", scale_name,
+              " are not contiguous (stride ", scale->stride(-1), "), expected stride 1");
   if (dtype == DType::i8) {
     matrix.scale = scale->const_data_ptr<float>();
     matrix.scale_slot_stride = weight.dim() == 3 ? scale->stride(0) : 0;
@@ -149,21 +125,21 @@ inline void set_scale(ExpertMatrix& matrix, const std::optional<Tensor>& scale, 
 inline void set_bias(ExpertMatrix& matrix, const std::optional<Tensor>& bias, const Tensor& weight, const char* op,
                      const char* name) {
   if (!bias.has_value()) return;
-  const auto shape = weight.sizes().slice(0, weight.dim() - 1);
-  TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, op, ": ", name, " has dtype ", bias->scalar_type(),
-                   ", expected float32");
-  TORCH_CHECK_VALUE(bias->device() == weight.device(), op, ": ", name, " is on ", bias->device(), ", expected ",
-                    weight.device(), ", the device of x");
-  TORCH_CHECK_VALUE(bias->sizes() == shape, op, ": ", name, " has shape ", bias->sizes(), ", expected ", shape);
-  TORCH_CHECK_VALUE(bias->size(-1) <= 1 || bias->stride(-1) == 1, op, ": rows of ", name,
-                    " are not contiguous (stride ", bias->stride(-1), "), expected stride 1");
+  std::vector<int64_t> shape = shape_of(weight);
+  shape.pop_back();
+  CHECK_TYPE(type_of(*bias) == ScalarType::Float, op, ": ", name, " has dtype ", type_of(*bias), ", expected float32");
+  CHECK_VALUE(Place(*bias) == Place(weight), op, ": ", name, " is on ", Place(*bias), ", expected ", Place(weight),
+              ", the device of x");
+  CHECK_VALUE(shape_of(*bias) == shape, op, ": ", name, " has shape ", Text(*bias), ", expected ", Text(shape));
+  CHECK_VALUE(bias->size(-1) <= 1 || bias->stride(-1) == 1, op, ": rows of ", name, " are not contiguous (stride ",
+              bias->stride(-1), "), expected stride 1");
   matrix.bias = bias->const_data_ptr<float>();
   matrix.bias_slot_stride = weight.dim() == 3 ? bias->stride(0) : 0;
 }
 
 inline ActivationName checked_activation(std::string_view name, const char* op) {
   const std::optional<ActivationName> known = parse_activation(name);
-  TORCH_CHECK_VALUE(known, op, ": activation is '", name, "', expected one of ", activation_names());
+  CHECK_VALUE(known.has_value(), op, ": activation is '", name, "', expected one of ", activation_names());
   return *known;
 }
 
@@ -174,11 +150,11 @@ inline DType check_tokens(const Tensor& x, const Tensor& expert_index, const Ten
   check_rows(x, op, "x");
   check_dims(expert_index, 2, op, "expert_index", "[tokens, top_k]");
   check_size(expert_index, 0, x.size(0), op, "expert_index", "tokens, as in x");
-  TORCH_CHECK_VALUE(expert_index.size(1) >= 1, op, ": expert_index has shape ", expert_index.sizes(),
-                    ", expected top_k of at least 1");
-  TORCH_CHECK_TYPE(gate.scalar_type() == at::kFloat, op, ": gate has dtype ", gate.scalar_type(), ", expected float32");
-  TORCH_CHECK_VALUE(gate.sizes() == expert_index.sizes(), op, ": gate has shape ", gate.sizes(), ", expected ",
-                    expert_index.sizes(), ", the shape of expert_index");
+  CHECK_VALUE(expert_index.size(1) >= 1, op, ": expert_index has shape ", Text(expert_index),
+              ", expected top_k of at least 1");
+  CHECK_TYPE(type_of(gate) == ScalarType::Float, op, ": gate has dtype ", type_of(gate), ", expected float32");
+  CHECK_VALUE(shape_of(gate) == shape_of(expert_index), op, ": gate has shape ", Text(gate), ", expected ",
+              Text(expert_index), ", the shape of expert_index");
   return dtype;
 }
 
@@ -187,7 +163,13 @@ struct Tokens {
   DType dtype;
 };
 
-inline void set_tokens(MoeFfnArgs& args, const Tensor& x, const Tokens& tokens, Tensor& out, Tensor& partials) {
+struct Results {
+  Tensor out;
+  std::optional<Tensor> partials;
+};
+
+// Sets what is the tokens' and the results'; these are zeros.
+inline Results set_tokens(MoeFfnArgs& args, const Tensor& x, const Tokens& tokens) {
   args.tokens = x.size(0);
   args.top_k = tokens.index.size(1);
   args.d_model = x.size(1);
@@ -196,12 +178,13 @@ inline void set_tokens(MoeFfnArgs& args, const Tensor& x, const Tokens& tokens, 
   args.x_row_stride = x.size(0) > 1 ? x.stride(0) : x.size(1);
   args.expert_index = tokens.index.const_data_ptr<int32_t>();
   args.gate = tokens.gate.const_data_ptr<float>();
-  out = at::zeros({args.tokens, args.d_model}, x.options().memory_format(at::MemoryFormat::Contiguous));
-  args.out = out.mutable_data_ptr();
+  Results results{zeros({args.tokens, args.d_model}, type_of(x), x), std::nullopt};
+  args.out = results.out.mutable_data_ptr();
   if (args.top_k > 1) {
-    partials = at::zeros({args.tokens, args.top_k, args.d_model}, x.options().dtype(at::kFloat));
-    args.partials = partials.mutable_data_ptr<float>();
+    results.partials = zeros({args.tokens, args.top_k, args.d_model}, ScalarType::Float, x);
+    args.partials = results.partials->mutable_data_ptr<float>();
   }
+  return results;
 }
 
 // Types and shapes of the weights of moe_ffn; the type of both.
@@ -209,11 +192,11 @@ inline DType check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, 
                            const std::optional<Tensor>& wi_scale, const std::optional<Tensor>& wo_scale, bool gated,
                            const char* op) {
   const DType dtype = weight_dtype(wi, wi_scale, op, "wi", "wi_scale");
-  TORCH_CHECK_TYPE(wo.scalar_type() == wi.scalar_type(), op, ": wo has dtype ", wo.scalar_type(), ", expected ",
-                   wi.scalar_type(), ", the dtype of wi");
+  CHECK_TYPE(type_of(wo) == type_of(wi), op, ": wo has dtype ", type_of(wo), ", expected ", type_of(wi),
+             ", the dtype of wi");
   const DType wo_dtype = weight_dtype(wo, wo_scale, op, "wo", "wo_scale");
-  TORCH_CHECK_TYPE(wo_dtype == dtype, op, ": wo is ", dtype_name(wo_dtype), " (by the dtype of wo_scale), expected ",
-                   dtype_name(dtype), ", as wi");
+  CHECK_TYPE(wo_dtype == dtype, op, ": wo is ", dtype_name(wo_dtype), " (by the dtype of wo_scale), expected ",
+             dtype_name(dtype), ", as wi");
   check_device(wi, x, op, "wi");
   check_device(wo, x, op, "wo");
   check_device(slot_of_expert, x, op, "slot_of_expert");
@@ -225,8 +208,8 @@ inline DType check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, 
   check_size(wo, 1, x.size(1), op, "wo", "d_model, as in x");
   check_size(wo, 0, wi.size(0), op, "wo", "slots, as in wi");
   if (is_grouped(dtype)) {
-    TORCH_CHECK_VALUE(!gated || wi.size(1) % 2 == 0, op, ": wi has shape ", wi.sizes(), ", expected an even number of ",
-                      "rows for a gated activation, gate and up");
+    CHECK_VALUE(!gated || wi.size(1) % 2 == 0, op, ": wi has shape ", Text(wi), ", expected an even number of ",
+                "rows for a gated activation, gate and up");
     const int64_t d_ff = wi.size(1) / (gated ? 2 : 1);
     check_size(wo, 2, row_bytes(dtype, d_ff), op, "wo",
                gated ? "16 for each 32 of half the rows of wi" : "16 for each 32 rows of wi");
@@ -235,8 +218,8 @@ inline DType check_weights(const Tensor& x, const Tensor& wi, const Tensor& wo, 
   }
   check_rows(wi, op, "wi");
   check_rows(wo, op, "wo");
-  TORCH_CHECK_TYPE(slot_of_expert.scalar_type() == at::kInt, op, ": slot_of_expert has dtype ",
-                   slot_of_expert.scalar_type(), ", expected int32");
+  CHECK_TYPE(type_of(slot_of_expert) == ScalarType::Int, op, ": slot_of_expert has dtype ", type_of(slot_of_expert),
+             ", expected int32");
   return dtype;
 }
 

@@ -1,10 +1,8 @@
 // The ops on CUDA devices: on the caller's current stream, with no wait but those of cuda::CudaServing.
-#include <ATen/ops/clamp.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
 
 #include <deque>
 #include <limits>
@@ -47,15 +45,37 @@ const Architecture& architecture_of(int device) {
   return known.back().second;
 }
 
+// Two int32 in pinned memory.
+Tensor pinned_words() {
+  const std::array<int64_t, 1> shape{2};
+  return taken(call_torch("aten::empty", "memory_format", Shape(shape), std::optional(ScalarType::Int), std::nullopt,
+                          std::nullopt, std::optional(true), std::nullopt)[0]);
+}
+
+// The caller's stream on a device. Not linked: an extension with CUDA loads beside a torch without it, too. Where there
+// is a tensor on a CUDA device, the library is loaded.
+cudaStream_t current_stream(int device) {
+  using Ask = AOTITorchError (*)(int32_t, void**);
+  static const auto ask = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* const found = library != nullptr ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    if (found == nullptr)
+      fail(ErrorKind::internal, "torch's library for CUDA is not loaded, or tells no current stream");
+    return reinterpret_cast<Ask>(found);
+  }();
+  void* stream = nullptr;
+  check_torch(ask(device, &stream), "asking for the current stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
 // Error words of moe_ffn calls whose kernels may not have run yet.
 class PendingErrors {
  public:
   // Copies two error words to the host behind the kernels on `stream`.
   void add(int device, const Tensor& words, int64_t top_k, bool missing_is_error, cuda::Stream stream) {
     const auto& runtime = cuda::runtime_table();
-    Call call{device, at::empty({2}, at::TensorOptions().dtype(at::kInt).pinned_memory(true)), nullptr, top_k,
-              missing_is_error};
-    call.words.copy_(words, /*non_blocking=*/true);
+    Call call{device, pinned_words(), nullptr, top_k, missing_is_error};
+    taken(call_torch("aten::copy_", "", call.words, words, /*non_blocking=*/true)[0]);
     check_status(runtime.event_create(&call.event, false), "creating an event");
     check_status(runtime.event_record(call.event, stream), "recording an event");
     const std::lock_guard lock(mutex_);
@@ -80,13 +100,13 @@ class PendingErrors {
       runtime.event_destroy(done.event);
       check_status(status, "an earlier call of moe_ffn");
       const int32_t wrong = done.words.const_data_ptr<int32_t>()[0], missing = done.words.const_data_ptr<int32_t>()[1];
-      TORCH_CHECK_INDEX(wrong == none, "moe_ffn: an earlier call on cuda:", device, " had an expert_index or a ",
-                        "slot_of_expert out of range, first for token ", wrong / done.top_k, ", choice ",
-                        wrong % done.top_k, "; its rows were left at 0");
-      TORCH_CHECK_VALUE(missing == none || !done.missing_is_error, "moe_ffn: in an earlier call on cuda:", device,
-                        " the expert wanted by token ", missing / done.top_k, ", choice ", missing % done.top_k,
-                        " was not resident (slot_of_expert is -1); load it first, or pass missing='skip' to leave ",
-                        "its contribution out");
+      CHECK_INDEX(wrong == none, "moe_ffn: an earlier call on cuda:", device, " had an expert_index or a ",
+                  "slot_of_expert out of range, first for token ", wrong / done.top_k, ", choice ", wrong % done.top_k,
+                  "; its rows were left at 0");
+      CHECK_VALUE(missing == none || !done.missing_is_error, "moe_ffn: in an earlier call on cuda:", device,
+                  " the expert wanted by token ", missing / done.top_k, ", choice ", missing % done.top_k,
+                  " was not resident (slot_of_expert is -1); load it first, or pass missing='skip' to leave ",
+                  "its contribution out");
     }
   }
 
@@ -112,13 +132,12 @@ PendingErrors& pending_errors() {
 
 // What every op does first: the device of its arguments, the caller's stream on it, what earlier calls have to say.
 struct OnDevice {
-  c10::cuda::CUDAGuard guard;
   int device;
+  torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
   bool capturing = false;
 
-  explicit OnDevice(const Tensor& x)
-      : guard(x.device()), device(x.device().index()), stream(c10::cuda::getCurrentCUDAStream(x.device().index())) {
+  explicit OnDevice(const Tensor& x) : device(Place(x).index), guard(device), stream(current_stream(device)) {
     const auto& runtime = cuda::runtime_table();
     check_status(runtime.set_device(device), "choosing the device");
     check_status(runtime.stream_capturing(stream, &capturing), "asking for graph capture");
@@ -126,86 +145,99 @@ struct OnDevice {
   }
 };
 
+// One number on the CPU, which torch's kernels of two operands take beside a tensor on a device. Never destroyed.
+const Tensor& number(int64_t value) {
+  auto* const made =
+      new Tensor(taken(call_torch("aten::empty", "memory_format", Shape(), std::optional(ScalarType::Long),
+                                  std::nullopt, std::nullopt, std::nullopt, std::nullopt)[0]));
+  *made->mutable_data_ptr<int64_t>() = value;
+  return *made;
+}
+
 // As int32; a value that int32 cannot hold stays out of range.
 Tensor narrowed_index(const Tensor& index, const char* op, const char* name) {
-  const auto type = index.scalar_type();
-  TORCH_CHECK_TYPE(at::isIntegralType(type, /*includeBool=*/false), op, ": ", name, " has dtype ", type,
-                   ", expected an integer type");
-  if (type == at::kInt) return index.contiguous();
-  if (type != at::kLong) return index.to(at::kInt).contiguous();
-  return at::clamp(index, -2, std::numeric_limits<int32_t>::max()).to(at::kInt).contiguous();
+  const auto type = type_of(index);
+  CHECK_TYPE(is_integral(type), op, ": ", name, " has dtype ", type, ", expected an integer type");
+  if (type != ScalarType::Long) return contiguous(as_type(index, ScalarType::Int));
+  static const Tensor& least = number(-2);
+  static const Tensor& most = number(std::numeric_limits<int32_t>::max());
+  const Tensor from_below = taken(call_torch("aten::maximum", "", index, least)[0]);
+  const Tensor clamped = taken(call_torch("aten::minimum", "", from_below, most)[0]);
+  return contiguous(as_type(clamped, ScalarType::Int));
 }
 
 Tensor workspace_for(const MoeFfnArgs& args, const Architecture& architecture, const Tensor& x) {
-  return at::empty({cuda::workspace_bytes(args, architecture)}, x.options().dtype(at::kByte));
+  return empty({cuda::workspace_bytes(args, architecture)}, ScalarType::Byte, x);
 }
 
 Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& gate, const Tensor& wi, const Tensor& wo,
                     const Tensor& slot_of_expert, const std::optional<Tensor>& wi_scale,
-                    const std::optional<Tensor>& wo_scale, c10::string_view activation,
+                    const std::optional<Tensor>& wo_scale, StringHandle activation_handle,
                     const std::optional<Tensor>& wi_bias, const std::optional<Tensor>& wo_bias,
-                    c10::string_view missing) {
+                    StringHandle missing_handle) {
   constexpr const char* op = "moe_ffn";
+  const std::string activation = taken(activation_handle), missing = taken(missing_handle);
   return with_python_errors([&] {
     const auto [function, gated] = checked_activation(activation, op);
-    TORCH_CHECK_NOT_IMPLEMENTED(function != Activation::swiglu_oai && !wi_bias.has_value() && !wo_bias.has_value(), op,
-                                ": the CUDA kernels know neither biases nor swiglu_oai; move the arguments to the CPU");
-    TORCH_CHECK_VALUE(missing == "error" || missing == "skip", op, ": missing is '", missing,
-                      "', expected 'error' or 'skip'");
+    CHECK_IMPLEMENTED(function != Activation::swiglu_oai && !wi_bias.has_value() && !wo_bias.has_value(), op,
+                      ": the CUDA kernels know neither biases nor swiglu_oai; move the arguments to the CPU");
+    CHECK_VALUE(missing == "error" || missing == "skip", op, ": missing is '", missing,
+                "', expected 'error' or 'skip'");
     check_dims(slot_of_expert, 1, op, "slot_of_expert", "[experts]");
     check_device(expert_index, x, op, "expert_index");
     check_device(gate, x, op, "gate");
     const DType dtype = check_tokens(x, expert_index, gate, op);
-    TORCH_CHECK_NOT_IMPLEMENTED(wi.scalar_type() != at::kByte, op,
-                                ": the CUDA kernels know no 4-bit weights; expected ",
-                                "float32, bfloat16, float16 or int8 there, or move the arguments to the CPU");
+    CHECK_IMPLEMENTED(type_of(wi) != ScalarType::Byte, op, ": the CUDA kernels know no 4-bit weights; expected ",
+                      "float32, bfloat16, float16 or int8 there, or move the arguments to the CPU");
     const DType w_dtype = check_weights(x, wi, wo, slot_of_expert, wi_scale, wo_scale, gated, op);
     const OnDevice here(x);
-    const Tokens tokens{narrowed_index(expert_index, op, "expert_index"), gate.contiguous(), dtype};
-    const Tensor slots = slot_of_expert.contiguous();
+    const Tokens tokens{narrowed_index(expert_index, op, "expert_index"), contiguous(gate), dtype};
+    const Tensor slots = contiguous(slot_of_expert);
     MoeFfnArgs args{};
-    Tensor out, partials;
-    set_tokens(args, x, tokens, out, partials);
+    const Results results = set_tokens(args, x, tokens);
     args.num_experts = slots.size(0);
     set_weights(args, w_dtype, wi, wo, wi_scale, wo_scale, wi_bias, wo_bias, gated, op);
     args.slot_of_expert = slots.const_data_ptr<int32_t>();
     args.activation = function;
-    if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return out;
+    if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return results.out;
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);
     // A graph is replayed without this code: nobody would read its error words.
-    Tensor words;
-    if (!here.capturing) words = at::full({2}, PendingErrors::none, x.options().dtype(at::kInt));
+    std::optional<Tensor> words;
+    if (!here.capturing) {
+      words = empty({2}, ScalarType::Int, x);
+      check_torch(aoti_torch_aten_fill__Scalar(words->get(), PendingErrors::none), "filling error words");
+    }
     cuda::moe_ffn(args, architecture, workspace.mutable_data_ptr(),
-                  here.capturing ? nullptr : words.mutable_data_ptr<int32_t>(), here.stream);
-    if (!here.capturing) pending_errors().add(here.device, words, args.top_k, missing == "error", here.stream);
-    return out;
+                  words ? words->mutable_data_ptr<int32_t>() : nullptr, here.stream);
+    if (words) pending_errors().add(here.device, *words, args.top_k, missing == "error", here.stream);
+    return results.out;
   });
 }
 
 std::tuple<Tensor, Tensor> route_top1_cuda(const Tensor& router_logits, int64_t capacity,
-                                           std::optional<at::ScalarType> probs_dtype) {
+                                           std::optional<ScalarType> probs_dtype) {
   constexpr const char* op = "route_top1";
   return with_python_errors([&]() -> std::tuple<Tensor, Tensor> {
     cuda::RouteArgs args{};
     args.dtype = dtype_of(router_logits, op, "router_logits", /*weights=*/false);
     check_dims(router_logits, 3, op, "router_logits", "[batch, sequence, experts]");
-    TORCH_CHECK_VALUE(router_logits.size(2) >= 1, op, ": router_logits has shape ", router_logits.sizes(),
-                      ", expected at least one expert");
-    TORCH_CHECK_VALUE(capacity >= 0, op, ": capacity is ", capacity, ", expected 0 or more");
-    const at::ScalarType rounded = probs_dtype.value_or(router_logits.scalar_type());
-    TORCH_CHECK_TYPE(rounded == at::kFloat || rounded == at::kBFloat16 || rounded == at::kHalf, op, ": probs_dtype is ",
-                     rounded, ", expected float32, bfloat16 or float16");
+    CHECK_VALUE(router_logits.size(2) >= 1, op, ": router_logits has shape ", Text(router_logits),
+                ", expected at least one expert");
+    CHECK_VALUE(capacity >= 0, op, ": capacity is ", capacity, ", expected 0 or more");
+    const ScalarType rounded = probs_dtype.value_or(type_of(router_logits));
+    CHECK_TYPE(rounded == ScalarType::Float || rounded == ScalarType::BFloat16 || rounded == ScalarType::Half, op,
+               ": probs_dtype is ", rounded, ", expected float32, bfloat16 or float16");
     const OnDevice here(router_logits);
-    const Tensor logits = router_logits.contiguous();
-    const auto shape = logits.sizes().slice(0, 2);
-    Tensor expert_index = at::empty(shape, logits.options().dtype(at::kInt));
-    Tensor gate = at::empty(shape, logits.options().dtype(at::kFloat));
+    const Tensor logits = contiguous(router_logits);
+    const std::vector<int64_t> shape{logits.size(0), logits.size(1)};
+    const Tensor expert_index = empty(shape, ScalarType::Int, logits);
+    const Tensor gate = empty(shape, ScalarType::Float, logits);
     args.sequences = logits.size(0);
     args.length = logits.size(1);
     args.experts = logits.size(2);
     args.capacity = capacity;
-    args.rounded = rounded == at::kFloat ? DType::f32 : rounded == at::kHalf ? DType::f16 : DType::bf16;
+    args.rounded = rounded == ScalarType::Float ? DType::f32 : rounded == ScalarType::Half ? DType::f16 : DType::bf16;
     args.logits = logits.const_data_ptr();
     args.expert_index = expert_index.mutable_data_ptr<int32_t>();
     args.gate = gate.mutable_data_ptr<float>();
@@ -215,44 +247,46 @@ std::tuple<Tensor, Tensor> route_top1_cuda(const Tensor& router_logits, int64_t 
 }
 
 Tensor linear_cuda(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false, "linear: there is no CUDA kernel; use torch.nn.functional.linear there, or move ",
-                              "the arguments to the CPU");
+  CHECK_IMPLEMENTED(false, "linear: there is no CUDA kernel; use torch.nn.functional.linear there, or move ",
+                    "the arguments to the CPU");
 }
 
 // To the device of `x` without a wait, by way of pinned memory.
 Tensor uploaded(const Tensor& tensor, const Tensor& x) {
-  return tensor.is_cpu() ? tensor.contiguous().pin_memory().to(x.device(), /*non_blocking=*/true) : tensor;
+  if (!Place(tensor).is_cpu()) return tensor;
+  const Tensor pinned = taken(call_torch("aten::pin_memory", "", contiguous(tensor), std::nullopt)[0]);
+  const std::optional device(torch::stable::Device(torch::headeronly::DeviceType::CUDA, Place(x).index));
+  return taken(call_torch("aten::to", "dtype_layout", pinned, std::nullopt, std::nullopt, device, std::nullopt,
+                          /*non_blocking=*/true, /*copy=*/false, std::nullopt)[0]);
 }
 
 Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t handle) {
   constexpr const char* op = "moe_layer";
   return with_python_errors([&] {
     const auto layer = find_layer(handle);
-    TORCH_CHECK_VALUE(layer->cuda != nullptr, op, ": x is on ", x.device(),
-                      ", but this layer's experts are computed on ", "cpu; load the model with device='", x.device(),
-                      "'");
+    CHECK_VALUE(layer->cuda != nullptr, op, ": x is on ", Place(x), ", but this layer's experts are computed on ",
+                "cpu; load the model with device='", Place(x), "'");
     cuda::CudaServing& serving = *layer->cuda;
-    TORCH_CHECK_VALUE(x.device().index() == serving.device(), op, ": x is on ", x.device(),
-                      ", but this layer's experts are computed on cuda:", serving.device());
+    CHECK_VALUE(Place(x).index == serving.device(), op, ": x is on ", Place(x),
+                ", but this layer's experts are computed on cuda:", serving.device());
     const DType dtype = check_tokens(x, expert_index, gate, op);
     check_size(x, 1, serving.engine().format().d_model, op, "x", "d_model of the expert store");
     const OnDevice here(x);
 
     // Indices that lie on the host, as those of a hash table, are known without a wait.
-    const bool on_host = expert_index.is_cpu();
+    const bool on_host = Place(expert_index).is_cpu();
     if (!on_host) check_device(expert_index, x, op, "expert_index");
-    if (!gate.is_cpu()) check_device(gate, x, op, "gate");
+    if (!Place(gate).is_cpu()) check_device(gate, x, op, "gate");
     const Tensor narrow = narrowed_index(expert_index, op, "expert_index");
-    const Tokens tokens{uploaded(narrow, x), uploaded(gate.contiguous(), x), dtype};
+    const Tokens tokens{uploaded(narrow, x), uploaded(contiguous(gate), x), dtype};
     MoeFfnArgs args{};
-    Tensor out, partials;
-    set_tokens(args, x, tokens, out, partials);
+    const Results results = set_tokens(args, x, tokens);
     args.num_experts = layer->num_experts;
     args.activation = layer->activation;
     set_slots(args, serving.engine());
     const Architecture& architecture = architecture_of(here.device);
     const Tensor workspace = workspace_for(args, architecture, x);
-    const Tensor slot_table = at::empty({layer->num_experts}, x.options().dtype(at::kInt));
+    const Tensor slot_table = empty({layer->num_experts}, ScalarType::Int, x);
 
     const WithoutGil waits_and_launches;
     const int64_t rows = args.tokens * args.top_k;
@@ -263,9 +297,9 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
       chosen = serving.fetch_indices(args.expert_index, rows, here.stream);
     }
     for (size_t i = 0; i < chosen.size(); ++i) {
-      TORCH_CHECK_INDEX(chosen[i] >= -1 && chosen[i] < layer->num_experts, op, ": expert_index holds ", chosen[i],
-                        " at flat position ", i, ", expected a value from -1 to ", layer->num_experts - 1,
-                        " (experts of the layer)");
+      CHECK_INDEX(chosen[i] >= -1 && chosen[i] < layer->num_experts, op, ": expert_index holds ", chosen[i],
+                  " at flat position ", i, ", expected a value from -1 to ", layer->num_experts - 1,
+                  " (experts of the layer)");
     }
     const std::vector<int32_t> wanted = distinct_experts(chosen, layer->num_experts);
     cuda::LayerForward forward{};
@@ -279,16 +313,16 @@ Tensor moe_layer_cuda(const Tensor& x, const Tensor& expert_index, const Tensor&
     serving.forward(forward, [&](const MoeFfnArgs& wave, cuda::Stream stream) {
       cuda::moe_ffn(wave, architecture, workspace.mutable_data_ptr(), nullptr, static_cast<cudaStream_t>(stream));
     });
-    return out;
+    return results.out;
   });
 }
 
 }  // namespace
 }  // namespace sida
 
-TORCH_LIBRARY_IMPL(sida, CUDA, m) {
-  m.impl("moe_ffn", &sida::moe_ffn_cuda);
-  m.impl("route_top1", &sida::route_top1_cuda);
-  m.impl("linear", &sida::linear_cuda);
-  m.impl("moe_layer", &sida::moe_layer_cuda);
+STABLE_TORCH_LIBRARY_IMPL(sida, CUDA, m) {
+  m.impl("moe_ffn", TORCH_BOX(&sida::moe_ffn_cuda));
+  m.impl("route_top1", TORCH_BOX(&sida::route_top1_cuda));
+  m.impl("linear", TORCH_BOX(&sida::linear_cuda));
+  m.impl("moe_layer", TORCH_BOX(&sida::moe_layer_cuda));
 }

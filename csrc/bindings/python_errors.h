@@ -21,6 +21,18 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
+// Takes the GIL for a scope, whether or not this thread holds it.
+class WithGil {
+ public:
+  WithGil() : state_(PyGILState_Ensure()) {}
+  ~WithGil() { PyGILState_Release(state_); }
+  WithGil(const WithGil&) = delete;
+  WithGil& operator=(const WithGil&) = delete;
+
+ private:
+  PyGILState_STATE state_;
+};
+
 // The Python class of sida_ext.errors.StoreError, set when the module is imported.
 inline PyObject*& store_error_class() {
   static PyObject* type = nullptr;
@@ -52,10 +64,8 @@ inline void set_python_error(const Error& error) {
 
 // True if a signal handler raised (Ctrl-C): the Python error stays set for the caller to hand on.
 inline bool signal_raised() {
-  const PyGILState_STATE state = PyGILState_Ensure();
-  const bool raised = PyErr_CheckSignals() != 0;
-  PyGILState_Release(state);
-  return raised;
+  const WithGil held;
+  return PyErr_CheckSignals() != 0;
 }
 
 }  // namespace sida

@@ -13,7 +13,7 @@ def engine() -> ModuleType:
     """``sida_ext._C``, without Python's torch.
 
     Raises:
-        ImportError: the extension was not built, or for another torch.
+        ImportError: the extension was not built, or torch is too old for it.
     """
     from sida_ext._load import _C
 

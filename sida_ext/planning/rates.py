@@ -90,7 +90,9 @@ def _cpu() -> str:
 
 
 def machine_key() -> str:
-    return f"{_cpu()}, {engine().instruction_set()}, {threads()} threads, torch {engine().torch_version}"
+    from sida_ext._load import installed_torch
+
+    return f"{_cpu()}, {engine().instruction_set()}, {threads()} threads, torch {installed_torch()}"
 
 
 def remembered(key: str) -> Any:

@@ -42,6 +42,9 @@ def _clock(seconds: float) -> str:
     return f"{day}{time.strftime('%H:%M', end)} (in {left if seconds < 5400 else f'{seconds / 3600:.1f} h'})"
 
 
+_FEW = "give more texts: some are trained on, others judge, and a document (a line of a text file) is one or the other"
+
+
 class Trainer:
     """Trains a predictor in place.
 
@@ -73,9 +76,12 @@ class Trainer:
         self.save_every, self.early = save_every, early
         self.rows = [train.shard(number).rows for number in range(len(train))]
         if not any(self.rows):
-            raise ValueError("no document is left to train on; give more texts")
+            raise ValueError(f"no document is left to train on; {_FEW}")
         if not any(True for _ in validation()):
-            raise ValueError("no document fell into the validation part; give more texts or a larger share")
+            raise ValueError(
+                f"no document was set aside to tell when to stop (each is, with a chance of {options.validation:.0%}); "
+                f"{_FEW}"
+            )
         self.steps_per_epoch = sum(math.ceil(rows / options.batch_sentences) for rows in self.rows)
         decayed = [p for p in predictor.parameters() if p.dim() > 1]
         others = [p for p in predictor.parameters() if p.dim() <= 1]
@@ -103,9 +109,11 @@ class Trainer:
             self._deferred_interrupt(),
             progress_bar("training", self._steps, done=self._number, shown=progress) as bar,
         ):
-            while not self._done():
+            while (why := self._ended()) is None:
                 self._run_epoch(bar)
                 self._stop_if_interrupted()
+            bar.finish()
+        log.info("training: ended with pass %d of at most %d: %s", self.epoch, self.options.epochs, why)
         return self.history
 
     @property
@@ -125,10 +133,10 @@ class Trainer:
         whole = left * seconds
         limit = None if self.options.seconds is None else max(self.options.seconds - self.seconds, 0.0)
         if limit is not None and limit < whole:
-            fit = int(limit / seconds)
+            fit = self._number + int(limit / seconds)
             return (
-                f"{said}: {fit} of {left} steps fit in the time given, and the learning rate falls to its end in that "
-                f"time; the end is at {_clock(limit)}"
+                f"{said}: {fit} of {self._steps} steps fit in the time given, and the learning rate falls to its end "
+                f"in that time; the end is at {_clock(limit)}"
             )
         return f"{said}: the end is at {_clock(whole)}, or earlier when held-out text no longer improves"
 
@@ -168,13 +176,18 @@ class Trainer:
                 f"training stopped at step {self.step} of epoch {self.epoch + 1}; run it again to go on"
             )
 
-    def _done(self) -> bool:
-        if self.step == 0 and self.epoch >= self.options.epochs:
-            return True
-        if self.options.seconds is not None and self.seconds >= self.options.seconds and self.step == 0:
-            return True
+    def _ended(self) -> str | None:
+        """Why the run is over; None while it is not."""
+        if self.step != 0:
+            return None
+        if self.epoch >= self.options.epochs:
+            return "all passes are done"
+        if self.options.seconds is not None and self.seconds >= self.options.seconds:
+            return f"the time given, {self.options.seconds:.0f} s, is over"
         losses = [entry["validation_loss"] for entry in self.history]
-        return self.step == 0 and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.options.patience
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.options.patience:
+            return f"held-out text has not improved for {self.options.patience} passes"
+        return None
 
     def _run_epoch(self, bar: Bar) -> None:
         self.predictor.train()

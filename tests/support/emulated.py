@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pybind11
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 import sida_ext.experts.cuda
 import sida_ext.experts.runtime
@@ -41,10 +41,10 @@ def load(folder: Path) -> ModuleType:
     return module
 
 
-# The pybind11 that _C was compiled with, which comes with torch's headers: only the same one shares classes.
+# The pybind11 that _C was compiled with: only the same one shares classes.
 BUILD_OPTIONS = (
     f"-DSIDA_PYTHON_INCLUDE={sysconfig.get_path('include')}",
-    f"-DSIDA_PYBIND11_INCLUDE={cpp_extension.include_paths()[0]}",
+    f"-DSIDA_PYBIND11_INCLUDE={pybind11.get_include()}",
 )
 
 
