@@ -8,6 +8,7 @@ Routers, norms, embeddings and small matrices stay as transformers has them.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -214,6 +215,15 @@ class _ArrivingLinear(nn.Linear):
             and getattr(value, "_is_hf_initialized", False)
         ):
             _become(self, _rounded(self, value, self.place))
+            _give_back()
+
+
+def _give_back() -> None:
+    """Give freed pages back to the system where the C library can be asked to (glibc): small parameters between the
+    wide weights that come and go would keep holes of their size."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _TiedLinear(_ArrivingLinear):
