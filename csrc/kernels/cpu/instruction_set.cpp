@@ -21,8 +21,9 @@ constexpr const char* architecture = "x86-64";
 const Kernels* fast_of_amx(const CpuFeatures&) {
   return amx_fast_kernels();
 }
+// CPUs with AMX start one VDPBF16PS a cycle and two FMAs: there pairs of bfloat16 take longer than widened weights.
 const Kernels* fast_of_avx512(const CpuFeatures& cpu) {
-  return lacks_for_avx512_bf16(cpu).empty() ? avx512_bf16_kernels() : avx512_vnni_kernels();
+  return lacks_for_avx512_bf16(cpu).empty() && !cpu.amx_bf16 ? avx512_bf16_kernels() : avx512_vnni_kernels();
 }
 const Kernels* fast_of_avx2(const CpuFeatures&) {
   return avx2_bytes_kernels();
