@@ -31,8 +31,8 @@ def set_precision(precision: Precision) -> None:
       zero; one with an infinity or a NaN makes the sums NaN that it is part of. A group's scale times a_g must stay
       below 2^128, or the sum need not be finite.
     * **bfloat16**: to bfloat16, and pairs are multiplied: one term under ``amx``, VDPBF16PS under ``avx512`` on a CPU
-      with AVX512_BF16 and without AMX (where AMX is, VDPBF16PS was measured slower than ``"exact"``); elsewhere, and for
-      rows of an odd number of columns under ``avx512``, as in ``"exact"``. With K columns::
+      with AVX512_BF16 and without AMX (where AMX is, VDPBF16PS was measured slower than ``"exact"``); elsewhere, and
+      for rows of an odd number of columns under ``avx512``, as in ``"exact"``. With K columns::
 
           |error| <= (2^-8 + (K + 2) 2^-24) sum_k |w_k| |x_k| + 2^-126 (sum_k |w_k| + sum_k |x_k| + 4 K)
 

@@ -253,3 +253,36 @@ def test_every_set_of_this_machine_that_has_it(instructions):
         capture_output=True, text=True, timeout=600, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+BITS = """
+import hashlib
+import torch
+import sida_ext
+from sida_ext import ops
+from sida_ext.experts.quantise import quantise
+random = torch.Generator().manual_seed(4)
+sida_ext.set_precision("fast")
+for w_dtype in ("int8", "int4", "mxfp4"):
+    for tokens, rows, columns in ((1, 5, 31), (3, 16, 96), (9, 37, 1130), (40, 50, 200)):
+        made = quantise(torch.randn(rows, columns, generator=random), w_dtype)
+        out = ops.linear(torch.randn(tokens, columns, generator=random), made.values, made.scale)
+        print(w_dtype, tokens, hashlib.sha256(out.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_products_of_bytes_have_the_same_bits_on_every_set():
+    found = {}
+    for instructions in _C.instruction_sets():
+        if instructions == "scalar":
+            continue
+        done = subprocess.run(
+            [sys.executable, "-c", BITS],
+            env=os.environ | {"SIDA_CPU": instructions, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        if "precision is 'fast', but" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        found[instructions] = done.stdout
+    assert len(set(found.values())) <= 1, found
