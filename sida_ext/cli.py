@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from sida_ext.serving.savings import OrderSavings
     from sida_ext.serving.token_batches import TokenBatch
 
+# Continuations that sida run --generate prints.
+SHOWN = 3
+
 app = typer.Typer(
     name="sida",
     help="Serve Mixture-of-Experts transformers whose experts do not fit where they are computed.",
@@ -184,6 +187,9 @@ def run(
     ] = 0,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace here, and a PNG beside it.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write one JSON line for each text here.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on a Ray cluster ($RAY_ADDRESS, or this machine).")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="With --ray: how many, each with the budget.")] = 1,
+    replica_cpus: Annotated[float, typer.Option(help="With --ray: processors of each replica.")] = 1.0,
 ) -> None:
     """Run texts through a model and say what it did: tokens/s, hit rate, stall time, bytes read."""
     import torch
@@ -194,24 +200,42 @@ def run(
     from sida_ext.prediction.protocol import find_predictor
     from sida_ext.serving.language import is_language_model
     from sida_ext.serving.savings import watch_order
-    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of
+    from sida_ext.serving.token_batches import TokenBatch, batches_by_tokens, rows_of, summary
 
-    if batch_size is not None and max_tokens is not None:
-        raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
+    _check_run(batch_size, max_tokens, trace, out)
     ahead = int(lookahead) if lookahead.isdecimal() else lookahead
-    _check_places(trace, out)
     lines = read_texts(texts)
-    loaded = from_pretrained(
-        model,
-        device=device,
-        expert_memory=expert_memory,
-        host_memory=host_memory,
-        expert_dtype=expert_dtype,
-        dense_dtype=dense_dtype,
-        store=store,
-        routing=routing,
-        confidence=confidence,
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "expert_memory": expert_memory,
+        "host_memory": host_memory,
+        "expert_dtype": expert_dtype,
+        "dense_dtype": dense_dtype,
+        "store": store,
+        "routing": routing,
+        "confidence": confidence,
+    }
+    if ray:
+        _run_on_cluster(
+            {
+                "batch-size": batch_size,
+                "max-tokens": max_tokens,
+                "trace": trace,
+                "order": order,
+                "lookahead": lookahead,
+            },
+            lines,
+            out,
+            replicas,
+            replica_cpus,
+            model,
+            options,
+            predictor,
+            max_length,
+            generate,
+        )
+        return
+    loaded = from_pretrained(model, **options)
     runtime = runtime_of(loaded)
     try:
         if loaded.config.is_encoder_decoder and hasattr(loaded, "lm_head"):
@@ -250,7 +274,7 @@ def run(
             for number, output in enumerate(stream(loaded, given, chosen, ahead, order)):
                 batch = formed[number]
                 for position, row in zip(batch.positions, rows_of(output, batch), strict=True):
-                    rows[position] = _summary(row)
+                    rows[position] = summary(row)
                 bar(len(rows), len(lines))
         seconds = time.perf_counter() - begin
         _write_rows(out, lines, [rows[number] for number in range(len(lines))])
@@ -278,13 +302,36 @@ def _refuse_device(model: PreTrainedModel, runtime: Runtime) -> None:
         )
 
 
-def _check_places(trace: Path | None, out: Path | None) -> None:
-    """Refuse what could not be written, before minutes of work."""
+def _check_run(batch_size: int | None, max_tokens: int | None, trace: Path | None, out: Path | None) -> None:
+    """Refuse what could not be done or written, before minutes of work."""
+    if batch_size is not None and max_tokens is not None:
+        raise ValueError("--batch-size and --max-tokens are both given; batches are formed by one of them")
     if trace is not None and trace.suffix == ".png":
         raise ValueError(f"--trace is {trace}, expected a name for JSON; the picture gets the same name with .png")
     for path in (trace, out):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} is no folder, expected one to write {path.name} into")
+
+
+def _run_on_cluster(
+    refused: dict[str, Any], lines: list[str], out: Path | None, replicas: int, cpus: float, *arguments: Any
+) -> None:
+    """``refused``: options that must be at their defaults; ``arguments``: the fields of ``BatchArguments``."""
+    for name, value in refused.items():
+        if value != {"order": "given", "lookahead": "auto"}.get(name):
+            raise ValueError(f"--{name} is {value} with --ray, where texts run alone, grouped by experts; leave it out")
+
+    from sida_ext.experts.budget import format_bytes
+    from sida_ext.serving.cluster_batch import BatchArguments, run_batch
+
+    begin = time.perf_counter()
+    found = run_batch(BatchArguments(*arguments), lines, replicas=replicas, cpus=cpus)
+    seconds = time.perf_counter() - begin
+    _write_rows(out, lines, found.rows)
+    print(
+        f"{len(lines)} texts of {found.tokens} tokens in {seconds:.2f} s, the start of {replicas} replicas included; "
+        f"hit rate {found.hits / max(found.wanted, 1):.1%}, read {format_bytes(found.read_bytes)}"
+    )
 
 
 def _write_rows(out: Path | None, lines: list[str], rows: list[dict[str, Any]]) -> None:
@@ -347,21 +394,15 @@ class _LanguageRun:
         _write_rows(out, lines, rows)
         print_stats(runtime_of(self.model), sum(row["tokens"] for row in rows), seconds)
         if generate:
-            for row in rows[:3]:
-                print(escape(row["generated"]))
+            for row in rows[:SHOWN]:
+                print(row["generated"])
+            if len(rows) > SHOWN:
+                where = f"all are in {out}" if out is not None else "-o FILE writes all"
+                print(f"({SHOWN} of {len(rows)} continuations are shown; {where})")
         else:
             print(f"perplexity {perplexity([(row['log_likelihood'], row['tokens']) for row in rows]):.2f}")
         if trace is not None:
             _write_trace(runtime_of(self.model), trace)
-
-
-def _summary(output: Any) -> dict[str, Any]:
-    """What a run keeps of one text's output."""
-    if "logits" in output:
-        logits = output.logits[0].float()
-        return {"label": int(logits.argmax()), "logits": logits.tolist()}
-    states = output.last_hidden_state.float()
-    return {"mean": states.mean().item(), "norm": states.norm().item()}
 
 
 def _print_savings(savings: OrderSavings) -> None:

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["written_whole"]
+__all__ = ["placed", "written_whole"]
+
+
+def placed(name: str) -> str:
+    """A file or folder by its whole path, which other processes find; anything else, such as a hub id, as it is."""
+    path = Path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sida_ext.places import refuse_mistyped
+
 __all__ = ["read_pairs", "read_texts", "tokenizer_of"]
 
 
@@ -54,6 +56,7 @@ def tokenizer_of(model: str) -> Any:
     """The tokenizer of a checkpoint. Where its files are missing, transformers makes one that knows no word."""
     from transformers import AutoTokenizer
 
+    refuse_mistyped(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     words = {word for word, number in tokenizer.get_vocab().items() if number not in tokenizer.all_special_ids}
     if words <= {"\u2581"}:  # the sign that stands for a space

@@ -210,6 +210,26 @@ def test_train_then_run_and_plan(folder, texts, tmp_path):
         assert name in planned.stdout
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_little_text_is_told_before_anything_is_trained(folder, tmp_path, sida_here, count):
+    text = tmp_path / "few.txt"
+    text.write_text("the film is good\n" * count)
+    done = sida_here("train", folder, text, "-o", tmp_path / "predictor", "--expert-memory", "50%")
+    assert done.returncode == 1
+    assert re.search(r"no document (is left to train on|was set aside)", " ".join(done.stderr.split()))
+    assert "give more texts" in " ".join(done.stderr.split())
+    assert "share" not in done.stderr
+    assert not (tmp_path / "predictor" / "report.json").exists()
+
+
+def test_a_mistyped_folder_is_told_at_once(folder, texts, sida_here):
+    wrong = folder.with_name(folder.name[:-1] + "x")
+    for command in (["run", wrong, texts], ["serve", wrong, "--port", 0], ["plan", wrong]):
+        done = sida_here(*command)
+        assert done.returncode == 1
+        assert f"did you mean {folder}?" in done.stderr.replace("\n", "")
+
+
 def test_an_installed_predictor_of_somebody_else_is_named_on_the_command_line(folder, texts, tmp_path):
     """A package beside ours, as pip leaves it: its entry point is all that we know of it."""
     package = tmp_path / "somebody_else-1.0.dist-info"

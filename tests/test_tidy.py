@@ -31,6 +31,7 @@ ENTRANCES = {
     "sida_ext.cli": "the command sida",
     "sida_ext.experts.metrics": "needs prometheus_client, which is an extra",
     "sida_ext.experts.source": "a protocol, for type checkers alone",
+    "sida_ext.serving.request_router": "Ray imports it by its name",
 }
 
 # What can be imported from the package; a name that is lost breaks the programs of others.

@@ -45,8 +45,9 @@ std::shared_ptr<const Layer> find_layer(int64_t handle) {
   const std::lock_guard lock(all.mutex);
   const auto found = all.layers.find(handle);
   if (found == all.layers.end()) {
-    fail(ErrorKind::closed, "moe_layer: handle ", handle,
-         " names no layer; the Runtime that made it was closed, or the number is not a handle");
+    fail(ErrorKind::closed,
+         "moe_layer: this model was closed (model.sida.close(), or its runtime's), and its experts are gone ",
+         "from memory; load the model again (handle ", handle, " names no layer)");
   }
   return found->second;
 }

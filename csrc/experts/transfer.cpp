@@ -110,7 +110,11 @@ struct TransferEngine::Impl {
   }
 
   void check_usable(const char* call) const {
-    if (closing) fail(ErrorKind::closed, call, ": the expert engine is closed");
+    if (closing) {
+      fail(ErrorKind::closed, call,
+           ": the expert engine is closed: close() of its model or runtime was called, and the "
+           "experts are gone from memory; load the model again");
+    }
     if (!broken.empty()) fail(ErrorKind::internal, call, ": the expert engine is broken: ", broken);
   }
 

@@ -1,5 +1,6 @@
 #include "serving/cpu_serving.h"
 
+#include <functional>
 #include <vector>
 
 #include "base/at_end.h"
@@ -12,9 +13,10 @@ void forward(TransferEngine& engine, const LayerForward& layer) {
   set_slots(args, engine);
   std::vector<int32_t> slot_of_expert(static_cast<size_t>(args.num_experts), -1);
   args.slot_of_expert = slot_of_expert.data();
-  const auto profiled = [&](const char* name, const std::function<void()>& body) {
+  // By reference: a function made of the body itself would be an allocation at each wave.
+  const auto profiled = [&](const char* name, const auto& body) {
     if (layer.profiled == nullptr) return body();
-    layer.profiled(name, body);
+    layer.profiled(name, std::cref(body));
   };
 
   const auto rows = static_cast<size_t>(args.tokens * args.top_k);
@@ -30,8 +32,13 @@ void forward(TransferEngine& engine, const LayerForward& layer) {
     }
     const int64_t begin = Trace::now_ns();
     profiled("sida::moe_ffn", [&] { moe_ffn(args, layer.threads); });
-    engine.trace().record({TraceEvent::Kind::compute, 0, layer.layer, static_cast<int32_t>(wave.experts.size()),
-                           layer.batch, begin, Trace::now_ns()});
+    engine.trace().record({.kind = TraceEvent::Kind::compute,
+                           .lane = 0,
+                           .layer = layer.layer,
+                           .expert = static_cast<int32_t>(wave.experts.size()),
+                           .batch = layer.batch,
+                           .begin_ns = begin,
+                           .end_ns = Trace::now_ns()});
     for (const int32_t expert : wave.experts) slot_of_expert[static_cast<size_t>(expert)] = -1;
     engine.release(demand, wave);
   }

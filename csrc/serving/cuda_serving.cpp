@@ -117,7 +117,7 @@ void CudaServing::retire(BatchId batch) {
 void CudaServing::use_device(Stream stream, const char* call) const {
   {
     const std::lock_guard lock(mutex_);
-    if (closed_) fail(ErrorKind::closed, call, ": the expert engine is closed");
+    if (closed_) fail(ErrorKind::closed, call, ": the expert engine is closed; load the model again");
   }
   slots_->check_healthy();
   slots_->slots().use_device();

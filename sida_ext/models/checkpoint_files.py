@@ -17,6 +17,7 @@ from transformers.utils import hub as transformers_hub
 
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
 from sida_ext.models.refused import refuse_configuration
+from sida_ext.places import hub_failure, refuse_mistyped
 
 __all__ = ["LOCATION_ARGUMENTS", "CheckpointFiles", "model_class_of", "resolve_checkpoint"]
 
@@ -71,7 +72,7 @@ def _config(
     try:
         found, unused = own.from_pretrained(place, return_unused_kwargs=True, **hub, **changes)
     except OSError as error:
-        raise FileNotFoundError(f"{place} is no folder, and the hub did not give it: {error}") from error
+        raise FileNotFoundError(hub_failure(place, error)) from error
     except ValueError as error:
         raise ValueError(f"{place}: its config.json is of no model that transformers knows: {error}") from error
     for name in changes:
@@ -126,9 +127,12 @@ def _pinned_revision(path_or_id: str, hub: dict[str, Any]) -> None:
     if resolve is None or Path(path_or_id).is_dir():
         return
     names = ("token", "local_files_only", "cache_dir")
-    hub["revision"] = resolve(
-        path_or_id, hub.get("revision", "main"), **{name: hub[name] for name in names if name in hub}
-    )
+    try:
+        hub["revision"] = resolve(
+            path_or_id, hub.get("revision", "main"), **{name: hub[name] for name in names if name in hub}
+        )
+    except OSError as error:
+        raise FileNotFoundError(hub_failure(path_or_id, error)) from error
 
 
 def resolve_checkpoint(
@@ -159,8 +163,7 @@ def resolve_checkpoint(
     if unknown:
         raise ValueError(f"{unknown[0]}= says nothing about which files to take, expected {LOCATION_ARGUMENTS}")
     place = os.fspath(path_or_id)
-    if Path(place).is_file():
-        raise FileNotFoundError(f"{place} is a file, expected a checkpoint folder or a hub id")
+    refuse_mistyped(place)
     hub = {name: location[name] for name in HUB_ARGUMENTS if location.get(name) is not None}
     _pinned_revision(place, hub)
     folder = Path(place) / hub.get("subfolder", "")

@@ -14,6 +14,9 @@ from sida_ext.models.layers import ServedLayer
 
 __all__ = ["BoundMethod", "guard_model"]
 
+# What tokens may be when an MoE layer gets them (:func:`sida_ext.ops.moe_layer`).
+COMPUTED_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class BoundMethod:
     """Stands before one method of one module. The module is held weakly: a strong reference from its own attribute
@@ -74,6 +77,19 @@ def _save(module: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _instead(device: torch.device) -> str:
+    """What to do instead of moving a model to ``device``."""
+    if device.type in ("cpu", "cuda"):
+        return f"load it with sida_ext.from_pretrained(..., device={str(device)!r})"
+    if device.type == "meta":
+        return "its shapes are those of model.config, and sida_ext.plan says what it takes"
+    return "experts are computed on cpu or cuda alone"
+
+
 def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Stands before ``module._apply``, through which every move and cast goes: refused before anything has moved."""
     own = next(
@@ -82,7 +98,13 @@ def _move(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tru
     device = fn(torch.empty(0, device=own)).device
     if device != own:
         raise RuntimeError(
-            f"this model's experts are computed on {own} and cannot move to {device}; load it with "
-            f"sida_ext.from_pretrained(..., device={str(device)!r})"
+            f"this model's experts are computed on {own} and cannot move to {device}; {_instead(device)}"
         )
+    for dtype in {parameter.dtype for parameter in module.parameters(recurse) if parameter.is_floating_point()}:
+        cast = fn(torch.empty(0, device=own, dtype=dtype)).dtype
+        if cast != dtype and cast not in COMPUTED_FROM:
+            raise RuntimeError(
+                f"this model cannot be cast to {_name(cast)}: its experts are computed from tokens of "
+                f"{', '.join(map(_name, COMPUTED_FROM))}; nothing was changed"
+            )
     return type(module)._apply(module, fn, recurse)

@@ -260,6 +260,7 @@ def from_pretrained(
     options = _spared_bfloat16(options, found, kwargs)
     with source_of(found) as source:
         if options.store is None:
+            _say_rounding(found.config, options.expert_dtype)
             path = ensure_store(
                 source, options.expert_dtype, options.store_cache, say=logger.warning, progress=progress
             )
@@ -299,6 +300,15 @@ def from_pretrained(
     finally:
         stripped.clear()  # a class is freed by the cycle collector alone, and the one made here would keep the layers
     return model
+
+
+def _say_rounding(config: PreTrainedConfig, expert_dtype: str) -> None:
+    """One sentence where the default type of experts is less than the checkpoint has."""
+    if getattr(config, "dtype", None) == torch.float32 and expert_dtype in ("bfloat16", "float16"):
+        logger.info(
+            "the checkpoint is of float32, its experts are served as %s, rounded; expert_dtype='float32' keeps them",
+            expert_dtype,
+        )
 
 
 def _own_memory(model: nn.Module) -> None:

@@ -47,7 +47,9 @@ def plan(
         str | None,
         typer.Option(help="Of every other large matrix: bfloat16, int8 or int4; default: the checkpoint's."),
     ] = None,
-    expert_memory: Annotated[str | None, typer.Option(help="Budget, 2GiB; default: what fits.")] = None,
+    expert_memory: Annotated[
+        str | None, typer.Option(help="Budget: 2GiB, 25%, auto or bytes; default: what fits.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Of the machine, 16GiB; default: what is free here.")] = None,
     disk: Annotated[str | None, typer.Option(help="Its read rate, 2GB/s; default: measured here.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="Of its memory, 40GB/s; default: measured here.")] = None,
@@ -75,6 +77,8 @@ def plan(
     store: Annotated[Path | None, typer.Option(help="With TEXT: a store made by sida pack.")] = None,
 ) -> None:
     """Will it run here, and how fast? From config.json and file headers, before a weight is downloaded.
+
+    The exit status is 1 where it does not fit.
 
     With TEXT: also the hit rates of OPT, next_use, LRU, LFU and FIFO on its routing, at every budget.
     """
@@ -109,11 +113,13 @@ def _plan(model: str, options: dict[str, Any], texts: _Texts | None, as_json: bo
     if texts is None:
         found = made(model, **options)
         print(json.dumps(found.to_dict(), indent=1)) if as_json else show(found)
+        _end(found)
         return
     # First, for a model that does not fit or does not exist is not loaded.
-    if not made(model, **options).fits:
-        show(made(model, **options))
-        return
+    first = made(model, **options)
+    if not first.fits:
+        print(json.dumps(first.to_dict(), indent=1)) if as_json else show(first)
+        _end(first)
     routing, tokens = _recorded(model, texts)
     from sida_ext.planning.routing import Recorded
 
@@ -125,6 +131,12 @@ def _plan(model: str, options: dict[str, Any], texts: _Texts | None, as_json: bo
         return
     show(found)
     _show_hit_rates(table, texts)
+
+
+def _end(found: Plan) -> None:
+    """The status tells a script what the verdict tells a reader: 1 where the model does not fit."""
+    if not found.fits:
+        raise typer.Exit(1)
 
 
 def _recorded(model: str, texts: _Texts) -> tuple[Any, int]:

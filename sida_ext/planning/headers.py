@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sida_ext.places import refuse_mistyped
+
 __all__ = ["CheckpointHeaders", "TensorHeader", "read_headers"]
 
 # Bits of an element. safetensors' names; F4 and F6_* are packed, F8_E8M0 is the scale byte of MX formats.
@@ -215,19 +217,13 @@ def _from_hub(repo: str, revision: str | None, token: str | bool | None) -> Chec
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import (
         EntryNotFoundError,
-        HFValidationError,
         LocalEntryNotFoundError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
         SafetensorsParsingError,
-        validate_repo_id,
     )
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{repo} is no folder here, and no hub id: {error}") from error
     where = repo if revision is None else f"{repo} at {revision}"
     try:
         with _without_bars():
@@ -287,10 +283,7 @@ def read_headers(
     folder = Path(name)
     if folder.is_dir():
         return _local(folder)
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file, expected a checkpoint folder or a hub id")
-    if name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{folder} does not exist, expected a checkpoint folder or a hub id")
+    refuse_mistyped(name)
     try:
         return _from_hub(name, revision, token)
     except ConnectionError:

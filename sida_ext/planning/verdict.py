@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sida_ext.experts.budget import available_memory, format_bytes, parse_bytes
+from sida_ext.experts.budget import available_memory, format_bytes, parse_bytes, parse_memory
 from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import (
     EXPERT_DTYPES,
@@ -267,7 +267,8 @@ def plan(
         gpu: ``"8GiB"``, ``"L4"`` or ``"RTX 4090:24GiB"``: experts computed on a GPU. Its times are *modelled*.
         dtype: of the experts: float32, bfloat16, float16, int8, int4 or mxfp4.
         dense_dtype: of every other large matrix: bfloat16, int8 or int4; None: as the checkpoint has it.
-        expert_memory: a budget to plan with; None: as much as fits.
+        expert_memory: a budget to plan with, as ``from_pretrained`` takes it: bytes, ``"2GiB"``, ``"25%"`` of the
+            experts; None or ``"auto"``: as much as fits.
         context: tokens in the cache; prompt_tokens: of a prompt, None: 512, or 32 for an encoder.
         recorded: routing of a real run for ``"decode"``, ``"prompt"`` or both; where there is none, two synthetic ones
             are the ends of the range (:mod:`sida_ext.planning.routing`).
@@ -289,7 +290,9 @@ def plan(
     facts = count_experts(headers)
     host = parse_bytes(memory, "memory") if memory is not None else available_memory()
     kv = 0 if facts.encoder_only else kv_cache_bytes(facts, context)
-    asked = parse_bytes(expert_memory, "expert_memory") if expert_memory is not None else None
+    asked = None
+    if expert_memory not in (None, "auto"):
+        asked = parse_memory(expert_memory, experts_bytes(facts, dtype))
     where = "this machine" if memory is None else "the machine"
     place, place_name, process = (host, where, None) if card is None else (card.memory, "the GPU", card.context_bytes)
     if dense_dtype is not None and card is not None:  # a plan promises a command that runs

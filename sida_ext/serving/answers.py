@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from sida_ext.serving.driver import Work
 from sida_ext.serving.generation import Delta, Sampling, TokenLogprob
 from sida_ext.serving.protocol import ChatRequest, CompletionRequest, RequestError
-from sida_ext.serving.service import Answers, ClientLeftError, Service
+from sida_ext.serving.service import Answers, ClientLeftError, Front
 
 __all__ = [
     "ChatShape",
@@ -52,7 +52,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def tokens_of(service: Service, given: str | list[str] | list[int] | list[list[int]], field: str) -> list[list[int]]:
+def tokens_of(service: Front, given: str | list[str] | list[int] | list[list[int]], field: str) -> list[list[int]]:
     """Token ids of each prompt.
 
     Raises:
@@ -63,7 +63,7 @@ def tokens_of(service: Service, given: str | list[str] | list[int] | list[list[i
     prompts: Sequence[Any] = [given] if single else given
     if not prompts:
         raise RequestError(400, f"{field!r} is empty, expected at least one text", field)
-    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocabulary
     found = []
     for prompt in prompts:
         ids = list(model.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
@@ -77,7 +77,7 @@ def tokens_of(service: Service, given: str | list[str] | list[int] | list[list[i
 
 
 def generation_work(
-    service: Service,
+    service: Front,
     prompts: Sequence[list[int]],
     body: CompletionRequest | ChatRequest,
     new: int | None,
@@ -200,7 +200,7 @@ class ChatShape:
         }
 
 
-def _head(service: Service, shape: CompletionShape | ChatShape, kind: str) -> dict[str, Any]:
+def _head(service: Front, shape: CompletionShape | ChatShape, kind: str) -> dict[str, Any]:
     number = f"{shape.prefix}-{secrets.token_hex(12)}"
     return {"id": number, "object": kind, "created": int(time.time()), "model": service.model.name}
 
@@ -210,7 +210,7 @@ def _usage(prompt: int, written: int) -> dict[str, int]:
 
 
 async def whole(
-    service: Service,
+    service: Front,
     request: Request,
     work: list[Work],
     deadline: float,
@@ -223,10 +223,10 @@ async def whole(
     logprobs: list[list[TokenLogprob]] = [[] for _ in work]
     finish: list[str | None] = [None] * len(work)
     written = 0
-    async with service.run(request, work, deadline) as answers:
+    async with service.run(request, work, deadline, whole=True) as answers:
         async for row, delta in answers.each():
             if not written:
-                service.metrics.first_token.observe(time.perf_counter() - begin)
+                service.metrics.first_token.observe(answers.first_token_at() - begin)
             written += delta.tokens
             texts[row].append(delta.text)
             logprobs[row].extend(delta.logprobs)
@@ -236,7 +236,7 @@ async def whole(
 
 
 async def stream(
-    service: Service,
+    service: Front,
     request: Request,
     work: list[Work],
     deadline: float,
@@ -274,7 +274,7 @@ async def stream(
 
 
 async def _pieces(
-    service: Service,
+    service: Front,
     answers: Answers,
     head: dict[str, Any],
     shape: CompletionShape | ChatShape,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -68,4 +69,6 @@ def _attend(
 ) -> tuple[Tensor, None]:
     if _active is None:
         raise RuntimeError(f"{type(module).__name__}: joined attention outside of a joined step")
-    return _active(module, query, key, value, attention_mask, options)
+    # No mode watches what is computed in here: it is for dense products, and each call through it costs microseconds.
+    with torch._C.DisableTorchFunction():
+        return _active(module, query, key, value, attention_mask, options)

@@ -63,6 +63,15 @@ def serve(
         list[str] | None, typer.Option(help="An origin whose pages may call; may be repeated.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log every request.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Serve replicas on a Ray cluster ($RAY_ADDRESS, or this machine).")
+    ] = False,
+    replicas: Annotated[str, typer.Option(help="With --ray: how many; 1-4: as the load asks for.")] = "1",
+    replica_cpus: Annotated[float, typer.Option(help="With --ray: processors of each replica.")] = 1.0,
+    replica_memory: Annotated[str, typer.Option(help="With --ray: memory that Ray sets aside for each.")] = "0",
+    imbalance: Annotated[
+        float, typer.Option(help="With --ray: a replica's load over the mean at the most; 0: Ray's own routing.")
+    ] = 1.25,
 ) -> None:
     """Serve a model over HTTP: completions, chat, embeddings, classification, metrics and a page."""
     settings = ServerSettings(
@@ -72,8 +81,36 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
     )
     limits = Limits(rows=rows, queue=queue, tokens=max_tokens, patience=patience)
+    options: dict[str, Any] = {
+        "device": device,
+        "expert_memory": expert_memory,
+        "host_memory": host_memory,
+        "expert_dtype": expert_dtype,
+        "dense_dtype": dense_dtype,
+        "store": store,
+        "routing": routing,
+        "confidence": confidence,
+        **({"dtype": dtype} if dtype is not None else {}),
+    }
     if host not in ("127.0.0.1", "::1", "localhost") and not settings.keys:
         console.print(f"note: everybody who can reach {host} may use this server; --api-key-file asks for a key")
+    if ray:
+        from sida_ext.experts.budget import parse_bytes
+        from sida_ext.serving.cluster import Shape, run
+        from sida_ext.serving.replica import ReplicaArguments
+
+        shape = Shape(
+            replicas=replicas,
+            cpus=replica_cpus,
+            memory=parse_bytes(replica_memory, "replica_memory"),
+            gpus=float(device != "cpu"),
+            imbalance=imbalance,
+        )
+        arguments = ReplicaArguments(
+            model, name or served_name(model), context, predictor, options, limits, settings.drain
+        )
+        run(arguments, shape, settings, host, port)
+        return
     with _bound(host, port) as listener:  # before minutes of loading: a port that is taken is said at once
         served = load(
             model,
@@ -81,15 +118,7 @@ def serve(
             context=context,
             rows=rows,
             predictor=predictor,
-            device=device,
-            expert_memory=expert_memory,
-            host_memory=host_memory,
-            expert_dtype=expert_dtype,
-            dense_dtype=dense_dtype,
-            store=store,
-            routing=routing,
-            confidence=confidence,
-            **({"dtype": dtype} if dtype is not None else {}),
+            **options,
         )
         _run(served, limits, settings, listener, verbose)
 
@@ -132,6 +161,7 @@ def _run(served: ServedModel, limits: Limits, settings: ServerSettings, listener
         log_level="info" if verbose else "warning",
         timeout_graceful_shutdown=round(settings.drain) + 5,
         server_header=False,
+        ws="none",  # there are none, and what speaks them may warn of its own age
     )
     address, port = listener.getsockname()[:2]
     console.print(f"serving {served.name} at http://{address}:{port}", markup=False, highlight=False)

@@ -37,21 +37,28 @@ class Work:
         ids: the prompt's tokens.
         sampling: of a generation.
         continuation: the tokens that are scored.
+        experts: (MoE layer, expert) that it is predicted to want; None: not asked yet.
     """
 
     kind: str
     ids: list[int]
     sampling: Sampling | None = None
     continuation: list[int] = field(default_factory=list)
+    experts: frozenset[tuple[int, int]] | None = None
 
 
 @dataclass(eq=False)
 class Job:
-    """A request: its rows, and who is told what they answer: ``tell(row, answer)``, in the thread of ``deliver``."""
+    """A request: its rows, and who is told what they answer: ``tell(row, answer)``, in the thread of ``deliver``.
+
+    With ``whole`` a row's answer is told at once when it is complete, which spares the event loop a call in each step.
+    """
 
     work: list[Work]
     deadline: float  # time.monotonic()
     tell: Callable[[int, Answer], None]
+    whole: bool = False
+    first_token: float | None = None  # time.perf_counter() of the first token
     ids: list[int] = field(default_factory=list)
 
 
@@ -63,6 +70,7 @@ class _Running:
     writer: Writer | None = None
     row: Any = None
     token: int = 0  # the latest, not yet computed
+    held: Delta = field(default_factory=Delta)  # what a whole answer is so far
 
 
 @dataclass
@@ -129,7 +137,10 @@ class Driver:
         Raises:
             RequestError: 429 if the queue is full, 503 if the server is closing.
         """
-        experts = [self.model.predicted(work.ids) for work in job.work] if self.limits.patience else []
+        experts = [
+            self.model.predicted(work.ids) if work.experts is None else work.experts
+            for work in (job.work if self.limits.patience else [])
+        ]
         with self._changed:
             if self._closing:
                 raise RequestError(503, "the server is shutting down", code="shutting_down", retry_after=5)
@@ -239,6 +250,10 @@ class Driver:
 
     def _answer(self, running: _Running, answer: Answer) -> None:
         job, place = running.job, running.place
+        if job.whole and isinstance(answer, Delta):
+            answer = running.held.extend(answer)
+            if answer.finish is None:
+                return
         self._answers.append(lambda: job.tell(place, answer))
 
     def _over(self, running: _Running, answer: Answer) -> None:
@@ -323,6 +338,8 @@ class Driver:
         assert running.writer is not None
         running.token = token
         delta = running.writer.take(token, logits)
+        if running.job.first_token is None:
+            running.job.first_token = time.perf_counter()
         self.counts.tokens += 1
         if delta.finish is not None:
             self._leave(number, delta)

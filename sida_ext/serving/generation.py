@@ -52,6 +52,14 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None  # "stop" or "length"; the row is over
 
+    def extend(self, more: Delta) -> Delta:
+        """This one, with what comes after it."""
+        self.text += more.text
+        self.tokens += more.tokens
+        self.logprobs += more.logprobs
+        self.finish = more.finish
+        return self
+
 
 class Writer:
     """One row's text. Lives in the driver's thread.

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sida_ext.serving.metrics import ServerMetrics
+from sida_ext.serving.metrics import FrontMetrics
 from sida_ext.serving.protocol import RequestError
 from sida_ext.serving.settings import ServerSettings
 
@@ -41,9 +41,7 @@ class Guards:
         endpoints: paths that are told apart in the metrics.
     """
 
-    def __init__(
-        self, app: ASGIApp, settings: ServerSettings, metrics: ServerMetrics, endpoints: Iterable[str]
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: FrontMetrics, endpoints: Iterable[str]) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
         self.endpoints = frozenset(endpoints)
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from sida_ext.experts.metrics import register
 from sida_ext.serving.driver import Driver
 
-__all__ = ["ServerMetrics"]
+__all__ = ["FrontMetrics", "ServerMetrics"]
 
 _LATENCIES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _DIGITS = bytes(b"0123"[place] if place < 4 else 63 for place in range(256))
@@ -46,11 +46,10 @@ class _DriverCollector(Collector):
             yield CounterMetricFamily(f"sida_server_{name}", text, value=total)
 
 
-class ServerMetrics:
-    """The registry of one server."""
+class FrontMetrics:
+    """What every server counts of its requests."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "sida_server_requests", "Requests by endpoint and status", ["endpoint", "status"], registry=self.registry
@@ -68,9 +67,6 @@ class ServerMetrics:
             buckets=_LATENCIES,
             registry=self.registry,
         )
-        self.registry.register(_DriverCollector(driver))
-        if driver.model.runtime is not None:
-            register(driver.model.runtime, driver.model.name, self.registry)
 
     def text(self) -> bytes:
         """As Prometheus reads it."""
@@ -78,6 +74,20 @@ class ServerMetrics:
 
     def snapshot(self) -> dict[str, Any]:
         """What the page shows; totals, from which the page makes rates."""
+        raise NotImplementedError
+
+
+class ServerMetrics(FrontMetrics):
+    """The registry of one server."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__()
+        self.driver = driver
+        self.registry.register(_DriverCollector(driver))
+        if driver.model.runtime is not None:
+            register(driver.model.runtime, driver.model.name, self.registry)
+
+    def snapshot(self) -> dict[str, Any]:
         driver, counts, runtime = self.driver, self.driver.counts, self.driver.model.runtime
         found: dict[str, Any] = {
             "time": time.time(),

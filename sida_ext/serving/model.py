@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sida_ext.experts.runtime import Runtime
 from sida_ext.serving.joined import JoinedModel, Row, joins
 from sida_ext.serving.joined_encoder import JoinedEncoder, batches
 
-__all__ = ["Alone", "ServedModel"]
+__all__ = ["Alone", "ModelFacts", "ServedModel"]
 
 Experts = frozenset[tuple[int, int]]
 
@@ -33,6 +33,33 @@ _UNSERVED_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
+@dataclass(kw_only=True, eq=False)
+class ModelFacts:
+    """What the HTTP application knows of a served model; can be sent to another process, without ``tokenizer``.
+
+    Args:
+        name: what clients call it.
+        created: when it was loaded, in seconds since 1970.
+        context: tokens of prompt and answer together at the most.
+        vocabulary: token ids are below it.
+        generates, classifies, seq2seq: what it is.
+        labels: of a classifier.
+        layers, experts: MoE layers, and experts in each; 0 where none are served from a store.
+    """
+
+    name: str
+    created: int
+    context: int
+    vocabulary: int
+    generates: bool
+    classifies: bool
+    seq2seq: bool
+    labels: list[str]
+    layers: int
+    experts: int
+    tokenizer: Any = None
+
+
 @dataclass
 class Alone:
     """The cache of a row that cannot be joined with others; it steps by itself."""
@@ -42,7 +69,7 @@ class Alone:
     encoded: Any = None  # the encoder's output
 
 
-class ServedModel:
+class ServedModel(ModelFacts):
     """What is served.
 
     Args:
@@ -54,15 +81,24 @@ class ServedModel:
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, *, context: int | None = None, rows: int = 16) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
         config = model.config
+        classifies = type(model).__name__.endswith("ForSequenceClassification")
+        self.model = model
         self.runtime: Runtime | None = getattr(model, "sida", None)
-        self.seq2seq = bool(config.is_encoder_decoder)
-        self.generates = bool(model.can_generate())
-        self.classifies = type(model).__name__.endswith("ForSequenceClassification")
-        self.context = context if context is not None else _context_of(config, tokenizer)
-        self.created = int(time.time())
-        self.labels = [str(config.id2label[index]) for index in range(config.num_labels)] if self.classifies else []
+        header = self.runtime.header if self.runtime is not None else None
+        super().__init__(
+            name=name,
+            created=int(time.time()),
+            context=context if context is not None else _context_of(config, tokenizer),
+            vocabulary=model.get_input_embeddings().weight.shape[0],
+            generates=bool(model.can_generate()),
+            classifies=classifies,
+            seq2seq=bool(config.is_encoder_decoder),
+            labels=[str(config.id2label[index]) for index in range(config.num_labels)] if classifies else [],
+            layers=len(header.layers) if header is not None else 0,
+            experts=header.num_experts if header is not None else 0,
+            tokenizer=tokenizer,
+        )
         self.notes: list[str] = []
         self.joined: JoinedModel | None = None
         self.encoder: JoinedEncoder | None = None
@@ -87,6 +123,12 @@ class ServedModel:
             value = getattr(settings, name, None)
             if value not in neutral:
                 self.notes.append(f"generation_config.json sets {name} to {value}, which is not applied")
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What another process may know, without the tokenizer."""
+        known = {field.name: getattr(self, field.name) for field in fields(ModelFacts)}
+        return ModelFacts(**known | {"tokenizer": None})
 
     @property
     def cache_bytes(self) -> int:
@@ -216,16 +258,15 @@ class ServedModel:
     def predicted(self, ids: Sequence[int]) -> Experts:
         """The experts that a prompt is predicted to want, one prediction a token; empty without a predictor."""
         predictor = getattr(self.runtime, "predictor", None)
-        if predictor is None:
-            return frozenset()
-        table = predictor.predict(torch.tensor([list(ids)]))
-        best = table.expert_index[0, :, :, 0]  # [tokens, layers]
-        return frozenset(
-            (layer, expert)
-            for layer in range(best.shape[1])
-            for expert in best[:, layer].unique().tolist()
-            if expert >= 0
-        )
+        return frozenset() if predictor is None else predicted_experts(predictor, ids)
+
+
+def predicted_experts(predictor: Any, ids: Sequence[int]) -> Experts:
+    """(MoE layer, expert) of the most likely expert of each token and layer."""
+    best = predictor.predict(torch.tensor([list(ids)])).expert_index[0, :, :, 0]  # [tokens, layers]
+    return frozenset(
+        (layer, expert) for layer in range(best.shape[1]) for expert in best[:, layer].unique().tolist() if expert >= 0
+    )
 
 
 def _ends(model: Any) -> frozenset[int]:

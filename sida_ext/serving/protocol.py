@@ -67,6 +67,9 @@ class RequestError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
+    def __reduce__(self) -> tuple[Any, ...]:  # an exception's own would keep the message alone
+        return type(self), (self.status, self.message, self.param, self.code, self.retry_after)
+
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")

@@ -40,19 +40,19 @@ from sida_ext.serving.protocol import (
     RequestError,
     ScoreRequest,
 )
-from sida_ext.serving.service import ClientLeftError, Service
+from sida_ext.serving.service import ClientLeftError, Front, until_left
 
 __all__ = ["create_app"]
 
 DEADLINE_HEADER = "x-deadline-seconds"
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Front) -> FastAPI:
     """The application of one service."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        service.start()
+        await service.start()
         try:
             yield
         finally:
@@ -116,7 +116,7 @@ def _add_errors(app: FastAPI) -> None:
         return _answer(RequestError(500, "the server failed; its log says why", code="internal_error"))
 
 
-def _check(service: Service, request: Request, model: str | None) -> float:
+def _check(service: Front, request: Request, model: str | None) -> float:
     """The request's deadline in seconds, once its model is known to be served."""
     if model is not None and model != service.model.name:
         raise RequestError(
@@ -137,7 +137,7 @@ def _check(service: Service, request: Request, model: str | None) -> float:
     return seconds
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Front) -> None:
     async def answered(
         request: Request,
         body: CompletionRequest | ChatRequest,
@@ -198,11 +198,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return _model_card(service)
 
 
-def _model_card(service: Service) -> dict[str, Any]:
+def _model_card(service: Front) -> dict[str, Any]:
     return {"id": service.model.name, "object": "model", "created": service.model.created, "owned_by": "sida"}
 
 
-def _add_once(app: FastAPI, service: Service) -> None:
+def _add_once(app: FastAPI, service: Front) -> None:
     async def rows(request: Request, work: list[Work], deadline: float) -> list[list[float]]:
         if len(work) > service.settings.choices:
             raise RequestError(400, f"{len(work)} texts in a request, expected at most {service.settings.choices}")
@@ -277,7 +277,7 @@ def _tokens(texts: list[list[int]]) -> dict[str, int]:
     return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
-def _add_watching(app: FastAPI, service: Service) -> None:
+def _add_watching(app: FastAPI, service: Front) -> None:
     page = (files("sida_ext.serving") / "page.html").read_text(encoding="utf-8")
 
     @app.get("/")
@@ -296,12 +296,8 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         if service.draining:
             return JSONResponse({"status": "shutting down"}, 503)
-        driver = service.driver
-        if not driver.alive:
-            return JSONResponse({"status": "the driver has ended"}, 503)
-        return JSONResponse(
-            {"status": "ok", "model": service.model.name, "queue": driver.waiting, "running": driver.running}
-        )
+        status, more = service.standing()
+        return JSONResponse({"status": status, "model": service.model.name, **more}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -311,7 +307,7 @@ def _add_watching(app: FastAPI, service: Service) -> None:
     async def events(request: Request) -> Response:
         async def snapshots() -> AsyncIterator[bytes]:
             gone = asyncio.Event()
-            watch = asyncio.create_task(_until_left(request, gone))
+            watch = asyncio.create_task(until_left(request, gone.set))
             try:
                 while not gone.is_set() and not service.draining:
                     yield encode_event(service.metrics.snapshot())
@@ -322,9 +318,3 @@ def _add_watching(app: FastAPI, service: Service) -> None:
                 watch.cancel()
 
         return EventStream(snapshots())
-
-
-async def _until_left(request: Request, gone: asyncio.Event) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    gone.set()

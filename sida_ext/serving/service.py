@@ -6,19 +6,19 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
 from sida_ext.serving.driver import Answer, Driver, Job, Work
-from sida_ext.serving.metrics import ServerMetrics
-from sida_ext.serving.model import ServedModel
+from sida_ext.serving.metrics import FrontMetrics, ServerMetrics
+from sida_ext.serving.model import ModelFacts, ServedModel
 from sida_ext.serving.protocol import RequestError
 from sida_ext.serving.scheduler import Limits
 from sida_ext.serving.settings import ServerSettings
 
-__all__ = ["Answers", "ClientLeftError", "Service"]
+__all__ = ["Answers", "ClientLeftError", "Front", "Service", "until_left"]
 
 log = logging.getLogger("sida_ext.serving")
 
@@ -32,6 +32,7 @@ class Answers:
 
     def __init__(self, rows: int) -> None:
         self._open = rows
+        self.job: Job | None = None  # of this process
         self._queue: asyncio.Queue[tuple[int, Answer | None]] = asyncio.Queue()
 
     def tell(self, row: int, answer: Answer) -> None:
@@ -41,8 +42,10 @@ class Answers:
         """The client is gone."""
         self._queue.put_nowait((-1, None))
 
-    def row_is_over(self) -> None:
-        self._open -= 1
+    def first_token_at(self) -> float:
+        """``time.perf_counter()`` of the first token; now, where it was written in another process."""
+        written = self.job.first_token if self.job is not None else None
+        return time.perf_counter() if written is None else written
 
     async def each(self) -> AsyncIterator[tuple[int, Any]]:
         """(row, answer) until all rows are over.
@@ -59,6 +62,30 @@ class Answers:
             yield row, answer
             if getattr(answer, "finish", "over") is not None:
                 self._open -= 1
+
+
+class Front(Protocol):
+    """What the HTTP application asks of what is behind it: a model of this process, or replicas of one elsewhere."""
+
+    @property
+    def model(self) -> ModelFacts: ...
+
+    @property
+    def metrics(self) -> FrontMetrics: ...
+
+    limits: Limits
+    settings: ServerSettings
+    draining: bool
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def standing(self) -> tuple[str, dict[str, Any]]: ...
+
+    def run(
+        self, request: Request, work: list[Work], deadline: float, whole: bool = False
+    ) -> AbstractAsyncContextManager[Answers]: ...
 
 
 class Service:
@@ -78,10 +105,16 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._cut: asyncio.TimerHandle | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Called in the event loop, once."""
         self._loop = asyncio.get_running_loop()
         self.driver.start()
+
+    def standing(self) -> tuple[str, dict[str, Any]]:
+        """``"ok"`` or what is wrong, and what else ``/health`` says."""
+        if not self.driver.alive:
+            return "the driver has ended", {}
+        return "ok", {"queue": self.driver.waiting, "running": self.driver.running}
 
     def drain(self) -> None:
         """Take no more requests; those that run are cut off after ``settings.drain`` seconds. Safe in a signal's
@@ -115,16 +148,21 @@ class Service:
             log.warning("%d answers came after the server had ended", len(answers))
 
     @asynccontextmanager
-    async def run(self, request: Request, work: list[Work], deadline: float) -> AsyncIterator[Answers]:
+    async def run(
+        self, request: Request, work: list[Work], deadline: float, whole: bool = False
+    ) -> AsyncIterator[Answers]:
         """Submit a job; inside the block its answers are read; afterwards nothing of it runs any more.
+
+        Args:
+            whole: each row answers once, when it is complete.
 
         Raises:
             RequestError: the queue is full, or the server is shutting down.
         """
         answers = Answers(len(work))
-        job = Job(work, time.monotonic() + deadline, answers.tell)
+        job = answers.job = Job(work, time.monotonic() + deadline, answers.tell, whole)
         self.driver.submit(job)
-        watch = asyncio.create_task(_watch(request, answers))
+        watch = asyncio.create_task(until_left(request, answers.left))
         try:
             yield answers
         finally:
@@ -137,7 +175,8 @@ def _run(answers: Sequence[Callable[[], None]]) -> None:
         answer()
 
 
-async def _watch(request: Request, answers: Answers) -> None:
+async def until_left(request: Request, tell: Callable[[], None]) -> None:
+    """Call ``tell`` when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    answers.left()
+    tell()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sida_ext.batching import cut_by_length, padded, windows
 
-__all__ = ["TokenBatch", "batches_by_tokens", "rows_of"]
+__all__ = ["TokenBatch", "batches_by_tokens", "rows_of", "summary"]
 
 # Dimensions of a model's outputs that run over tokens; the first is always the batch.
 TOKEN_DIMS = {
@@ -150,3 +150,12 @@ def rows_of(output: Any, batch: TokenBatch) -> list[Any]:
         }
         rows.append(type(output)(**fields))
     return rows
+
+
+def summary(output: Any) -> dict[str, Any]:
+    """What a run keeps of one text's output."""
+    if "logits" in output:
+        logits = output.logits[0].float()
+        return {"label": int(logits.argmax()), "logits": logits.tolist()}
+    states = output.last_hidden_state.float()
+    return {"mean": states.mean().item(), "norm": states.norm().item()}

@@ -143,6 +143,11 @@ def train_on_store(
     """
     work = Path(out) / "training"
     trained, validation, held_out = (SplitPart(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
+    if not any(True for _ in held_out()):  # before the hours that the report comes after
+        raise ValueError(
+            f"no document was set aside for the report (each is, with a chance of {options.held_out:.0%}); give more "
+            "texts"
+        )
     trainer = Trainer(predictor, trained, validation, options, work / "checkpoint", early=work / "early")
     history = trainer.run(progress)
     trainer.finish()

@@ -42,6 +42,9 @@ def _clock(seconds: float) -> str:
     return f"{day}{time.strftime('%H:%M', end)} (in {left if seconds < 5400 else f'{seconds / 3600:.1f} h'})"
 
 
+_FEW = "give more texts: some are trained on, others judge, and a document (a line of a text file) is one or the other"
+
+
 class Trainer:
     """Trains a predictor in place.
 
@@ -73,9 +76,12 @@ class Trainer:
         self.save_every, self.early = save_every, early
         self.rows = [train.shard(number).rows for number in range(len(train))]
         if not any(self.rows):
-            raise ValueError("no document is left to train on; give more texts")
+            raise ValueError(f"no document is left to train on; {_FEW}")
         if not any(True for _ in validation()):
-            raise ValueError("no document fell into the validation part; give more texts or a larger share")
+            raise ValueError(
+                f"no document was set aside to tell when to stop (each is, with a chance of {options.validation:.0%}); "
+                f"{_FEW}"
+            )
         self.steps_per_epoch = sum(math.ceil(rows / options.batch_sentences) for rows in self.rows)
         decayed = [p for p in predictor.parameters() if p.dim() > 1]
         others = [p for p in predictor.parameters() if p.dim() <= 1]

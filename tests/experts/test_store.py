@@ -323,7 +323,7 @@ def test_pickles_are_refused_unless_asked_for(checkpoint, tmp_path):
 
 
 def test_checkpoints_that_cannot_be_packed(checkpoint, tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder, and the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="does not exist, expected a checkpoint folder or a hub id"):
         pack(tmp_path / "nothing", tmp_path / "x.sida")
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -113,7 +113,7 @@ def test_pickles_are_read_for_those_who_trust_them(tmp_path):
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no folder, and the hub did not give it"):
+    with pytest.raises(FileNotFoundError, match="none does not exist, expected a checkpoint folder or a hub id"):
         resolve_checkpoint(tmp_path / "none")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is a file, expected a checkpoint folder"):

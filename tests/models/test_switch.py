@@ -373,11 +373,16 @@ def test_a_hub_id_is_found_in_the_cache_dir_that_is_given(hub, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"),
-    [("org/unknown", {}), ("org/small-switch", {"revision": "v3"}), ("no such thing", {}), ("./not/a/folder", {})],
+    ("name", "changes", "said"),
+    [
+        ("org/unknown", {}, "is no folder here, and the hub did not give it"),
+        ("org/small-switch", {"revision": "v3"}, "is no folder here, and the hub did not give it"),
+        ("no such thing", {}, "does not exist, expected a checkpoint folder or a hub id"),
+        ("./not/a/folder", {}, "does not exist, expected a checkpoint folder or a hub id"),
+    ],
 )
-def test_neither_a_folder_nor_in_the_hubs_cache(hub, name, changes):
-    with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} is no folder, and the hub did not give it"):
+def test_neither_a_folder_nor_in_the_hubs_cache(hub, name, changes, said):
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} {said}"):
         load(name, **changes)
 
 
@@ -432,9 +437,46 @@ def test_moving(model):
     for part in (model, model.encoder, model.encoder.block[1].layer[1].mlp):
         with pytest.raises(RuntimeError, match="cannot move to meta"):
             part.to("meta")
+    with pytest.raises(RuntimeError, match=r"sida_ext\.plan says what it takes"):
+        model.to("meta")
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    for cast in (model.double, lambda: model.to(torch.float64), model.encoder.double):
+        with pytest.raises(RuntimeError, match=r"cannot be cast to float64: .* float32, float16, bfloat16; nothing"):
+            cast()
     with torch.no_grad():
+        assert torch.equal(model(**inputs()).last_hidden_state, before)
         assert model.to(torch.bfloat16)(**inputs()).last_hidden_state.dtype == torch.bfloat16
+
+
+def test_a_model_cast_to_half_precision_computes_as_transformers_does(folder):
+    """``model.half()`` casts everything but the experts; the reference's experts are cast too."""
+    plain = Encoder.from_pretrained(folder).eval()
+    served = sida_ext.from_pretrained(folder, model_class=Encoder, expert_dtype="float16")
+    with served.sida, torch.no_grad():
+        exact = plain(**inputs()).last_hidden_state
+        expected, found = (model.half()(**inputs()).last_hidden_state for model in (plain, served))
+    assert found.dtype == torch.float16
+    rounding = (expected.float() - exact).abs().max()
+    assert (found.float() - exact).abs().max() <= 2 * rounding
+
+
+@pytest.mark.parametrize(
+    ("expert_dtype", "said"), [("bfloat16", True), ("float16", True), ("float32", False), ("int8", False)]
+)
+def test_rounding_a_float32_checkpoint_is_said(folder, caplog, expert_dtype, said):
+    """Not of int8 and less, which nobody takes for exact."""
+    caplog.set_level("INFO", logger="sida_ext")
+    sida_ext.from_pretrained(folder, model_class=Encoder, expert_dtype=expert_dtype).sida.close()
+    assert (
+        f"its experts are served as {expert_dtype}, rounded; expert_dtype='float32' keeps them" in caplog.text
+    ) == said
+
+
+def test_a_closed_model_says_so(folder):
+    model = sida_ext.from_pretrained(folder, model_class=Encoder)
+    model.sida.close()
+    with pytest.raises(RuntimeError, match=r"this model was closed .*; load the model again"):
+        model(**inputs())
 
 
 def test_deepcopy_shares_the_runtime(model):

@@ -102,7 +102,7 @@ def test_what_is_no_checkpoint(tmp_path):
         read_headers(tmp_path / "config.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_headers(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no hub id"):
+    with pytest.raises(FileNotFoundError, match="does not exist, expected a checkpoint folder or a hub id"):
         read_headers("two/many/parts")
 
 

@@ -288,9 +288,30 @@ def test_the_command_line(tiny, tmp_path):
     assert f"sida serve {tiny}" in run.stdout
     as_json = sida(tiny, "--memory", "1GiB", "--disk", "2GB/s", "--json", cache=tmp_path)
     assert json.loads(as_json.stdout)["fits"] is True
+    shared = sida(tiny, "--memory", "1GiB", "--disk", "2GB/s", "--expert-memory", "25%", "--json", cache=tmp_path)
+    found = json.loads(shared.stdout)
+    assert found["expert_memory"] == round(found["experts_bytes"] / 4)
+    assert found["resident_share"] == pytest.approx(0.25)
     wrong = sida(tiny, "--disk", "fast", cache=tmp_path)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert "error: disk is 'fast'" in wrong.stderr
+
+
+def test_the_exit_status_tells_whether_it_fits(tiny, tmp_path):
+    for form in ([], ["--json"]):
+        run = sida(tiny, "--memory", "64KiB", "--disk", "2GB/s", *form, cache=tmp_path)
+        assert run.returncode == 1
+        assert "does not fit" in run.stdout
+        assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(("given", "share"), [("auto", None), ("50%", 0.5), ("100%", 1.0)])
+def test_a_budget_is_given_as_to_from_pretrained(tiny, given, share):
+    free = plan(tiny, memory="1GiB", disk="2GB/s")
+    found = plan(tiny, memory="1GiB", disk="2GB/s", expert_memory=given)
+    assert found.expert_memory == (free.expert_memory if share is None else round(share * found.experts_bytes))
+    with pytest.raises(ValueError, match="expert_memory is '0%', expected a share above 0%"):
+        plan(tiny, memory="1GiB", disk="2GB/s", expert_memory="0%")
 
 
 def test_a_picture_of_the_sweep(tiny, tmp_path):

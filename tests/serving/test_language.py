@@ -85,6 +85,17 @@ def test_the_command_scores_texts_and_goes_on_with_them(tmp_path):
     assert all(row["generated"] and 1 <= row["tokens"] <= 5 for row in rows)
 
 
+def test_the_command_says_how_many_continuations_it_shows(tmp_path):
+    text = tmp_path / "texts.txt"
+    text.write_text("".join(f"Text number {number} [of] five\n" for number in range(5)))
+    done = CliRunner().invoke(app, ["run", str(MODEL), str(text), "--generate", "1"])
+    assert done.exit_code == 0, done.output
+    assert "(3 of 5 continuations are shown; -o FILE writes all)" in done.output
+    text.write_text("One text\n")
+    done = CliRunner().invoke(app, ["run", str(MODEL), str(text), "--generate", "1"])
+    assert "continuations are shown" not in done.output
+
+
 def test_the_command_says_what_is_no_language_model(tmp_path):
     text = tmp_path / "texts.txt"
     text.write_text("A fine film.\n")
