@@ -44,7 +44,7 @@ def collect(path: Path | None = None, measure: bool = True) -> dict[str, Any]:
         },
         "cpu": {
             "instruction set in force": _C.instruction_set(),
-            "instruction sets of this CPU": ", ".join(_C.instruction_sets()) + " (SIDA_CPU chooses; amx only by name)",
+            "instruction sets of this CPU": ", ".join(_C.instruction_sets()) + " (SIDA_CPU chooses)",
             "precision": f"{_C.get_precision()}; this set has: {', '.join(_C.precisions())}",
             "threads": torch.get_num_threads(),
             "cores": len(os.sched_getaffinity(0)),

@@ -15,7 +15,7 @@ def set_precision(precision: Precision) -> None:
     """Choose what the CPU kernels of ``moe_ffn`` and ``linear`` may round, for every call that begins afterwards.
 
     ``"exact"`` (the default) multiplies weights with activations as they are and sums in fp32. bfloat16 and float16
-    weights are widened exactly; where instructions multiply bfloat16 pairs (``SIDA_CPU=amx``), an activation is split
+    weights are widened exactly; where instructions multiply bfloat16 pairs (``amx``), an activation is split
     into bfloat16 terms that add up to it.
 
     ``"fast"`` rounds activations (x, and the hidden layer between the two products). How depends on the weights:

@@ -28,6 +28,11 @@ class Bar:
         """So many of so many are done: what ``progress=`` of :func:`sida_ext.pack` is called with."""
         self._progress.update(self._task, completed=done, total=total)
 
+    def finish(self) -> None:
+        """Nothing more will come: what is done is all there was to do."""
+        (task,) = (task for task in self._progress.tasks if task.id == self._task)
+        self._progress.update(self._task, total=task.completed)
+
     def advance(self, count: int = 1, note: str = "") -> None:
         """``count`` more are done; ``note`` stands at the bar's end until the next."""
         self._progress.update(self._task, advance=count, note=note)

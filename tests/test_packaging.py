@@ -66,25 +66,37 @@ def test_the_source_distribution_holds_what_a_build_needs(sdist):
     assert not [name for name in names if name.suffix in (".so", ".pyc") or name.name == "_build_info.json"]
 
 
-@pytest.mark.slow
-def test_the_source_distribution_builds_a_wheel_that_works_elsewhere(sdist, tmp_path):
-    """With the torch of this environment, as setup.py wants it, and nothing of this source tree."""
+def unpacked(sdist: Path, folder: Path) -> Path:
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
-    (source,) = tmp_path.glob("sida_ext-*")
+        archive.extractall(folder, filter="data")
+    (source,) = folder.glob("sida_ext-*")
+    return source
+
+
+def environment() -> dict[str, str]:
+    """Of a build that knows nothing of this source tree."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     path = os.pathsep.join([str(Path(sys.executable).parent), clean["PATH"]])
+    return clean | {"PATH": path, "MAX_JOBS": os.environ.get("MAX_JOBS", "2")}
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    """With the torch of this environment, as setup.py wants it."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps"]
     built = subprocess.run(
-        [*pip, "--no-build-isolation", "-w", str(tmp_path / "wheels"), str(source)],
-        env=clean | {"PATH": path, "MAX_JOBS": os.environ.get("MAX_JOBS", "2")},
-        cwd=tmp_path,
+        [*pip, "--no-build-isolation", "-w", str(folder), str(source)],
+        env=environment(),
+        cwd=folder.parent,
         capture_output=True,
         text=True,
         timeout=3000,
     )
     assert built.returncode == 0, built.stderr[-4000:]
-    (wheel,) = (tmp_path / "wheels").glob("sida_ext-*.whl")
+    (wheel,) = folder.glob("sida_ext-*.whl")
+    return wheel
+
+
+def check_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {Path(name) for name in archive.namelist()}
     modules = {path for path in TRACKED if path.parts[0] == "sida_ext" and path.suffix in (".py", ".pyi", ".typed")}
@@ -93,7 +105,11 @@ def test_the_source_distribution_builds_a_wheel_that_works_elsewhere(sdist, tmp_
     assert [name for name in names if name.name.startswith("_C.") and name.suffix == ".so"]
     assert {name.parts[0] for name in names if ".dist-info" not in name.parts[0]} == {"sida_ext"}
 
-    place = tmp_path / "environment"
+
+def check_use(wheel: Path, folder: Path) -> None:
+    """Install it in a new environment in ``folder`` and serve a model from there."""
+    clean = environment() | {"SIDA_CACHE": str(folder / "cache")}
+    place = folder / "environment"
     venv.create(place, with_pip=False)
     python = place / "bin" / "python"
     site = subprocess.run(
@@ -104,13 +120,43 @@ def test_the_source_distribution_builds_a_wheel_that_works_elsewhere(sdist, tmp_
     install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install", "-q"]
     # What others.pth shows is taken for installed, an editable sida_ext too.
     options = ["--no-deps", "--ignore-installed", str(wheel)]
-    subprocess.run([*install, *options], env=clean, cwd=tmp_path, check=True, timeout=300)
-    clean["SIDA_CACHE"] = str(tmp_path / "cache")
+    subprocess.run([*install, *options], env=clean, cwd=folder, check=True, timeout=300)
     done = subprocess.run(
-        [str(python), "-c", PROGRAM], env=clean, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        [str(python), "-c", PROGRAM], env=clean, cwd=folder, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == wheel.name.split("-")[1]
-    helped = subprocess.run([str(place / "bin" / "sida"), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    helped = subprocess.run([str(place / "bin" / "sida"), "--help"], cwd=folder, capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
     assert "pack" in helped.stdout
+
+
+@pytest.mark.check
+def test_a_wheel_of_this_tree_works_elsewhere(tmp_path):
+    """What is compiled already, in build/, is not compiled again."""
+    wheel = build_wheel(ROOT, tmp_path / "wheels")
+    check_contents(wheel)
+    check_use(wheel, tmp_path)
+
+
+@pytest.mark.check
+def test_the_source_distribution_names_every_source_that_it_compiles(sdist, tmp_path):
+    """CMake is configured from it, and ninja asked what it would do: a source that is missing is an error of both."""
+    source = unpacked(sdist, tmp_path)
+    settings = ["-DSIDA_CPP_TESTS=ON", "-G", "Ninja"]
+    for command in (
+        ["cmake", "-S", source, "-B", tmp_path / "build", *settings],
+        ["cmake", "--build", tmp_path / "build", "--", "-n"],
+    ):
+        done = subprocess.run(
+            list(map(str, command)), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.mark.slow
+def test_the_source_distribution_builds_a_wheel_that_works_elsewhere(sdist, tmp_path):
+    """Compiles everything: minutes."""
+    wheel = build_wheel(unpacked(sdist, tmp_path), tmp_path / "wheels")
+    check_contents(wheel)
+    check_use(wheel, tmp_path)

@@ -2,8 +2,8 @@
 
   python -m bench.kernels.call_cost [--threads 1] [--calls 20000] [--json FILE]
 
-The lowest time, and quantiles, of single calls from Python: on a busy machine the low ones are still of a call that
-nobody disturbed. All experts are in memory. Runs on any release (PYTHONPATH), to compare two.
+The lowest time, and quantiles, of single calls of sida_ext.ops under no_grad: on a busy machine the low ones are still
+of a call that nobody disturbed. All experts are in memory. Runs on any release (PYTHONPATH), to compare two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
 import sida_ext
-import sida_ext.ops  # registers torch.ops.sida
+from sida_ext import ops
 
 EXPERTS, WIDTH = 64, 32
 
@@ -57,13 +57,13 @@ def ffn_call(tokens: int, dtype: str) -> Callable[[int], object]:
     else:
         wi, wo = (torch.randn(EXPERTS, WIDTH, WIDTH).bfloat16() for _ in range(2))
         scales = (None, None)
-    return lambda number: torch.ops.sida.moe_ffn(x, index[number % EXPERTS], gate, wi, wo, slots, *scales, "relu")
+    return lambda number: ops.moe_ffn(x, index[number % EXPERTS], gate, wi, wo, slots, *scales, "relu")
 
 
 def layer_call(model: torch.nn.Module, tokens: int) -> Callable[[int], object]:
     handle = next(module.handle for module in model.modules() if hasattr(module, "handle"))
     x, gate, index = torch.randn(tokens, WIDTH).bfloat16(), torch.ones(tokens, 1), routes(tokens)
-    return lambda number: torch.ops.sida.moe_layer(x, index[number % EXPERTS], gate, handle)
+    return lambda number: ops.moe_layer(x, index[number % EXPERTS], gate, handle)
 
 
 def save_model(folder: Path) -> None:

@@ -13,7 +13,7 @@ Eviction parse_eviction(std::string_view name) {
 }
 
 EvictionOrder::Rank EvictionOrder::rank(const Resident& resident) const {
-  const auto [expert, next_use, frequency, last_use, loaded] = resident;
+  const auto [expert, layer, next_use, weight, frequency, last_use, loaded] = resident;
   switch (policy_) {
     case Eviction::fifo:
       return {0, loaded, 0, expert, next_use};
@@ -27,12 +27,30 @@ EvictionOrder::Rank EvictionOrder::rank(const Resident& resident) const {
   fail(ErrorKind::internal, "unknown eviction ", static_cast<int>(policy_));
 }
 
+bool EvictionOrder::is_unannounced(const Resident& resident) const {
+  return policy_ == Eviction::next_use && resident.next_use == never;
+}
+
 void EvictionOrder::insert(const Resident& resident) {
+  if (is_unannounced(resident)) {
+    const auto layer = static_cast<size_t>(resident.layer);
+    unannounced_[layer].insert({resident.weight, resident.last_use, resident.expert});
+    ++unannounced_count_;
+    return;
+  }
   order_.insert(rank(resident));
   times_.insert(resident.next_use);
 }
 
 void EvictionOrder::erase(const Resident& resident) {
+  if (is_unannounced(resident)) {
+    const auto layer = static_cast<size_t>(resident.layer);
+    if (unannounced_[layer].erase({resident.weight, resident.last_use, resident.expert}) != 1) {
+      fail(ErrorKind::internal, "expert ", resident.expert, " is not in the order of eviction");
+    }
+    --unannounced_count_;
+    return;
+  }
   const auto time = times_.find(resident.next_use);
   if (order_.erase(rank(resident)) != 1 || time == times_.end()) {
     fail(ErrorKind::internal, "expert ", resident.expert, " is not in the order of eviction");
@@ -40,12 +58,29 @@ void EvictionOrder::erase(const Resident& resident) {
   times_.erase(time);
 }
 
+std::optional<int32_t> EvictionOrder::first_unannounced() const {
+  const Unannounced* found = nullptr;
+  double latest = 0;
+  for (size_t layer = 0; layer < unannounced_.size(); ++layer) {
+    if (unannounced_[layer].empty()) continue;
+    const Unannounced& head = *unannounced_[layer].begin();
+    const double wait = clock_.wait(static_cast<int32_t>(layer), head.weight);
+    if (found != nullptr && (wait < latest || (wait == latest && head.last_use > found->last_use))) continue;
+    found = &head;
+    latest = wait;
+  }
+  if (found == nullptr) return std::nullopt;
+  return found->expert;
+}
+
 std::optional<int32_t> EvictionOrder::first() const {
+  if (unannounced_count_ > 0) return first_unannounced();
   if (order_.empty()) return std::nullopt;
   return order_.begin()->expert;
 }
 
 std::optional<int32_t> EvictionOrder::first_used_after(UseTime time) const {
+  if (unannounced_count_ > 0) return first_unannounced();
   if (times_.empty() || *times_.rbegin() <= time) return std::nullopt;
   for (const Rank& rank : order_) {
     if (rank.next_use > time) return rank.expert;

@@ -7,6 +7,9 @@
 #include <optional>
 #include <set>
 #include <string_view>
+#include <vector>
+
+#include "experts/layer_clock.h"
 
 namespace sida {
 
@@ -22,8 +25,9 @@ inline constexpr int position_bits = 16;
 
 // What is known of an expert in a slot. Ticks count events: the greater, the later.
 struct Resident {
-  int32_t expert;
+  int32_t expert, layer;
   UseTime next_use;
+  UseWeight weight;   // of its uses so far
   int64_t frequency;  // demands so far
   int64_t last_use;   // tick
   int64_t loaded;     // tick
@@ -33,14 +37,17 @@ struct Resident {
 //   fifo      loaded longest ago
 //   lru       used longest ago
 //   lfu       used least often; ties: longest ago
-//   next_use  announced for latest or not at all; ties: least often, then longest ago
+//   next_use  not announced: whose next use is expected latest (LayerClock), ties: longest ago; then announced for
+//             latest; ties: least often, then longest ago
 class EvictionOrder {
  public:
-  explicit EvictionOrder(Eviction policy) : policy_(policy) {}
+  // `clock` must outlive the order.
+  EvictionOrder(Eviction policy, int32_t layers, const LayerClock& clock)
+      : policy_(policy), clock_(clock), unannounced_(static_cast<size_t>(layers)) {}
 
   void insert(const Resident& resident);
   void erase(const Resident& resident);  // as it was inserted
-  int64_t size() const { return static_cast<int64_t>(order_.size()); }
+  int64_t size() const { return static_cast<int64_t>(order_.size()) + unannounced_count_; }
 
   [[nodiscard]] std::optional<int32_t> first() const;
   // The first to go among those that are used later than `time`.
@@ -54,10 +61,22 @@ class EvictionOrder {
     UseTime next_use;
     auto operator<=>(const Rank&) const = default;
   };
+  // Of one layer, the least wanted first. What passes between two choices moves whole layers, never two of its experts.
+  struct Unannounced {
+    UseWeight weight;
+    int64_t last_use;
+    int32_t expert;
+    auto operator<=>(const Unannounced&) const = default;
+  };
+  bool is_unannounced(const Resident& resident) const;
   Rank rank(const Resident& resident) const;
+  std::optional<int32_t> first_unannounced() const;
 
   Eviction policy_;
-  std::set<Rank> order_;
+  const LayerClock& clock_;
+  std::vector<std::set<Unannounced>> unannounced_;  // by layer; with next_use
+  int64_t unannounced_count_ = 0;
+  std::set<Rank> order_;  // the others
   std::multiset<UseTime> times_;  // of all in order_: tells at once that none is used late enough
 };
 

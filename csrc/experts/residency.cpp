@@ -18,10 +18,7 @@ void must_hold(bool condition, const Parts&... parts) {
   if (!condition) fail(ErrorKind::internal, "residency's invariant is broken: ", parts...);
 }
 
-}  // namespace
-
-Residency::Residency(const ResidencyOptions& options)
-    : options_(options), budget_(0), evictable_(options.eviction), last_resort_(options.eviction) {
+const ResidencyOptions& checked(const ResidencyOptions& options) {
   if (options.layers < 1 || options.experts < 1) {
     fail(ErrorKind::invalid, "a model of ", options.layers, " MoE layers with ", options.experts,
          " experts has nothing to serve");
@@ -30,6 +27,17 @@ Residency::Residency(const ResidencyOptions& options)
   if (options.prefetch_layers < 0) {
     fail(ErrorKind::invalid, "prefetch_layers is ", options.prefetch_layers, ", expected 0 or more");
   }
+  return options;
+}
+
+}  // namespace
+
+Residency::Residency(const ResidencyOptions& options)
+    : options_(checked(options)),
+      budget_(0),
+      clock_(options.layers),
+      evictable_(options.eviction, options.layers, clock_),
+      last_resort_(options.eviction, options.layers, clock_) {
   const size_t all = static_cast<size_t>(options.layers) * options.experts;
   experts_.resize(all);
   expert_in_slot_.assign(all, -1);
@@ -121,6 +129,7 @@ DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, Batc
   counters.unique += static_cast<int64_t>(experts.size());
   Demand demand;
   demand.layer = layer;
+  clock_.run(layer, static_cast<double>(experts.size()) / options_.experts);
   demand.batch = batch;
   for (const int32_t index : experts) {
     const int32_t expert = id(layer, index);
@@ -139,6 +148,7 @@ DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, Batc
     if (state.prefetched) ++counters.useful_prefetches;
     state.prefetched = false;
     ++state.frequency;
+    state.weight = clock_.used(layer, state.weight);
     state.last_use = ++tick_;
     ++state.wanted;
     demand.wanted.push_back(expert);
@@ -316,7 +326,13 @@ void Residency::reindex(int32_t expert) {
   }
   state.standing = Standing::none;
   if (state.state == State::ready && state.pins == 0 && state.awaited == 0) {
-    state.resident = {expert, next_use(expert), state.frequency, state.last_use, state.loaded};
+    state.resident = {.expert = expert,
+                      .layer = expert / options_.experts,
+                      .next_use = next_use(expert),
+                      .weight = state.weight,
+                      .frequency = state.frequency,
+                      .last_use = state.last_use,
+                      .loaded = state.loaded};
     state.standing = state.wanted == 0 ? Standing::evictable : Standing::last_resort;
     (state.wanted == 0 ? evictable_ : last_resort_).insert(state.resident);
   } else if (state.state == State::absent && state.wanted == 0 && !state.uses.empty() && !state.failed) {

@@ -74,6 +74,8 @@ struct ResidencyOptions {
 class Residency {
  public:
   explicit Residency(const ResidencyOptions& options);
+  Residency(const Residency&) = delete;  // its orders of eviction look at its clock
+  Residency& operator=(const Residency&) = delete;
 
   // Events. Each may make work: the caller then asks next_command() until there is none.
   // A call that throws Error(invalid) has changed nothing.
@@ -133,6 +135,7 @@ class Residency {
     bool prefetched = false;  // brought in by a prefetch and not demanded since
     bool failed = false;      // its latest copy failed: only a demand tries again
     int64_t frequency = 0, last_use = 0, loaded = 0;
+    UseWeight weight = never_used;
     std::vector<Use> uses;  // announced, in order
 
     Standing standing = Standing::none;
@@ -187,6 +190,7 @@ class Residency {
   int64_t committed_ = 0, peak_committed_ = 0, returning_ = 0, pinned_ = 0;
   int in_flight_ = 0;
   int64_t tick_ = 0;
+  LayerClock clock_;
   BatchId last_batch_ = 0;
   DemandId last_demand_ = 0;
   std::vector<Expert> experts_;          // [layers * experts]

@@ -109,9 +109,11 @@ class Trainer:
             self._deferred_interrupt(),
             progress_bar("training", self._steps, done=self._number, shown=progress) as bar,
         ):
-            while not self._done():
+            while (why := self._ended()) is None:
                 self._run_epoch(bar)
                 self._stop_if_interrupted()
+            bar.finish()
+        log.info("training: ended with pass %d of at most %d: %s", self.epoch, self.options.epochs, why)
         return self.history
 
     @property
@@ -131,10 +133,10 @@ class Trainer:
         whole = left * seconds
         limit = None if self.options.seconds is None else max(self.options.seconds - self.seconds, 0.0)
         if limit is not None and limit < whole:
-            fit = int(limit / seconds)
+            fit = self._number + int(limit / seconds)
             return (
-                f"{said}: {fit} of {left} steps fit in the time given, and the learning rate falls to its end in that "
-                f"time; the end is at {_clock(limit)}"
+                f"{said}: {fit} of {self._steps} steps fit in the time given, and the learning rate falls to its end "
+                f"in that time; the end is at {_clock(limit)}"
             )
         return f"{said}: the end is at {_clock(whole)}, or earlier when held-out text no longer improves"
 
@@ -174,13 +176,18 @@ class Trainer:
                 f"training stopped at step {self.step} of epoch {self.epoch + 1}; run it again to go on"
             )
 
-    def _done(self) -> bool:
-        if self.step == 0 and self.epoch >= self.options.epochs:
-            return True
-        if self.options.seconds is not None and self.seconds >= self.options.seconds and self.step == 0:
-            return True
+    def _ended(self) -> str | None:
+        """Why the run is over; None while it is not."""
+        if self.step != 0:
+            return None
+        if self.epoch >= self.options.epochs:
+            return "all passes are done"
+        if self.options.seconds is not None and self.seconds >= self.options.seconds:
+            return f"the time given, {self.options.seconds:.0f} s, is over"
         losses = [entry["validation_loss"] for entry in self.history]
-        return self.step == 0 and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.options.patience
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.options.patience:
+            return f"held-out text has not improved for {self.options.patience} passes"
+        return None
 
     def _run_epoch(self, bar: Bar) -> None:
         self.predictor.train()

@@ -30,10 +30,12 @@ sida_engine_test(test_measure)
 
 include(${CMAKE_CURRENT_LIST_DIR}/mutants/residency_mutations.cmake)
 sida_engine_test(test_mutants
-  ${PROJECT_BINARY_DIR}/mutants/residency/experts/residency.cpp ${PROJECT_BINARY_DIR}/mutants/residency/names.cpp)
+  ${PROJECT_BINARY_DIR}/mutants/residency/experts/residency.cpp
+  ${PROJECT_BINARY_DIR}/mutants/residency/experts/eviction.cpp ${PROJECT_BINARY_DIR}/mutants/residency/names.cpp)
 # The same bugs, told by the residency itself with the checks of a sanitizer build.
 sida_engine_test(test_invariants
-  ${PROJECT_BINARY_DIR}/mutants/residency/experts/residency.cpp ${PROJECT_BINARY_DIR}/mutants/residency/names.cpp)
+  ${PROJECT_BINARY_DIR}/mutants/residency/experts/residency.cpp
+  ${PROJECT_BINARY_DIR}/mutants/residency/experts/eviction.cpp ${PROJECT_BINARY_DIR}/mutants/residency/names.cpp)
 target_compile_definitions(test_invariants PRIVATE SIDA_CHECKED)
 sida_engine_test(test_policy_trace)
 sida_engine_test(test_soak)
@@ -42,6 +44,7 @@ if(NOT SIDA_SANITIZE)  # which are slow, and whose own memory grows: there it ru
   set_tests_properties(test_soak_half_a_minute PROPERTIES TIMEOUT 300)
 endif()
 sida_engine_test(test_residency)
+sida_engine_test(test_layer_clock)
 
 sida_engine_test(test_cpu_serving)
 target_link_libraries(test_cpu_serving PRIVATE sida_serving)

@@ -25,6 +25,7 @@ ResidencyModel::ResidencyModel(const ResidencyOptions& given)
       budget(given.slots),
       slots(static_cast<size_t>(given.layers) * given.experts),
       history(slots.size()),
+      layer_clock_(given.layers),
       counters_(given.layers) {
   if (!given.populated) return;
   for (int64_t slot = 0; slot < budget; ++slot) slots[slot].content = Content::warm;
@@ -54,6 +55,7 @@ void ResidencyModel::retire(BatchId id) {
 void ResidencyModel::demand(DemandId number, int32_t layer, const std::vector<int32_t>& experts, BatchId batch) {
   Demand demand{layer, {}, {}};
   ++counters_[layer].requested;
+  layer_clock_.run(layer, static_cast<double>(experts.size()) / options.experts);
   for (const int32_t index : experts) {
     const int32_t expert = id(layer, index);
     ++counters_[layer].unique;
@@ -68,6 +70,7 @@ void ResidencyModel::demand(DemandId number, int32_t layer, const std::vector<in
     if (past.prefetched) ++counters_[layer].useful_prefetches;
     past.prefetched = false;
     ++past.demands;
+    past.weight = layer_clock_.used(layer, past.weight);
     past.last_use = ++clock_;
     demand.wanted.push_back(expert);
   }
@@ -202,7 +205,40 @@ int64_t ResidencyModel::committed() const {
   return static_cast<int64_t>(slots.size()) - count(Content::cold);
 }
 
+bool ResidencyModel::may_go(const Slot& slot, bool wanted_ones) const {
+  return slot.content == Content::ready && pins(slot.expert) == 0 && wanted(slot.expert) == wanted_ones &&
+         !awaited(slot.expert);
+}
+
+int32_t ResidencyModel::choose_unannounced(bool wanted_ones) const {
+  int32_t victim = -1;
+  double victim_wait = 0;
+  for (int32_t layer = 0; layer < options.layers; ++layer) {
+    int32_t head = -1;  // the layer's least wanted
+    for (const Slot& slot : slots) {
+      if (!may_go(slot, wanted_ones) || slot.expert / options.experts != layer) continue;
+      if (next_time(slot.expert) != no_time) continue;
+      const History& past = history[slot.expert];
+      if (head < 0 || std::tie(past.weight, past.last_use, slot.expert) <
+                          std::tie(history[head].weight, history[head].last_use, head)) {
+        head = slot.expert;
+      }
+    }
+    if (head < 0) continue;
+    const double wait = layer_clock_.wait(layer, history[head].weight);
+    if (victim < 0 || wait > victim_wait ||
+        (wait == victim_wait && history[head].last_use <= history[victim].last_use)) {
+      victim = head;
+      victim_wait = wait;
+    }
+  }
+  return victim;
+}
+
 int32_t ResidencyModel::choose_victim(bool wanted_ones, std::optional<Time> after) const {
+  if (options.eviction == Eviction::next_use) {
+    if (const int32_t unannounced = choose_unannounced(wanted_ones); unannounced >= 0) return unannounced;
+  }
   int32_t victim = -1;
   const auto goes_before = [&](int32_t a, int32_t b) {
     const History &x = history[a], &y = history[b];
@@ -221,8 +257,7 @@ int32_t ResidencyModel::choose_victim(bool wanted_ones, std::optional<Time> afte
     return std::tie(x.demands, x.last_use) < std::tie(y.demands, y.last_use);
   };
   for (const Slot& slot : slots) {
-    if (slot.content != Content::ready || pins(slot.expert) > 0) continue;
-    if (wanted(slot.expert) != wanted_ones || awaited(slot.expert)) continue;
+    if (!may_go(slot, wanted_ones)) continue;
     if (after && next_time(slot.expert) <= *after) continue;
     if (victim < 0 || goes_before(slot.expert, victim)) victim = slot.expert;
   }

@@ -56,6 +56,7 @@ class ResidencyModel {
   };
   struct History {
     int64_t demands = 0, last_use = 0, loaded = 0;
+    UseWeight weight = never_used;
     bool prefetched = false, failed = false;
   };
 
@@ -84,7 +85,9 @@ class ResidencyModel {
   Time next_time(int32_t expert) const;
   bool wanted(int32_t expert) const;
   bool awaited(int32_t expert) const;
+  bool may_go(const Slot& slot, bool wanted_ones) const;
   int32_t choose_victim(bool wanted_ones, std::optional<Time> after) const;  // an expert; -1
+  int32_t choose_unannounced(bool wanted_ones) const;                        // an expert; -1
   int32_t choose_prefetch_victim(Time time) const;
   void evict(int32_t expert, Content leaves);
   int64_t committed() const;
@@ -97,6 +100,7 @@ class ResidencyModel {
   std::optional<Choice> choose() const;
 
   int64_t clock_ = 0;
+  LayerClock layer_clock_;
   int64_t committed_before_ = 0;
   std::set<int32_t> to_give_back_;
   std::vector<LayerCounters> counters_;

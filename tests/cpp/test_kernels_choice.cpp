@@ -40,7 +40,7 @@ SIDA_TEST(the_best_set_that_is_taken_by_default) {
   CHECK_EQ(choose_set(nullptr, CpuFeatures()).name, "scalar");
   CHECK_EQ(choose_set(nullptr, avx2_cpu()).name, "avx2");
   CHECK_EQ(choose_set("", avx512_cpu()).name, "avx512");
-  CHECK_EQ(choose_set(nullptr, amx_cpu()).name, "avx512");  // AMX only by name
+  CHECK_EQ(choose_set(nullptr, amx_cpu()).name, "amx");
   CHECK_EQ(choose_set("amx", amx_cpu()).name, "amx");
   CHECK_EQ(choose_set("scalar", amx_cpu()).name, "scalar");
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sida_ext.prediction.hash_predictor import HashPredictor
+from sida_ext.progress import progress_bar
 from sida_ext.training import trainer as trainer_module
 from sida_ext.training.distill import train_predictor
 from sida_ext.training.split import TRAIN, VALIDATION, SplitPart
@@ -40,6 +41,8 @@ def test_what_a_run_will_take_is_said_after_its_first_steps(model, tmp_path, cap
         train_predictor(model, tokenizer, some_texts(300), tmp_path, QUICK, progress=False)
     said = [record.getMessage() for record in caplog.records if "a step" in record.getMessage()]
     assert len(said) == 1
+    ends = [record.getMessage() for record in caplog.records if "ended with" in record.getMessage()]
+    assert ends == ["training: ended with pass 3 of at most 3: all passes are done"]
     assert re.search(
         r"\d+ steps in a pass, at most 3 passes; \d+\.\d\d s a step: the end is at .*\(in \d+ s\)", said[0]
     )
@@ -50,8 +53,31 @@ def test_a_limit_of_time_says_how_many_steps_fit(trainer):
     steps = run.steps_per_epoch * QUICK.epochs
     assert f"{60 // 4} of {steps} steps fit in the time given" in run.plan(4.0)
     assert "fit" not in run.plan(0.01)
+    run.step = 5  # steps are counted from the run's first, as the progress bar counts them
+    assert f"{5 + 60 // 4} of {steps} steps fit in the time given" in run.plan(4.0)
+    run.step = 0
     assert "(in 2 min)" in trainer(QUICK).plan(100 / steps)
     assert re.search(r"\(in 2\.0 h\)", trainer(QUICK).plan(7200 / steps))
+
+
+def test_why_a_run_ended_is_said(trainer):
+    run = trainer(replace(QUICK, seconds=60.0, patience=2))
+    assert run._ended() is None
+    run.seconds = 60.5
+    assert run._ended() == "the time given, 60 s, is over"
+    run.step = 1  # within a pass
+    assert run._ended() is None
+    run.step, run.seconds = 0, 1.0
+    run.history = [{"validation_loss": loss} for loss in (2.0, 1.0, 1.1, 1.2)]
+    assert run._ended() == "held-out text has not improved for 2 passes"
+
+
+def test_a_bar_that_ends_early_is_full():
+    with progress_bar("training", 60) as bar:
+        bar.advance(5)
+        bar.finish()
+        (task,) = bar._progress.tasks
+        assert (task.completed, task.total) == (5, 5)
 
 
 def test_a_run_of_few_steps_does_not_spend_them_all_on_warming_up(trainer, monkeypatch):

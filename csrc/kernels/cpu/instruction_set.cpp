@@ -29,8 +29,7 @@ const Kernels* fast_of_avx2(const CpuFeatures&) {
   return avx2_bytes_kernels();
 }
 constexpr InstructionSet sets[] = {
-    // Not by default: it has run under emulation only, never on a CPU that has it.
-    {"amx", false, amx_kernels, lacks_for_amx, fast_of_amx, lacks_for_avx512_vnni, request_tile_registers},
+    {"amx", true, amx_kernels, lacks_for_amx, fast_of_amx, lacks_for_avx512_vnni, request_tile_registers},
     {"avx512", true, avx512_kernels, lacks_for_avx512, fast_of_avx512, lacks_for_avx512_vnni, nullptr},
     {"avx2", true, avx2_kernels, lacks_for_avx2, fast_of_avx2, lacks_nothing, nullptr},
     {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
@@ -55,19 +54,29 @@ std::string available(const CpuFeatures& cpu) {
   return text;
 }
 
+// What a set needs of the system is asked for here. One that was named and is refused is an error; one that was not named
+// is passed over, and `sida info` names what is in force.
+const InstructionSet& choose_and_request(const char* wanted) {
+  CpuFeatures cpu = detect_cpu();
+  const InstructionSet& best = choose_set(wanted, cpu);
+  if (best.request == nullptr) return best;
+  const std::string refused = best.request();
+  if (refused.empty()) return best;
+  if (wanted != nullptr && *wanted != '\0') {
+    fail(ErrorKind::invalid, "SIDA_CPU is '", best.name, "', but ", refused,
+         "; unset it or choose another of: ", available(cpu));
+  }
+  cpu.amx_tile = false;  // tile registers are all that any set asks for
+  return choose_set(wanted, cpu);
+}
+
 // What is in force in this process.
 struct InForce {
   const InstructionSet& set;
   std::string why_not_fast;
   const Kernels* fast = nullptr;
 
-  InForce() : set(choose_set(std::getenv("SIDA_CPU"), detect_cpu())) {
-    if (set.request != nullptr) {
-      if (const std::string refused = set.request(); !refused.empty()) {
-        fail(ErrorKind::invalid, "SIDA_CPU is '", set.name, "', but ", refused,
-             "; unset it or choose another of: ", available(detect_cpu()));
-      }
-    }
+  InForce() : set(choose_and_request(std::getenv("SIDA_CPU"))) {
     why_not_fast = lacks_for_fast(set, detect_cpu());
     if (why_not_fast.empty()) fast = set.fast(detect_cpu());
   }

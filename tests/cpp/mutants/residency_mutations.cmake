@@ -1,4 +1,4 @@
-# Bugs in a copy of residency.cpp: the simulator must find each.
+# Bugs in copies of residency.cpp and eviction.cpp: the simulator must find each.
 sida_mutants(residency)
 
 sida_mutation("a release is forgotten" experts/residency.cpp
@@ -57,6 +57,12 @@ sida_mutation("an evicted slot stays in the index" experts/residency.cpp
 sida_mutation("what is used again soonest comes in first" experts/residency.cpp
               [=[return next_use(a) > next_use(b);]=]
               [=[return next_use(a) < next_use(b);]=])
+sida_mutation("a use leaves no weight" experts/residency.cpp
+              [=[state.weight = clock_.used(layer, state.weight);]=] [=[]=])
+sida_mutation("layers run unseen" experts/residency.cpp
+              [=[clock_.run(layer, static_cast<double>(experts.size()) / options_.experts);]=] [=[]=])
+sida_mutation("what is expected soonest goes first" experts/eviction.cpp
+              [=[(wait < latest ||]=] [=[((MUTANT ? wait > latest : wait < latest) ||]=])
 sida_mutation("the clock stands still" experts/residency.cpp
               [=[state.last_use = ++tick_;]=] [=[state.last_use = tick_;]=])
 sida_mutation("an arrival is not told to the order of eviction" experts/residency.cpp
