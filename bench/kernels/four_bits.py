@@ -2,8 +2,10 @@
 
 Run it with ``python -m bench.kernels.four_bits``. For each number of tokens the types take turns, each call with fresh
 tokens and fresh uniform routing. Printed are the least and the median time, the median over the floor of bytes (those
-of the distinct experts at the read bandwidth, which is measured before and after) and over int8's median. Other work on
-the machine shows in medians first.
+of the distinct experts at the read bandwidth, which is measured before and after) and over int8's median, and the rate
+of floating-point operations of the median (two for each weight and token) over what fp32 multiply-adds in registers
+reach in the set in force. Other work on the machine shows in medians first. Switch-base: ``--plain --d-model 768
+--d-ff 3072 --top-k 1``.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Layer:
         self.slots = torch.arange(experts, dtype=torch.int32)
         self.activation = "gated-silu" if gated else "relu"
         parts = (self.wi, self.wo, self.wi_scale, self.wo_scale)
+        self.expert_operations = 2 * (3 if gated else 2) * d_model * d_ff
         self.expert_bytes = sum(part[0].numel() * part.element_size() for part in parts if part is not None)
 
     def __call__(self, x: Tensor, index: Tensor, gate: Tensor) -> float:
@@ -83,12 +86,13 @@ def main() -> None:
         for dtype in options.types
     }
     print(f"{_C.instruction_set()}, {threads} threads; a call of nothing: {fixed_cost() * 1e6:.1f} us")
-    print("| tokens | precision | weights | least ms | median ms | x bytes | x int8 |")
-    print("|---|---|---|---|---|---|---|")
+    print("| tokens | precision | weights | least ms | median ms | x bytes | x int8 | x fp32 rate |")
+    print("|---|---|---|---|---|---|---|---|")
     for tokens in options.tokens:
         for precision in options.precision:
             sida_ext.set_precision(precision)
             rates = [_C.measure_memory_bandwidth(threads, 1 << 28)]
+            fp32_rate = _C.measure_multiply_add_rate(threads)
             taken: dict[str, list[float]] = {dtype: [] for dtype in layers}
             distinct: list[int] = []
             until = time.perf_counter() + options.seconds
@@ -103,9 +107,10 @@ def main() -> None:
                 median = statistics.median(taken[dtype])
                 floor = statistics.mean(distinct) * layer.expert_bytes / max(rates)
                 to_int8 = f"{median / statistics.median(taken['int8']):.2f}" if "int8" in taken else ""
+                operations = tokens * options.top_k * layer.expert_operations
                 print(
                     f"| {tokens} | {precision} | {dtype} | {min(taken[dtype]) * 1e3:.3f} | {median * 1e3:.3f} | "
-                    f"{median / floor:.2f} | {to_int8} |",
+                    f"{median / floor:.2f} | {to_int8} | {operations / median / fp32_rate:.2f} |",
                     flush=True,
                 )
     sida_ext.set_precision("exact")

@@ -8,6 +8,7 @@ Routers, norms, embeddings and small matrices stay as transformers has them.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -66,10 +67,35 @@ class Matrix:
     @classmethod
     def of(cls, weight: Tensor, dtype: str) -> Matrix:
         """``weight`` [rows, columns] rounded to ``dtype``, in memory of its own."""
-        if is_quantised(dtype):
-            found = quantise(weight, dtype)
-            return cls(found.values, found.scale, found.columns)
-        return cls(weight.detach().to(torch.bfloat16, copy=True).contiguous(), None, weight.shape[1])
+        return cls.empty(weight.shape, dtype).filled(weight)
+
+    @classmethod
+    def empty(cls, shape: torch.Size, dtype: str) -> Matrix:
+        """Memory for a weight of that shape, not touched yet."""
+        rows, columns = shape
+
+        def place(kind: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=kind, device="cpu")
+
+        groups = -(-columns // GROUP)
+        if dtype == "bfloat16":
+            return cls(place(torch.bfloat16, rows, columns), None, columns)
+        if dtype == "int8":
+            return cls(place(torch.int8, rows, columns), place(torch.float32, rows), columns)
+        return cls(place(torch.uint8, rows, groups * GROUP // 2), place(torch.float16, rows, groups), columns)
+
+    def filled(self, weight: Tensor) -> Matrix:
+        """The same memory, with ``weight`` rounded to its type in it."""
+        with torch.no_grad():
+            if self.scale is None:
+                self.values.copy_(weight)
+            else:
+                dtype = self.dtype
+                assert is_quantised(dtype)  # for the type checker: it has factors
+                found = quantise(weight.detach(), dtype)
+                self.values.copy_(found.values)
+                self.scale.copy_(found.scale)
+        return self
 
     def dequantise(self) -> Tensor:
         """float32 [rows, columns], exactly what the kernels multiply with."""
@@ -177,7 +203,7 @@ class _ArrivingLinear(nn.Linear):
     """An ``nn.Linear`` without data, until transformers sets its weight: then it is a :class:`DenseLinear`."""
 
     path: str
-    dense_dtype: str
+    place: Matrix
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -188,7 +214,16 @@ class _ArrivingLinear(nn.Linear):
             and not value.is_meta
             and getattr(value, "_is_hf_initialized", False)
         ):
-            _become(self, _rounded(self, value, self.dense_dtype))
+            _become(self, _rounded(self, value, self.place))
+            _give_back()
+
+
+def _give_back() -> None:
+    """Give freed pages back to the system where the C library can be asked to (glibc): small parameters between the
+    wide weights that come and go would keep holes of their size."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _TiedLinear(_ArrivingLinear):
@@ -204,9 +239,9 @@ def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> NoRet
     )
 
 
-def _rounded(module: nn.Linear, weight: Tensor, dtype: str) -> Matrix:
+def _rounded(module: nn.Linear, weight: Tensor, place: Matrix) -> Matrix:
     try:
-        return Matrix.of(weight, dtype)
+        return place.filled(weight)
     except ValueError as error:
         raise ValueError(f"{module.path}: {error}") from error
 
@@ -214,7 +249,7 @@ def _rounded(module: nn.Linear, weight: Tensor, dtype: str) -> Matrix:
 def _become(module: nn.Linear, matrix: Matrix) -> None:
     """Let the module compute from ``matrix``; its parameter ``weight`` goes."""
     dtype = module._parameters.pop("weight").dtype  # type: ignore[union-attr]
-    module.__dict__.pop("dense_dtype", None)
+    module.__dict__.pop("place", None)
     module.__class__ = DenseLinear
     swapped = cast(DenseLinear, module)
     swapped.__dict__["weight"] = StoredWeight(matrix, dtype, swapped.path)
@@ -270,7 +305,8 @@ def expect_dense(model: nn.Module, layers: dict[str, nn.Module], dtype: str) -> 
     names = {*tied, *tied.values()}
     found, others = dense_linears(model, layers)
     for path, module in found.items():
-        module.path, module.dense_dtype = path, dtype  # type: ignore[assignment]
+        # Before anything is read: what comes and goes while weights are rounded then leaves no holes between them.
+        module.path, module.place = path, Matrix.empty(module.weight.shape, dtype)  # type: ignore[assignment]
         module.__class__ = _TiedLinear if f"{path}.weight" in names else _ArrivingLinear
     _say_others(others, dtype)
 
@@ -291,7 +327,8 @@ def finish_dense(model: nn.Module, layers: dict[str, nn.Module], dtype: str) -> 
     for path, module in waiting.items():
         module.path = path
         if id(module.weight) not in made:
-            made[id(module.weight)] = _rounded(module, module.weight, dtype)
+            place = module.__dict__.get("place") or Matrix.empty(module.weight.shape, dtype)
+            made[id(module.weight)] = _rounded(module, module.weight, place)
     for path, module in waiting.items():
         matrix = made[id(module.weight)]
         if (owner := owners.get(id(module.weight))) is not None:

@@ -55,7 +55,7 @@ foreach(set scalar avx2 avx512 amx neon)
   sida_kernel_test(kernels_math_${set} math SIDA_CPU=${set})
   sida_quick(test_kernels_math kernels_math_${set})
 endforeach()
-foreach(set avx512 amx)
+foreach(set avx2 avx512 amx neon)
   sida_moe_ffn_test(kernels_moe_ffn_${set}_fast SIDA_CPU=${set} SIDA_TEST_PRECISION=fast)
 endforeach()
 if(SIDA_SANITIZE STREQUAL "")  # kernels_bf16_emulated goes through the same code in a tenth of the time

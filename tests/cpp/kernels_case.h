@@ -430,70 +430,93 @@ struct Call {
     return shape.w_dtype == DType::i8 ? value * element(scale.data(), DType::f32, slot * rows + row) : value;
   }
 
+  // How far a dot product of `weights` with values that are off by at most `off` may be from that of exact values.
+  // Sums: 1e-5 of the magnitudes. Rounding a value to bfloat16 moves it by 2^-8 of its size, to 8 bits by half a step,
+  // of which a group's largest value has 127 (kernel_bytes.h).
+  double allowed_error(const std::vector<double>& weights, const std::vector<double>& values,
+                       const std::vector<double>& off) const {
+    const auto width = static_cast<int64_t>(values.size());
+    const int terms = kernels_under_test().panel_form(DType::f32, shape.w_dtype, width).terms;
+    double error = 0.0;
+    for (int64_t first = 0; first < width; first += group_columns) {
+      const int64_t end = std::min(first + group_columns, width);
+      double largest = 0.0;
+      for (int64_t k = first; k < end; ++k) largest = std::max(largest, std::fabs(values[k]) + off[k]);
+      for (int64_t k = first; k < end; ++k) {
+        const double size = std::fabs(values[k]) + off[k];
+        const double rounding = terms == cpu::quantised_terms ? largest / 254 * (1 + 0x1p-14) + 0x1p-119
+                                : terms == 1                  ? size * 0x1p-8
+                                                              : 0.0;
+        error += std::fabs(weights[k]) * (off[k] + rounding + 1e-5 * (size + rounding));
+      }
+    }
+    return error;
+  }
+
   // The float64 result of every output element and how far a correct kernel may be from it.
   void reference(std::vector<double>& expected, std::vector<double>& allowed) const {
     const Shape& s = shape;
     expected.assign(s.tokens * s.d_model, 0.0);
     allowed.assign(s.tokens * s.d_model, 0.0);
     const int64_t wi_rows = s.gated ? 2 * s.d_ff : s.d_ff;
-    // Of a dot product, relative to the sum of the magnitudes of its products. Rounding a factor to bfloat16 moves it
-    // by 2^-8 of its size at most.
-    const double rounding = set_under_test().rounds && s.w_dtype == DType::bf16 ? 0x1p-8 : 0.0;
-    const double relative = 1e-5 + rounding;
+    const bool rounds = kernels_under_test().panel_form(DType::f32, s.w_dtype, s.d_model).terms != 0;
+    const std::vector<double> exact(s.d_model, 0.0);
     for (int64_t t = 0; t < s.tokens; ++t) {
+      std::vector<double> token(s.d_model);
+      for (int64_t d = 0; d < s.d_model; ++d) token[d] = element(x.data(), s.x_dtype, t * x_stride + d);
       for (int64_t k = 0; k < s.top_k; ++k) {
         const int32_t expert = expert_index[t * s.top_k + k];
         if (expert < 0 || slot_of_expert[expert] < 0) continue;
         const int64_t slot = slot_of_expert[expert];
-        std::vector<double> h(s.d_ff), h_error(s.d_ff);
+        std::vector<double> h(s.d_ff), h_error(s.d_ff), weights(s.d_model);
         for (int64_t f = 0; f < s.d_ff; ++f) {
-          const auto product = [&](int64_t row, double& magnitude) {
+          const auto product = [&](int64_t row, double& error) {
             double sum = 0.0;
-            magnitude = 0.0;
             for (int64_t d = 0; d < s.d_model; ++d) {
-              const double p = weight(wi, wi_scale, slot, wi_slot, wi_row, wi_rows, row, d) *
-                               element(x.data(), s.x_dtype, t * x_stride + d);
-              sum += p;
-              magnitude += std::fabs(p);
+              weights[d] = weight(wi, wi_scale, slot, wi_slot, wi_row, wi_rows, row, d);
+              sum += weights[d] * token[d];
             }
+            error = allowed_error(weights, token, exact);
             if (s.biased) {
               const double bias = element(wi_bias.data(), DType::f32, slot * wi_rows + row);
               sum += bias;
-              magnitude += std::fabs(bias);
+              error += 1e-5 * std::fabs(bias);
             }
             return sum;
           };
-          double magnitude, up_magnitude = 0.0;
-          const double z = product(f, magnitude), error = relative * magnitude;
+          double error, up_error = 0.0;
+          const double z = product(f, error);
           const double a = reference_activation(s.activation, z);
           h[f] = a;
           // An activation may turn within a wide interval: its ends alone do not bound it.
-          for (int step = rounding > 0.0 ? -8 : -1; step <= (rounding > 0.0 ? 8 : 1); ++step) {
-            const double moved = z + error * step / (rounding > 0.0 ? 8 : 1);
-            h_error[f] = std::max(h_error[f], std::fabs(reference_activation(s.activation, moved) - a));
+          const int steps = rounds ? 8 : 1;
+          for (int step = -steps; step <= steps; ++step) {
+            const double moved = reference_activation(s.activation, z + error * step / steps);
+            h_error[f] = std::max(h_error[f], std::fabs(moved - a));
           }
+          if (rounds) h_error[f] *= 1.01;
           if (s.gated) {
-            const double up = reference_up(s.activation, product(s.d_ff + f, up_magnitude));
+            const double up = reference_up(s.activation, product(s.d_ff + f, up_error));
             h[f] = a * up;
-            h_error[f] = h_error[f] * std::fabs(up) + (std::fabs(a) + h_error[f] * rounding) * relative * up_magnitude;
+            h_error[f] = h_error[f] * (std::fabs(up) + (rounds ? up_error : 0.0)) + std::fabs(a) * up_error;
           }
         }
         const double g = gate[t * s.top_k + k];
+        weights.resize(s.d_ff);
         for (int64_t d = 0; d < s.d_model; ++d) {
-          double sum = 0.0, magnitude = 0.0, carried = 0.0;
+          double sum = 0.0;
           for (int64_t f = 0; f < s.d_ff; ++f) {
-            const double w = weight(wo, wo_scale, slot, wo_slot, wo_row, s.d_model, d, f);
-            sum += w * h[f];
-            magnitude += std::fabs(w * h[f]);
-            carried += std::fabs(w) * h_error[f] * (1.0 + rounding);
+            weights[f] = weight(wo, wo_scale, slot, wo_slot, wo_row, s.d_model, d, f);
+            sum += weights[f] * h[f];
           }
+          double error = allowed_error(weights, h, h_error);
           if (s.biased) {
             const double bias = element(wo_bias.data(), DType::f32, slot * s.d_model + d);
             sum += bias;
-            magnitude += std::fabs(bias);
+            error += 1e-5 * std::fabs(bias);
           }
           expected[t * s.d_model + d] += g * sum;
-          allowed[t * s.d_model + d] += std::fabs(g) * (relative * magnitude + carried);
+          allowed[t * s.d_model + d] += std::fabs(g) * error;
         }
       }
     }

@@ -3,6 +3,7 @@
 #include "bf16_case.h"
 #include "emulated/simd_wide_dot.h"
 #include "kernels/cpu/bf16_terms.h"
+#include "kernels/cpu/cpu_features.h"
 
 using namespace sida;
 using namespace sida::test;
@@ -257,9 +258,17 @@ int main(int argc, char** argv) {
       is_hardware = true;
       const std::string set = cpu::instruction_set();
       tables = {};
-      if (set == "amx") tables = {&cpu::kernels(), nullptr, nullptr};
-      cpu::set_precision(cpu::Precision::fast);
-      (set == "amx" ? tables.amx_fast : tables.dot) = &cpu::kernels();
+      if (set == "amx") {
+        tables = {&cpu::kernels(), nullptr, nullptr};
+        cpu::set_precision(cpu::Precision::fast);
+        tables.amx_fast = &cpu::kernels();
+      } else {
+        const std::string lacks = cpu::lacks_for_avx512_bf16(cpu::detect_cpu());
+        if (!lacks.empty()) fail(ErrorKind::invalid, "this machine lacks ", lacks);
+#if defined(__x86_64__)
+        tables.dot = cpu::avx512_bf16_kernels();  // also on CPUs where it is not what "fast" takes
+#endif
+      }
       std::cout << "instruction set: " << set << std::endl;
     } catch (const Error& error) {
       std::cout << "skipped: " << error.what() << std::endl;

@@ -24,7 +24,7 @@ CpuFeatures avx512_cpu() {
 
 CpuFeatures amx_cpu() {
   CpuFeatures cpu = avx512_cpu();
-  cpu.avx512_bf16 = cpu.amx_tile = cpu.amx_bf16 = true;
+  cpu.avx512_vnni = cpu.avx512_bf16 = cpu.amx_tile = cpu.amx_bf16 = true;
   cpu.tiles = 8;
   cpu.tile_rows = 16;
   cpu.tile_row_bytes = 64;
@@ -87,9 +87,17 @@ SIDA_TEST(fast_is_where_its_instruction_is) {
   };
   CHECK_EQ(lacks("amx", amx_cpu()), "");
   CHECK_EQ(lacks("avx512", amx_cpu()), "");
-  CHECK_EQ(lacks("avx512", avx512_cpu()), "AVX512_BF16");
-  CHECK_EQ(lacks("avx2", amx_cpu()), "an instruction that rounds activations");
-  CHECK_EQ(lacks("scalar", amx_cpu()), "an instruction that rounds activations");
+  CHECK_EQ(lacks("avx512", avx512_cpu()), "AVX512_VNNI");
+  CHECK_EQ(lacks("avx2", avx2_cpu()), "");
+  CHECK_EQ(lacks("scalar", amx_cpu()), "kernels that round activations");
+  CpuFeatures zen4 = avx512_cpu();
+  zen4.avx512_vnni = true;
+  const auto fast = [](const CpuFeatures& cpu) { return choose_set("avx512", cpu).fast(cpu); };
+  CHECK(fast(zen4) == avx512_vnni_kernels());
+  zen4.avx512_bf16 = true;
+  CHECK(fast(zen4) == avx512_bf16_kernels());
+  CHECK(fast(amx_cpu()) == avx512_vnni_kernels());
+  CHECK(choose_set("amx", amx_cpu()).fast(amx_cpu()) == amx_fast_kernels());
 }
 
 SIDA_TEST(detection_agrees_with_the_compiler) {

@@ -20,7 +20,9 @@ UNITS = {
     "scalar": (["scalar_kernels"], r"mulps", r"mulps xmm\d+,", "Simd, (sida::DType)0", 12),
     "avx2": (["avx2_kernels"], r"vfmadd", r"vfmadd231ps ymm\d+,ymm\d+,ymm\d+$", "Tile<", 150),
     "avx512": (["avx512_kernels"], r"vfmadd", r"vfmadd231ps zmm\d+,zmm\d+,zmm\d+$", "Tile<", 100),
-    "avx512_bf16": (["avx512_fast_kernels"], r"vdpbf16ps", r"vdpbf16ps zmm\d+,zmm\d+,zmm\d+$", "Tile<", 25),
+    # Unfolded weights only: where they unfold in the loop, AVX-512 has all registers full.
+    "avx512_vnni": (["avx512_vnni_kernels"], r"vpdpbusd", r"vpdpbusd zmm\d+,zmm\d+,DWORD BCST", ", true>", 20),
+    "avx512_bf16": (["avx512_bf16_kernels"], r"vdpbf16ps", r"vdpbf16ps zmm\d+,zmm\d+,zmm\d+$", "Tile<", 25),
     "amx": (["amx_kernels", "amx_fast_kernels"], r"tdpbf16ps", r"tdpbf16ps tmm[0-3],tmm[45],tmm[67]$", "multiply<", 16),
 }
 

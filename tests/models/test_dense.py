@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Qwen3MoeConfig,
+    StaticCache,
     SwitchTransformersForConditionalGeneration,
 )
 
@@ -115,6 +116,20 @@ def test_every_family(small, family, tmp_path):
     asked = {id(router.router) for router in routers.values()}
     within = [path for path, module in model.named_modules() if id(module) in asked]
     assert not [path for path in linears(served) if any(path == r or path.startswith(f"{r}.") for r in within)]
+
+
+@pytest.mark.parametrize("family", ["zaya", "afmoe", "gemma4", "hunyuan_v1_moe"])
+def test_routers_stay_wherever_they_are(small, family):
+    """Plain linears below a router, and of a layer that has no block."""
+    model = tiny_model(family)[1].float().eval()
+    _, routers, _ = find_routers(model, family_of(model).layers(model))
+    within = {id(part) for router in routers.values() for part in router.router.modules()}
+    names = {path for path, module in model.named_modules() if id(module) in within}
+    assert any(type(model.get_submodule(path)) is nn.Linear for path in names)
+    served = swapped(model, "int8")
+    with served.sida:
+        assert linears(served)
+        assert not names & set(linears(served))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -368,6 +383,21 @@ def test_a_cpu_that_is_slow_at_bfloat16_is_spared_it(small, tmp_path, monkeypatc
             torch.testing.assert_close(served(input_ids=IDS).logits, own(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_compiled_in_one_graph(small):
+    """A decode step with a cache of fixed size, the same function."""
+    served = swapped(tiny_causal("qwen3_moe", torch.float32, num_hidden_layers=1), "int4")
+    with served.sida, torch.no_grad():
+        token, position = IDS[:1, :1], torch.tensor([[9]])
+
+        def step(forward):
+            cache = StaticCache(config=served.config, max_cache_len=16)
+            served(input_ids=IDS[:1], cache=cache, use_cache=True)
+            return forward(input_ids=token, cache=cache, use_cache=True, position_ids=position).logits
+
+        compiled = torch.compile(served.forward, dynamic=False, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(step(compiled), step(served.forward), atol=1e-4, rtol=1e-4)
+
+
 def test_router_lookahead_beside_it(small):
     """The routers are where they were, are asked, and change no bit."""
     model = tiny_causal(dtype=torch.float32)
@@ -400,8 +430,12 @@ import sys, threading
 import torch
 import sida_ext
 from bench.engine.pack_memory import anonymous_bytes
-arguments = dict(expert_memory="100%", store_cache=sys.argv[1] + "/store", populate=False)
-sida_ext.from_pretrained(sys.argv[1], **arguments, dense_dtype="int4", dtype=torch.bfloat16).sida.close()  # packs
+from tests.support.tiny_models import tiny_causal
+tiny_causal("qwen3_moe").save_pretrained(sys.argv[1] + "/tiny")  # what a first load imports is no weight
+sida_ext.from_pretrained(sys.argv[1] + "/tiny", store_cache=sys.argv[1], dense_dtype="int8").sida.close()
+store = sys.argv[1] + "/experts.sida"
+sida_ext.pack(sys.argv[1], store)
+arguments = dict(expert_memory="100%", store=store, populate=False)
 before = peak = anonymous_bytes()
 done = threading.Event()
 def watch():
@@ -410,7 +444,7 @@ def watch():
         peak = max(peak, anonymous_bytes())
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = sida_ext.from_pretrained(sys.argv[1], **arguments, dense_dtype="int4", dtype=torch.bfloat16)
+model = sida_ext.from_pretrained(sys.argv[1], **arguments, dense_dtype="int8", dtype=torch.bfloat16)
 done.set()
 watcher.join()
 stored = sum(m.matrix.bytes for m in model.modules() if hasattr(m, "matrix"))
@@ -419,13 +453,12 @@ print(peak - before, stored)
 
 
 def test_the_whole_is_never_in_memory_in_a_wider_type(tmp_path):
-    """float32 files, asked for as bfloat16, kept as int4: 240, 120 and 34 MiB."""
+    """float32 files, asked for as bfloat16, kept as int8: 240, 120 and 60 MiB."""
     dense_checkpoint(tmp_path)
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     peak, stored = map(int, run.stdout.split())
-    largest = 2048 * D_MODEL * 4
-    assert stored >= 30 << 20
-    # One matrix on its way, as the file has it, in the model's type and in pieces on its way to int4.
-    assert peak <= stored + 3 * largest + (16 << 20)
+    assert stored >= 60 << 20
+    # Some matrices on their way, of 8 MiB in float32, and what the C library has not given back yet.
+    assert peak <= stored + (80 << 20)

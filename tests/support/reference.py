@@ -95,6 +95,30 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     assert worst <= 0, f"largest error beyond the bound: {worst:g}; largest error {error.max().item():g}"
 
 
+def fast_error(weights: Tensor, values: Tensor, off: Tensor, stored: torch.dtype | str) -> Tensor:
+    """How far ``set_precision``'s docstring lets ``weights @ values`` be from exact under ``"fast"``.
+
+    Args:
+        weights: float64 ``[rows, columns]``, scales included.
+        values: float64 ``[columns]``, true values of the activations.
+        off: float64 ``[columns]``, how far the activations that are multiplied may be from ``values`` already.
+        stored: the dtype or the format of the weights.
+    """
+    columns = values.shape[0]
+    size = values.abs() + off
+    if stored == torch.bfloat16:
+        rounding, sums, lost = 2**-8 * size, columns + 2, 2.0**-126 * (weights.abs().sum(1) + size.sum() + 4 * columns)
+    elif stored in ("int8", torch.int8, "int4", "mxfp4"):
+        groups = -(-columns // 32)
+        padded = torch.nn.functional.pad(size, (0, groups * 32 - columns)).view(groups, 32)
+        largest = padded.amax(1).repeat_interleave(32)[:columns]
+        rounding, sums = largest / 254 * (1 + 2**-14), groups + 4
+        lost = 2.0**-119 * weights.abs().sum(1) + 2.0**-133 * groups
+    else:
+        raise ValueError(f"stored is {stored!r}, whose activations are not rounded")
+    return weights.abs() @ (off + rounding + sums * 2.0**-24 * (size + rounding)) + lost
+
+
 def small_config(**changes: object) -> SwitchTransformersConfig:
     """A Switch configuration that runs in milliseconds."""
     fields: dict = {

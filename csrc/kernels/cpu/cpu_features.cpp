@@ -8,6 +8,9 @@
 
 #include <cerrno>
 #include <cstring>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace sida::cpu {
@@ -63,6 +66,13 @@ std::string lacks_for_avx512_bf16(const CpuFeatures& cpu) {
   return missing.take();
 }
 
+std::string lacks_for_avx512_vnni(const CpuFeatures& cpu) {
+  Missing missing;
+  missing.want(lacks_for_avx512(cpu));
+  missing.want(cpu.avx512_vnni, "AVX512_VNNI");
+  return missing.take();
+}
+
 std::string lacks_for_amx(const CpuFeatures& cpu) {
   Missing missing;
   missing.want(lacks_for_avx512(cpu));
@@ -70,6 +80,12 @@ std::string lacks_for_amx(const CpuFeatures& cpu) {
   missing.want(cpu.amx_bf16, "AMX-BF16");
   missing.want(cpu.tiles >= 8 && cpu.tile_rows >= 16 && cpu.tile_row_bytes >= 64, "eight tiles of 16 rows of 64 bytes");
   missing.want((cpu.saved_state & tile_state) == tile_state, "an operating system that saves tile registers");
+  return missing.take();
+}
+
+std::string lacks_for_neon_dot(const CpuFeatures& cpu) {
+  Missing missing;
+  missing.want(cpu.neon_dot, "the dot products of Armv8.2 (asimddp)");
   return missing.take();
 }
 
@@ -94,6 +110,7 @@ CpuFeatures detect_cpu() {
   cpu.avx512dq = bit(b, 17);
   cpu.avx512bw = bit(b, 30);
   cpu.avx512vl = bit(b, 31);
+  cpu.avx512_vnni = bit(c, 11);
   cpu.amx_bf16 = bit(d, 22);
   cpu.amx_tile = bit(d, 24);
   if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) cpu.avx512_bf16 = bit(a, 5);
@@ -116,7 +133,11 @@ std::string request_tile_registers() {
 #else
 
 CpuFeatures detect_cpu() {
-  return {};
+  CpuFeatures cpu;
+#if defined(__aarch64__)
+  cpu.neon_dot = (::getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#endif
+  return cpu;
 }
 
 std::string request_tile_registers() {

@@ -18,15 +18,29 @@ constexpr std::array<std::string_view, 5> known_names{"scalar", "avx2", "avx512"
 
 #if defined(__x86_64__)
 constexpr const char* architecture = "x86-64";
+const Kernels* fast_of_amx(const CpuFeatures&) {
+  return amx_fast_kernels();
+}
+// CPUs with AMX start one VDPBF16PS a cycle and two FMAs: there pairs of bfloat16 take longer than widened weights.
+const Kernels* fast_of_avx512(const CpuFeatures& cpu) {
+  return lacks_for_avx512_bf16(cpu).empty() && !cpu.amx_bf16 ? avx512_bf16_kernels() : avx512_vnni_kernels();
+}
+const Kernels* fast_of_avx2(const CpuFeatures&) {
+  return avx2_bytes_kernels();
+}
 constexpr InstructionSet sets[] = {
-    {"amx", true, amx_kernels, lacks_for_amx, amx_fast_kernels, lacks_nothing, request_tile_registers},
-    {"avx512", true, avx512_kernels, lacks_for_avx512, avx512_fast_kernels, lacks_for_avx512_bf16, nullptr},
-    {"avx2", true, avx2_kernels, lacks_for_avx2, nullptr, nullptr, nullptr},
+    {"amx", true, amx_kernels, lacks_for_amx, fast_of_amx, lacks_for_avx512_vnni, request_tile_registers},
+    {"avx512", true, avx512_kernels, lacks_for_avx512, fast_of_avx512, lacks_for_avx512_vnni, nullptr},
+    {"avx2", true, avx2_kernels, lacks_for_avx2, fast_of_avx2, lacks_nothing, nullptr},
     {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #elif defined(__aarch64__)
 constexpr const char* architecture = "AArch64";
-constexpr InstructionSet sets[] = {{"neon", true, neon_kernels, lacks_nothing, nullptr, nullptr, nullptr},
-                                   {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
+const Kernels* fast_of_neon(const CpuFeatures&) {
+  return neon_dot_kernels();
+}
+constexpr InstructionSet sets[] = {
+    {"neon", true, neon_kernels, lacks_nothing, fast_of_neon, lacks_for_neon_dot, nullptr},
+    {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #else
 constexpr const char* architecture = "this architecture";
 constexpr InstructionSet sets[] = {{"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
@@ -60,9 +74,11 @@ const InstructionSet& choose_and_request(const char* wanted) {
 struct InForce {
   const InstructionSet& set;
   std::string why_not_fast;
+  const Kernels* fast = nullptr;
 
   InForce() : set(choose_and_request(std::getenv("SIDA_CPU"))) {
     why_not_fast = lacks_for_fast(set, detect_cpu());
+    if (why_not_fast.empty()) fast = set.fast(detect_cpu());
   }
 };
 
@@ -81,7 +97,7 @@ std::span<const InstructionSet> built_sets() {
 }
 
 std::string lacks_for_fast(const InstructionSet& set, const CpuFeatures& cpu) {
-  if (set.fast == nullptr) return "an instruction that rounds activations";
+  if (set.fast == nullptr) return "kernels that round activations";
   return set.lacks_for_fast(cpu);
 }
 
@@ -105,8 +121,8 @@ const InstructionSet& choose_set(const char* wanted, const CpuFeatures& cpu) {
 }
 
 const Kernels& kernels() {
-  const InstructionSet& set = in_force().set;
-  return current_precision.load(std::memory_order_relaxed) == Precision::fast ? *set.fast() : *set.exact();
+  const InForce& now = in_force();
+  return current_precision.load(std::memory_order_relaxed) == Precision::fast ? *now.fast : *now.set.exact();
 }
 
 const char* instruction_set() {

@@ -16,8 +16,8 @@ struct InstructionSet {
   bool by_default;
   const Kernels* (*exact)();
   std::string (*lacks)(const CpuFeatures&);
-  // What set_precision("fast") computes with; null: the set has no instruction that rounds activations.
-  const Kernels* (*fast)();
+  // What set_precision("fast") computes with on this CPU; null: the set has no kernels that round activations.
+  const Kernels* (*fast)(const CpuFeatures&);
   std::string (*lacks_for_fast)(const CpuFeatures&);
   // Asks the operating system for what it gives only when asked: empty, or why not. Null: nothing to ask for.
   std::string (*request)();

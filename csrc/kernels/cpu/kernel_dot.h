@@ -39,17 +39,17 @@ struct DotKernels {
   }
 
   static void pack(const Pack& args) {
-    if (args.panel.terms == 0) return base()->pack(args);
+    if (args.panel.terms <= 0) return base()->pack(args);
     Set::gather(args, Cut(args.panel.tokens), into_panel(args.panel));
   }
 
   static void activate(const Activate& args) {
-    if (args.h.terms == 0) return base()->activate(args);
+    if (args.h.terms <= 0) return base()->activate(args);
     Set::activate_into(args, Cut(args.h.tokens), into_panel(args.h));
   }
 
   static void project(const Project& args) {
-    if (args.x.terms == 0) return base()->project(args);
+    if (args.x.terms <= 0) return base()->project(args);
     Project words = args;
     words.x.width = args.x.width / 2;
     Set::template project_typed<DType::f32>(words);

@@ -18,13 +18,17 @@ namespace sida::cpu {
 // at float first_token(i) * padded k. Columns past k are zero (int4, mxfp4: up to a multiple of 32). Within a group of
 // 2 * lanes elements the order is that in which the weights unfold: natural, or for bfloat16, int4 and mxfp4 even
 // elements first (see kernel_tile.h). Kernels that multiply bfloat16 by bfloat16 hold the tokens in panels of their own
-// form (kernel_amx.h, kernel_dot.h).
+// form (kernel_amx.h, kernel_dot.h), and so do those that multiply bytes (kernel_bytes.h).
 struct Panel {
   float* data;
   int64_t tokens, width;
   int64_t padded_width;  // floats of memory for each token
-  int terms;             // 0: fp32; else the bfloat16 terms that each value is the sum of (bf16_terms.h)
+  // 0: fp32; above: the bfloat16 terms that each value is the sum of (bf16_terms.h); quantised_terms: 8-bit integers
+  // and scales (kernel_bytes.h)
+  int terms;
 };
+
+inline constexpr int quantised_terms = -1;
 
 struct PanelForm {
   int64_t padded_width;
@@ -97,11 +101,14 @@ struct Kernels {
 
 const Kernels* scalar_kernels() noexcept;
 const Kernels* avx2_kernels() noexcept;
+const Kernels* avx2_bytes_kernels() noexcept;
 const Kernels* avx512_kernels() noexcept;
-const Kernels* avx512_fast_kernels() noexcept;
+const Kernels* avx512_vnni_kernels() noexcept;
+const Kernels* avx512_bf16_kernels() noexcept;
 const Kernels* amx_kernels() noexcept;
 const Kernels* amx_fast_kernels() noexcept;
 const Kernels* neon_kernels() noexcept;
+const Kernels* neon_dot_kernels() noexcept;
 
 // The table of the instruction set and the precision in force; see moe_ffn.h.
 const Kernels& kernels();

@@ -1,4 +1,4 @@
-// bfloat16 weights through AMX, everything else as on AVX-512.
+// bfloat16 weights through AMX, everything else as on AVX-512, where activations may be rounded with AVX512_VNNI.
 #include "kernels/cpu/simd_avx512.h"
 
 #include "kernels/cpu/amx_tiles.h"
@@ -12,7 +12,7 @@ const Kernels* amx_kernels() noexcept {
 }
 
 const Kernels* amx_fast_kernels() noexcept {
-  static const Kernels table = AmxKernels<Simd, AmxTiles, avx512_kernels, true>::make("amx");
+  static const Kernels table = AmxKernels<Simd, AmxTiles, avx512_vnni_kernels, true>::make("amx");
   return &table;
 }
 

@@ -115,6 +115,8 @@ static inline uint16_t narrow_f16(float value) {
 
 // The values of e2m1, twice over: integers.
 static constexpr int8_t doubled_e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// The same and 12: unsigned.
+alignas(16) static constexpr int8_t raised_e2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 // The values of 4-bit integers in two's complement.
 static constexpr int8_t signed_nibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
@@ -134,6 +136,16 @@ template <class S, DType dtype>
     weight[2 * pair] = even * unit;
     weight[2 * pair + 1] = odd * unit;
   }
+}
+
+// 2^(e - 128) where e is byte `byte` of each lane; NaN for 255.
+template <class S, int byte>
+[[gnu::always_inline]] static inline typename S::F half_powers_of_two(typename S::Types::U bytes) {
+  using U = typename S::Types::U;
+  const U exponent = (byte < 3 ? bytes << (byte < 3 ? 23 - 8 * byte : 0) : bytes >> 1) & 0x7f800000u;
+  const U lowest = U{} + 0x00400000u;  // 2^-127, which has no exponent of its own
+  const auto half = bits_as<typename S::F>(exponent > lowest ? exponent : lowest) * 0.5f;
+  return S::fma(half, typename S::F{}, half);  // an infinity becomes NaN
 }
 
 template <class S>
