@@ -3,8 +3,8 @@
     python -m bench.causal.eviction [--json FILE]
 
 Routing of the bundled language model: held-out passages of two domains as prompts of 256 and of 32 tokens, and tokens
-written after them, sampled; and drawn routing, whose popular experts change every 60 steps, or never. The engine's own Residency
-runs it (copies take no time), beside OPT, which knows the whole future.
+written after them, sampled; and drawn routing, whose popular experts change every 60 steps, or never. The engine's own
+Residency runs it (copies take no time), beside OPT, which knows the whole future.
 """
 
 from __future__ import annotations

@@ -96,13 +96,14 @@ std::vector<double> measure_moe_ffn(int64_t d_model, int64_t d_ff, const std::st
   const int64_t wi_rows = known->gated ? 2 * d_ff : d_ff;
   const bool grouped = dtype == "int4" || dtype == "mxfp4";
   const ScalarType type = grouped ? ScalarType::Byte : dtype == "int8" ? ScalarType::Char : torch_dtype(dtype);
-  const int64_t packed = grouped ? 2 : 1;  // weights in an element
-  const int64_t expert_bytes = std::max<int64_t>(1, (wi_rows + d_ff) * d_model * bytes_of(type) / packed);
+  // Elements in a row: 4-bit weights lie in pairs, in whole groups of 32.
+  const auto columns = [&](int64_t weights) { return grouped ? (weights + 31) / 32 * 16 : weights; };
+  const int64_t expert_bytes = (wi_rows * columns(d_model) + d_model * columns(d_ff)) * bytes_of(type);
   const int64_t slots = std::max(experts, (walked_bytes + expert_bytes - 1) / expert_bytes / experts * experts);
   const Tensor x =
       filled({experts * tokens, d_model}, type == ScalarType::Float ? ScalarType::Float : ScalarType::BFloat16);
-  const Tensor wi = filled({slots, wi_rows, d_model / packed}, type);
-  const Tensor wo = filled({slots, d_model, d_ff / packed}, type);
+  const Tensor wi = filled({slots, wi_rows, columns(d_model)}, type);
+  const Tensor wo = filled({slots, d_model, columns(d_ff)}, type);
   std::optional<Tensor> wi_scale, wo_scale;
   if (grouped) {
     const ScalarType scales = dtype == "int4" ? ScalarType::Half : ScalarType::Byte;

@@ -76,7 +76,7 @@ class EvictionOrder {
   const LayerClock& clock_;
   std::vector<std::set<Unannounced>> unannounced_;  // by layer; with next_use
   int64_t unannounced_count_ = 0;
-  std::set<Rank> order_;  // the others
+  std::set<Rank> order_;          // the others
   std::multiset<UseTime> times_;  // of all in order_: tells at once that none is used late enough
 };
 

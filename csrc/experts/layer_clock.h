@@ -2,9 +2,9 @@
 // announced table names.
 //
 // A model runs its layers in turns. What the layer that has just run wanted is wanted again a whole turn later, what
-// the next layer wants almost at once: a rule that looks at each expert's own past alone (LRU, LFU) evicts, in turns that
-// do not fit, just before use. So time is counted in runs of layers, and of an expert is known in which share of its
-// layer's runs it is wanted.
+// the next layer wants almost at once: a rule that looks at each expert's own past alone (LRU, LFU) evicts, in turns
+// that do not fit, just before use. So time is counted in runs of layers, and of an expert is known in which share of
+// its layer's runs it is wanted.
 #pragma once
 
 #include <cstddef>
@@ -14,9 +14,9 @@
 
 namespace sida {
 
-// How often an expert was wanted by its layer's runs, each counting half for every `half_life` that has passed since: the
-// logarithm to base 2 of that sum as it was before the layer's first run. It changes when the expert is wanted and never
-// else, and of two experts of one layer the greater one is wanted more often.
+// How often an expert was wanted by its layer's runs, each counting half for every `half_life` that has passed since:
+// the logarithm to base 2 of that sum as it was before the layer's first run. It changes when the expert is wanted and
+// never else, and of two experts of one layer the greater one is wanted more often.
 using UseWeight = double;
 inline constexpr UseWeight never_used = -std::numeric_limits<double>::infinity();
 

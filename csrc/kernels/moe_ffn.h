@@ -98,8 +98,8 @@ double measure_multiply_add_rate(int threads);
 std::vector<std::string> instruction_sets();
 
 // exact: products of weights and activations as they are, sums in fp32. fast: activations (x and the hidden layer) are
-// rounded, to bfloat16 where weights are bfloat16 and the instruction set in force multiplies such pairs, to 8 bits where
-// weights are int8, int4 or mxfp4 (kernel_bytes.h).
+// rounded, to bfloat16 where weights are bfloat16 and the instruction set in force multiplies such pairs, to 8 bits
+// where weights are int8, int4 or mxfp4 (kernel_bytes.h).
 enum class Precision : int32_t { exact, fast };
 // For all calls of the process that begin afterwards; any thread may call it at any time.
 // Throws Error(invalid), naming the set, if the instruction set in force has no `fast`.

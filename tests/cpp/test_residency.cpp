@@ -104,8 +104,8 @@ SIDA_TEST(next_use_evicts_what_is_announced_for_latest) {
 }
 
 SIDA_TEST(next_use_keeps_what_the_next_layers_want_where_turns_do_not_fit) {
-  // Three layers take turns, each wants its two experts every time, and there are four slots: the layer that has just run
-  // makes room, so every other run finds its experts.
+  // Three layers take turns, each wants its two experts every time, and there are four slots: the layer that has just
+  // run makes room, so every other run finds its experts.
   Driver driver(4);
   for (int turn = 0; turn < 5; ++turn) {
     for (const int32_t layer : {0, 1, 2}) driver.serve(layer, {0, 1});

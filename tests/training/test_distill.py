@@ -328,7 +328,7 @@ def test_unfinished_work_of_another_run_is_refused(model, tmp_path, monkeypatch)
 def test_too_little_text_says_so(model, tmp_path):
     with pytest.raises(ValueError, match="the texts hold no sentence"):
         train_predictor(model, tokenizer, ["", " "], tmp_path / "a", QUICK, progress=False)
-    with pytest.raises(ValueError, match="validation part"):
+    with pytest.raises(ValueError, match="no document was set aside for the"):
         train_predictor(model, tokenizer, ["abc"] * 2, tmp_path / "b", QUICK, progress=False)
 
 

@@ -29,21 +29,20 @@ const Kernels* fast_of_avx2(const CpuFeatures&) {
   return avx2_bytes_kernels();
 }
 constexpr InstructionSet sets[] = {
-    {"amx", true, amx_kernels, lacks_for_amx, fast_of_amx, lacks_for_avx512_vnni, request_tile_registers},
-    {"avx512", true, avx512_kernels, lacks_for_avx512, fast_of_avx512, lacks_for_avx512_vnni, nullptr},
-    {"avx2", true, avx2_kernels, lacks_for_avx2, fast_of_avx2, lacks_nothing, nullptr},
-    {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
+    {"amx", amx_kernels, lacks_for_amx, fast_of_amx, lacks_for_avx512_vnni, request_tile_registers},
+    {"avx512", avx512_kernels, lacks_for_avx512, fast_of_avx512, lacks_for_avx512_vnni, nullptr},
+    {"avx2", avx2_kernels, lacks_for_avx2, fast_of_avx2, lacks_nothing, nullptr},
+    {"scalar", scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #elif defined(__aarch64__)
 constexpr const char* architecture = "AArch64";
 const Kernels* fast_of_neon(const CpuFeatures&) {
   return neon_dot_kernels();
 }
-constexpr InstructionSet sets[] = {
-    {"neon", true, neon_kernels, lacks_nothing, fast_of_neon, lacks_for_neon_dot, nullptr},
-    {"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
+constexpr InstructionSet sets[] = {{"neon", neon_kernels, lacks_nothing, fast_of_neon, lacks_for_neon_dot, nullptr},
+                                   {"scalar", scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #else
 constexpr const char* architecture = "this architecture";
-constexpr InstructionSet sets[] = {{"scalar", true, scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
+constexpr InstructionSet sets[] = {{"scalar", scalar_kernels, lacks_nothing, nullptr, nullptr, nullptr}};
 #endif
 
 std::string available(const CpuFeatures& cpu) {
@@ -54,8 +53,8 @@ std::string available(const CpuFeatures& cpu) {
   return text;
 }
 
-// What a set needs of the system is asked for here. One that was named and is refused is an error; one that was not named
-// is passed over, and `sida info` names what is in force.
+// What a set needs of the system is asked for here. One that was named and is refused is an error; one that was not
+// named is passed over, and `sida info` names what is in force.
 const InstructionSet& choose_and_request(const char* wanted) {
   CpuFeatures cpu = detect_cpu();
   const InstructionSet& best = choose_set(wanted, cpu);
@@ -104,8 +103,7 @@ std::string lacks_for_fast(const InstructionSet& set, const CpuFeatures& cpu) {
 const InstructionSet& choose_set(const char* wanted, const CpuFeatures& cpu) {
   if (wanted == nullptr || *wanted == '\0') {
     // The last set is always supported.
-    return *std::ranges::find_if(sets,
-                                 [&](const InstructionSet& set) { return set.by_default && set.lacks(cpu).empty(); });
+    return *std::ranges::find_if(sets, [&](const InstructionSet& set) { return set.lacks(cpu).empty(); });
   }
   for (const InstructionSet& set : sets) {
     if (set.name != wanted) continue;

@@ -12,8 +12,6 @@ namespace sida::cpu {
 
 struct InstructionSet {
   std::string_view name;
-  // Whether it is taken without SIDA_CPU where the CPU has it. The first of the list that is, is.
-  bool by_default;
   const Kernels* (*exact)();
   std::string (*lacks)(const CpuFeatures&);
   // What set_precision("fast") computes with on this CPU; null: the set has no kernels that round activations.
@@ -26,7 +24,7 @@ struct InstructionSet {
 // Best first.
 std::span<const InstructionSet> built_sets();
 
-// The set that SIDA_CPU names, or the best by default where `wanted` is null or empty.
+// The set that SIDA_CPU names, or the best that the CPU has where `wanted` is null or empty.
 // Throws Error(invalid), naming what is missing and what there is, for a set that the build or the CPU lacks.
 const InstructionSet& choose_set(const char* wanted, const CpuFeatures& cpu);
 
