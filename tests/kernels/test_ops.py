@@ -96,9 +96,7 @@ def test_4_bit_padding_is_never_used():
     assert torch.equal(ops.moe_ffn(**arguments), expected)
 
 
-@pytest.mark.skipif(
-    _C.instruction_set() == "amx", reason="bfloat16 in tiles has an order of its own"
-)
+@pytest.mark.skipif(_C.instruction_set() == "amx", reason="bfloat16 in tiles has an order of its own")
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 def test_4_bit_weights_give_the_bits_of_bfloat16_ones(tokens):
     """mxfp4 weights are bfloat16 numbers, and both unfold in one order: there is one result for them."""
