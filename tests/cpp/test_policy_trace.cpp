@@ -81,6 +81,9 @@ SIDA_TEST(next_use_stays_close_to_the_optimum_and_ahead_of_the_others) {
   for (const Kind kind : {Kind::uniform, Kind::zipf, Kind::clustered}) {
     for (const int percent : {10, 25, 50, 75, 90}) {
       for (const bool large : {false, true}) {
+#ifdef SIDA_CHECKED  // the invariants look at all experts after each event: minutes for the large model
+        if (large) continue;
+#endif
         const auto trace = large ? make_trace(kind, 6, 128, 60, 32, 7) : make_trace(kind, 4, 32, 120, 24, 7);
         const int64_t slots = std::max<int64_t>(1, trace.layers * trace.experts * percent / 100);
         const PolicyResult optimal = run_optimal(trace, slots), ahead = run(trace, Eviction::next_use, slots, 4);
