@@ -124,7 +124,7 @@ def main() -> int:
     flags += ["-q", "-p", "no:cacheprovider"]
     # Huge pages where the system gives them on request, as the slots of the engine have. torch reads it when loaded.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    status = pytest.main([str(HERE / "bench_moe_ffn.py"), *flags], plugins=[Deadline(arguments.minutes)])
+    status = pytest.main([str(HERE / "kernels" / "bench_moe_ffn.py"), *flags], plugins=[Deadline(arguments.minutes)])
     if status != 0:
         return int(status)
     found = write_record(new, record, arguments.add)
