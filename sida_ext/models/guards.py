@@ -3,6 +3,7 @@ and a stack's forward is entered by one way only."""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -25,10 +26,13 @@ class BoundMethod:
     Args:
         module: whose attribute this becomes.
         call: is given the module and the arguments; must not hold the module itself.
+        signature: what ``inspect.signature`` is to say of the method; None: that it takes anything.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+    def __init__(self, module: nn.Module, call: Callable[..., Any], signature: inspect.Signature | None = None) -> None:
         self._module, self._call = weakref.ref(module), call
+        if signature is not None:
+            self.__signature__ = signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
@@ -39,7 +43,8 @@ class BoundMethod:
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundMethod:
         # A copied module is in the memo before its attributes are copied: its guard is its own.
         module = self._module()
-        return self if module is None else BoundMethod(memo.get(id(module), module), self._call)
+        signature = getattr(self, "__signature__", None)
+        return self if module is None else BoundMethod(memo.get(id(module), module), self._call, signature)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a model whose experts are in an expert store cannot be pickled: they belong to this process")

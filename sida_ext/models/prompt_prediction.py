@@ -7,62 +7,20 @@ predictor of prompts keeps no state from step to step.
 
 from __future__ import annotations
 
-import threading
+import functools
+import inspect
 import time
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
+from sida_ext.models.guards import BoundMethod
 from sida_ext.prediction.prefetch import PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import check_table
 
 __all__ = ["predict_prompts"]
-
-
-class _PromptPrediction:
-    """The hooks around a model's forward. Holds no module: it would be a cycle."""
-
-    def __init__(self, runtime: Runtime, layers: list[str]) -> None:
-        self.runtime, self.layers = runtime, layers
-        self._thread = threading.local()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PromptPrediction:
-        return self  # copies of a model share its runtime
-
-    def before(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        runtime, predictor = self.runtime, self.runtime.predictor
-        input_ids = named.get("input_ids", args[0] if args else None)
-        if predictor is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 2:
-            return
-        if runtime.current.number:  # announced by who calls: a batch of stream
-            return
-        mask = named.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            mask = None
-        elif mask.shape[1] > input_ids.shape[1]:  # of the cached tokens too
-            mask = mask[:, -input_ids.shape[1] :]
-        experts = runtime.header.num_experts
-        begin = time.perf_counter_ns()
-        with torch.no_grad():
-            table = predictor.predict(input_ids, mask, top_k=candidates_of(predictor, experts))
-        check_table(table, predictor, input_ids, len(self.layers), experts)
-        runtime.record_prediction("prompt", begin, time.perf_counter_ns())
-        wanted = PrefetchPolicy().experts_by_layer(table, experts)
-        number = runtime.announce(dict(zip(self.layers, wanted, strict=True)))
-        open_ = ExitStack()
-        open_.callback(runtime.retire, number)
-        open_.enter_context(runtime.batch(number, table))
-        self._thread.open = open_
-
-    def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The forward has ended, or has failed."""
-        open_: ExitStack | None = getattr(self._thread, "open", None)
-        if open_ is not None:
-            self._thread.open = None
-            open_.close()
 
 
 def predict_prompts(model: nn.Module, runtime: Runtime, layers: list[str]) -> None:
@@ -72,6 +30,37 @@ def predict_prompts(model: nn.Module, runtime: Runtime, layers: list[str]) -> No
         model: a decoder-only model with swapped experts.
         layers: names of its MoE layers, in the order of its hash tables.
     """
-    hooks = _PromptPrediction(runtime, layers)
-    model.register_forward_pre_hook(hooks.before, with_kwargs=True)
-    model.register_forward_hook(hooks.after, always_call=True)
+    # transformers looks at the signature of a model's forward for what generate() may hand on.
+    signature = inspect.signature(model.forward)
+    model.forward = BoundMethod(model, functools.partial(_forward, runtime, layers), signature)  # type: ignore[method-assign]
+
+
+def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Stands before the model's forward."""
+    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    if runtime.predictor is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 2:
+        return type(model).forward(model, *args, **kwargs)
+    if runtime.current.number:  # announced by who calls: a batch of stream
+        return type(model).forward(model, *args, **kwargs)
+    number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"))
+    try:
+        with runtime.batch(number, table):
+            return type(model).forward(model, *args, **kwargs)
+    finally:
+        runtime.retire(number)
+
+
+def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any) -> tuple[int, Any]:
+    """Predict a prompt and announce what it will want: the batch's number and its hash table."""
+    predictor, experts = runtime.predictor, runtime.header.num_experts
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        mask = None
+    elif mask.shape[1] > input_ids.shape[1]:  # of the cached tokens too
+        mask = mask[:, -input_ids.shape[1] :]
+    begin = time.perf_counter_ns()
+    with torch.no_grad():
+        table = predictor.predict(input_ids, mask, top_k=candidates_of(predictor, experts))
+    check_table(table, predictor, input_ids, len(layers), experts)
+    runtime.record_prediction("prompt", begin, time.perf_counter_ns())
+    wanted = PrefetchPolicy().experts_by_layer(table, experts)
+    return runtime.announce(dict(zip(layers, wanted, strict=True))), table

@@ -255,17 +255,24 @@ def test_a_prompt_is_announced_before_its_first_layer(plain, model, monkeypatch)
     assert list(named) == list(model.sida.header.layers)
 
 
-def test_a_forward_that_fails_leaves_nothing_announced(plain, model, monkeypatch):
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_a_forward_that_fails_leaves_nothing_announced(plain, model, monkeypatch, kind):
+    def fail(*_):
+        raise kind
+
     retired = []
     retire = type(model.sida).retire
     monkeypatch.setattr(type(model.sida), "retire", lambda *a: retired.append(a[1]) or retire(*a))
-    model.sida.predictor = Oracle(plain)
-    hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), torch.no_grad():
+    model.sida.predictor = oracle = Oracle(plain)
+    hook = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(kind), torch.no_grad():
         model(input_ids=tokens(1, 4))
     hook.remove()
     assert len(retired) == 1
     assert model.sida.current.number == 0
+    with torch.no_grad():
+        model(input_ids=tokens(1, 4))  # is predicted as if nothing had been
+    assert len(oracle.calls) == len(retired) == 2
 
 
 def letters(text: str, truncation: bool, max_length: int) -> dict[str, list[int]]:
