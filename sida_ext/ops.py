@@ -60,7 +60,10 @@ for _name in __all__:
 
 def _call(op: Any, *arguments: Any, **keywords: Any) -> Any:
     """Call an op; where nothing is recorded, below autograd, whose kernel in Python costs more than the op's checks."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled()
+        and any(isinstance(value, Tensor) and value.requires_grad for value in (*arguments, *keywords.values()))
+    ):
         return op(*arguments, **keywords)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments, **keywords)

@@ -32,7 +32,7 @@ def predict_prompts(model: nn.Module, runtime: Runtime, layers: list[str]) -> No
     """
     # transformers looks at the signature of a model's forward for what generate() may hand on.
     signature = inspect.signature(model.forward)
-    model.forward = BoundMethod(model, functools.partial(_forward, runtime, layers), signature)  # type: ignore[method-assign]
+    model.forward = BoundMethod(model, functools.partial(_forward, runtime, layers), signature)
 
 
 def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
