@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,7 +24,7 @@ except ImportError as error:
 
 from fastapi import FastAPI
 
-from sida_ext.experts.options import NAMES
+from sida_ext.experts.options import NAMES, Options
 from sida_ext.progress import console
 from sida_ext.serving.command import served_name
 from sida_ext.serving.replica import Replica, ReplicaArguments
@@ -194,19 +195,31 @@ def app(given: dict[str, str]) -> serve.Application:
     known = {*NAMES, "dtype"}
     if unknown := sorted(rest.keys() - known):
         raise ValueError(f"{', '.join(unknown)}: not known here, expected some of {', '.join(sorted(known))}")
-    options = {"expert_memory": "auto", **rest}
+    options = {"expert_memory": "auto", **_taken(Options, rest), **rest}
     arguments = ReplicaArguments(model, name or served_name(model), context, predictor, options, limits, settings.drain)
     return application(arguments, shape, settings)
 
 
+# By the type of a field: how its value is read from the command line's text.
+_READ: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "str | int": str,
+    "bool": {"true": True, "false": False}.__getitem__,
+}
+
+
 def _taken(kind: type, rest: dict[str, str]) -> dict[str, Any]:
-    """Take the numbers of a dataclass out of ``rest``."""
+    """Take what a dataclass has no text for out of ``rest``: numbers, and true or false."""
     found: dict[str, Any] = {}
     for field in fields(kind):
-        if field.name in rest and field.type in ("int", "float", "str | int"):
+        read = _READ.get(str(field.type))
+        if field.name in rest and read is not None:
             text = rest.pop(field.name)
             try:
-                found[field.name] = {"int": int, "float": float, "str | int": str}[str(field.type)](text)
-            except ValueError as error:
-                raise ValueError(f"{field.name} is {text!r}, expected a number") from error
+                found[field.name] = read(text)
+            except (ValueError, KeyError) as error:
+                expected = "true or false" if field.type == "bool" else "a number"
+                raise ValueError(f"{field.name} is {text!r}, expected {expected}") from error
     return found

@@ -53,11 +53,20 @@ def test_arguments_of_serve_run_reach_their_places(monkeypatch, tmp_path):
             "context": "128",
             "expert_memory": "1GiB",
             "expert_dtype": "int8",
+            "lanes": "3",
+            "confidence": "0.5",
+            "populate": "false",
         }
     )
     assert (shape.range, shape.cpus, settings.drain) == ((1, 3), 2.5, 5.0)
     assert (arguments.limits.rows, arguments.drain, arguments.context) == (4, 5.0, 128)
-    assert arguments.options == {"expert_memory": "1GiB", "expert_dtype": "int8"}
+    assert arguments.options == {
+        "expert_memory": "1GiB",
+        "expert_dtype": "int8",
+        "lanes": 3,
+        "confidence": 0.5,
+        "populate": False,
+    }
     assert arguments.name == tmp_path.name  # no path of the machine
 
 
@@ -67,6 +76,8 @@ def test_arguments_of_serve_run_reach_their_places(monkeypatch, tmp_path):
         ({}, "there is no model"),
         ({"model": "x", "replica": "2"}, "replica: not known here, expected some of"),
         ({"model": "x", "rows": "few"}, "rows is 'few', expected a number"),
+        ({"model": "m", "lanes": "many"}, "lanes is 'many', expected a number"),
+        ({"model": "m", "populate": "perhaps"}, "populate is 'perhaps', expected true or false"),
     ],
 )
 def test_wrong_arguments_of_serve_run_are_named(given, message):
