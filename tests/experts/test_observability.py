@@ -117,9 +117,17 @@ def test_prometheus_shows_the_statistics(folder):
             for sample in family.samples
         }
 
-    found = samples()
+    def at_rest(runtimes):
+        """The statistics of each, and samples that no read which was still under way fell between."""
+        for _ in range(1000):
+            before, found = {name: runtime.stats() for name, runtime in runtimes.items()}, samples()
+            if before == {name: runtime.stats() for name, runtime in runtimes.items()}:
+                return before, found
+        raise AssertionError("the statistics never came to rest")
+
+    all_stats, found = at_rest({name: model.sida for name, model in models.items()})
     for name, model in models.items():
-        stats = model.sida.stats()
+        stats = all_stats[name]
         for layer in stats.layers:
             for metric, field, _ in metrics.LAYER_COUNTERS:
                 assert found[f"sida_{metric}_total", name, layer.name, None] == pytest.approx(getattr(layer, field))
