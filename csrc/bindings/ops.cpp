@@ -1,10 +1,6 @@
 // The library `sida` of torch's operators: schemas, argument checks and the CPU kernels. What torch's stable ABI has no
 // way to register, the fake implementations and the errors of a backward, is in sida_ext/ops.py.
-#include <pthread.h>
-
 #include <array>
-#include <atomic>
-#include <exception>
 #include <functional>
 #include <optional>
 #include <string_view>
@@ -15,6 +11,7 @@
 #include "base/at_end.h"
 #include "bindings/layers.h"
 #include "bindings/op_checks.h"
+#include "bindings/torch_threads.h"
 #include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
@@ -22,44 +19,6 @@
 
 namespace sida {
 namespace {
-
-// Set in a child of fork(): the threads of torch's pool stayed with the parent, and GNU's OpenMP runtime would wait for
-// them for ever.
-std::atomic<bool> is_forked{false};
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
-
-// One call of a ParallelFor on torch's threads. What a body throws must not cross torch's C interface.
-struct Loop {
-  void (*body)(void*, int64_t);
-  void* context;
-  std::atomic<bool> failed{false};
-  std::exception_ptr error{};
-
-  static void run(int64_t begin, int64_t end, void* self) {
-    auto* const loop = static_cast<Loop*>(self);
-    try {
-      for (int64_t i = begin; i < end; ++i) loop->body(loop->context, i);
-    } catch (...) {
-      if (!loop->failed.exchange(true)) loop->error = std::current_exception();
-    }
-  }
-};
-
-// Inside a parallel region of torch's this is a loop on the calling thread: torch_parallel_for sees to that.
-ParallelFor torch_threads() {
-  if (is_forked) {
-    return ParallelFor{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
-                         for (int64_t i = 0; i < count; ++i) body(context, i);
-                       }};
-  }
-  uint32_t threads = 1;
-  check_torch(torch_get_num_threads(&threads), "torch_get_num_threads");
-  return ParallelFor{static_cast<int>(threads), [](int64_t count, void (*body)(void*, int64_t), void* context) {
-                       Loop loop{body, context};
-                       check_torch(torch_parallel_for(0, count, 1, &Loop::run, &loop), "torch_parallel_for");
-                       if (loop.failed) std::rethrow_exception(loop.error);
-                     }};
-}
 
 // The tokens with every index checked.
 Tokens checked_tokens(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t num_experts,
