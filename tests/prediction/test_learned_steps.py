@@ -28,6 +28,7 @@ from sida_ext.prediction.learned_steps import (
 )
 from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.protocol import HashPredictor, PredictorError, TokenTablePredictor, load_predictor
+from sida_ext.prediction.router_asking import AskedRouter
 from sida_ext.training.causal_traces import collect_causal_traces
 from sida_ext.training.step_fit import fit_steps, judge_steps, trace_steps
 
@@ -308,13 +309,11 @@ def test_prompt_lookup_and_a_left_padded_prompt_give_the_same_tokens(table, mode
     model.sida.decoder_predictor = recorder = Recorder(drawn(table))
     assert torch.equal(model.generate(ids[:1], prompt_lookup_num_tokens=3, **alone), expected[0])
     recorder.told_odds.clear()
+    model.sida.ahead.guard._enter(1, "open")  # what is drawn has been read in vain meanwhile
     assert torch.equal(model.generate(padded, attention_mask=mask, **alone), expected[1])
-    found = recorder.told_odds[0]
+    given, odds = recorder.told_odds[0]
     state = recorder.observe(recorder.start(torch.zeros(2, 0, 0), None), true_choices(model, ids))
-    wanted = LearnedSteps.odds(recorder, state, found[0])
-    assert float((found[1] - wanted).abs().max()) < 1e-3 or not torch.equal(
-        model.generate(ids, **alone)[:, 6], expected[1][:, 9]
-    )
+    torch.testing.assert_close(odds, LearnedSteps.odds(recorder, state, given), rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_is_announced_before_its_first_layer_and_is_over_with_it(table, model, monkeypatch):
@@ -361,6 +360,38 @@ def test_a_step_is_announced_before_its_first_layer_and_is_over_with_it(table, m
             hook.remove()
             assert sorted(gone) == sorted(number for number, _, _ in events)
             assert model.sida.current.number == 0
+
+
+def test_what_routers_say_ahead_joins_what_was_known(plain, table, monkeypatch):
+    model = served(plain, sida_ext.RouterLookahead(2, guard=NEVER_OFF), expert_memory="100%")
+    margins, announced = {}, []
+    margin, announce = AskedRouter.margin, type(model.sida).announce
+
+    def note(router, hidden, normalised, experts):
+        margins[router.experts] = margin(router, hidden, normalised, experts)
+        return margins[router.experts]
+
+    monkeypatch.setattr(AskedRouter, "margin", note)
+    monkeypatch.setattr(
+        type(model.sida),
+        "announce",
+        lambda runtime, wanted, **o: announced.append(wanted) or announce(runtime, wanted, **o),
+    )
+    weighed = torch.tensor([0.2, 3.0, -0.1]).expand(LAYERS, DISTANCES, JOINED)
+    model.sida.decoder_predictor = recorder = Recorder(LearnedSteps(table, drawn(table).weights, weighed))
+    with model.sida, torch.no_grad():
+        model(input_ids=tokens(1, 1), cache=DynamicCache())
+    ((_, odds),) = recorder.told_odds
+    names = model.sida.header.layers
+    assert [list(wanted) for wanted in announced] == [[names[0]], [names[1]], [names[2]]]
+    assert announced[0][names[0]] == needed(odds[:, 0], 0.0)
+    for layer in (1, 2):
+        joined = recorder.joined_odds(odds[:, layer], layer, 1, margins[names[layer]])
+        assert announced[layer][names[layer]] == needed(joined, 0.0)[: model.sida.slots - CHOSEN]
+        assert needed(joined, 0.0) != needed(odds[:, layer], 0.0)
+    # As the router's own forward has it: positive for what it would choose.
+    chosen = true_choices(plain, tokens(1, 1))[0, 0, 1]
+    assert int((margins[names[1]] > 0).sum()) == len(chosen) == CHOSEN
 
 
 class Oracle:
