@@ -297,6 +297,20 @@ def test_state_follows_tokens_that_are_taken_back_and_copies(plain, table, model
         torch.testing.assert_close(recorder.told_odds[-1][1], wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_chosen_moves_with_the_rows(plain, table, model):
+    """Beams change places, and then tokens are taken back: the state is made again of the right rows."""
+    model.sida.decoder_predictor = recorder = Recorder(drawn(table))
+    ids, cache = tokens(2, 8), DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :6], cache=cache)
+        model(input_ids=ids[:, 6:7], cache=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.crop(-1)
+        model(input_ids=ids.flip(0)[:, 7:], cache=cache)
+    kept = torch.cat([ids.flip(0)[:, :6], ids.flip(0)[:, 7:]], dim=1)
+    torch.testing.assert_close(recorder.told_odds[-1][1], afresh(recorder, plain, kept), rtol=1e-4, atol=1e-4)
+
+
 def test_prompt_lookup_and_a_left_padded_prompt_give_the_same_tokens(table, model):
     ids = tokens(2, 6)
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], dim=1)
