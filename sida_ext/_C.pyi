@@ -1,6 +1,6 @@
 """The compiled engine (csrc/bindings/module.cpp). Importing it registers torch.ops.sida."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,7 @@ def run_clock(
     compute: float,
     lanes: int,
     predicted: Sequence[Wanted],
+    admit: Callable[[float, int, int, int, float, float], int] | None = None,
 ) -> dict[str, float]: ...
 def run_optimal(layers: int, experts: int, batches: Sequence[Wanted], slots: int) -> tuple[int, int, int]: ...
 def register_layer(engine: TransferEngine, index: int, num_experts: int, activation: str) -> int: ...

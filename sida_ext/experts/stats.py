@@ -74,6 +74,7 @@ class Stats(Counters):
     direct: bool  # reads go past the page cache
     layers: tuple[LayerStats, ...]
     lookahead: Any = None  # of a model with a RouterLookahead, its LookaheadStats
+    announcing: Any = None  # where a predictor's batches were announced, an AnnounceStats
 
     @classmethod
     def from_engine(cls, raw: dict[str, Any], names: Sequence[str]) -> Stats:
