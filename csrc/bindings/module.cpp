@@ -191,8 +191,9 @@ py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>
   if (!admit.is_none()) {
     admission = [&admit](const ClockProgress& progress) {
       const py::gil_scoped_acquire held;
-      return admit(progress.seconds, progress.useful_prefetches, progress.wasted_prefetches, progress.loads,
-                   progress.read_seconds, progress.stalled)
+      const Pace& pace = progress.pace;
+      return admit(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds)
           .cast<int64_t>();
     };
   }
@@ -403,6 +404,12 @@ PYBIND11_MODULE(_C, m) {
              const Pace pace = engine.pace();
              return py::make_tuple(pace.useful_prefetches, pace.wasted_prefetches, pace.loads, pace.read_seconds,
                                    pace.stall_seconds);
+           })
+      .def("announcing_pace",
+           [](const TransferEngine& engine) {
+             const Pace pace = engine.pace();
+             return py::make_tuple(pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds);
            })
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))

@@ -88,14 +88,10 @@ AnnouncedBatch cut(const AnnouncedBatch& table, int64_t experts) {
 }
 
 ClockProgress progress_of(const Residency& residency, const Lanes& lanes, double read, double stalled) {
-  ClockProgress progress{.seconds = lanes.now(), .stalled = stalled};
-  for (const LayerCounters& counters : residency.counters()) {
-    progress.useful_prefetches += counters.useful_prefetches;
-    progress.wasted_prefetches += counters.wasted_prefetches;
-    progress.loads += counters.loads;
-  }
-  progress.read_seconds = read * static_cast<double>(progress.loads);
-  return progress;
+  Pace pace = pace_of(residency.counters());
+  pace.stall_seconds = stalled;
+  pace.read_seconds = read * static_cast<double>(pace.loads);
+  return {.seconds = lanes.now(), .pace = pace};
 }
 
 void check(const char* name, double value) {

@@ -27,8 +27,8 @@ struct ClockResult {
 
 // How far a run has come, as the engine's own counters tell it.
 struct ClockProgress {
-  double seconds = 0, read_seconds = 0, stalled = 0;
-  int64_t useful_prefetches = 0, wasted_prefetches = 0, loads = 0;
+  double seconds = 0;
+  Pace pace;
 };
 
 // Asked before a table is announced: how many of its experts may be, the first layers' first. 0: none, and the tables

@@ -284,6 +284,12 @@ class Runtime(ServingState):
         ``stats()`` does, cheaply enough to be asked at every layer; it does not keep the runtime alive."""
         return self._engine.pace
 
+    @property
+    def announcing_pace(self) -> Callable[[], tuple[int, int, int, int, int, float, float]]:
+        """The same for batches that were announced: experts that a layer wanted of those that its batch's table had
+        named, and that it did not, before what ``pace`` tells."""
+        return self._engine.announcing_pace
+
     def standings(self) -> list[LayerStanding]:
         """Where every expert is at this moment, layer by layer as in ``header.layers``."""
         places, raw = self._engine.standings()

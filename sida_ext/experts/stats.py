@@ -44,6 +44,8 @@ class Counters:
     useful_prefetches: int
     wasted_prefetches: int
     cancelled_prefetches: int
+    named: int
+    named_wanted: int
     stall_seconds: float
 
     @property

@@ -30,8 +30,8 @@ def announcing_of(runtime: Runtime, predictor: Any) -> AnnouncingState:
     """What judges whether this predictor's batches are worth announcing: made at first use, kept from batch to batch
     while the predictor is the same."""
     if runtime.announcing is None or runtime.announcing.predictor is not predictor:
-        record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
-        runtime.announcing = AnnouncingState(predictor, GuardOptions(), record, lanes, runtime.pace, time.monotonic)
+        lanes = runtime.read_plan.lanes
+        runtime.announcing = AnnouncingState(predictor, GuardOptions(), lanes, runtime.announcing_pace, time.monotonic)
     return runtime.announcing
 
 

@@ -135,11 +135,11 @@ class _Admission:
 
     def __init__(self, options: GuardOptions, experts: int, lanes: int) -> None:
         self._experts, self._seconds = experts, 0.0
-        self._counts: tuple[int, int, int, float, float] = (0, 0, 0, 0.0, 0.0)
-        self._state = AnnouncingState(None, options, 1, lanes, lambda: self._counts, lambda: self._seconds)
+        self._counts: tuple[int, int, int, int, int, float, float] = (0, 0, 0, 0, 0, 0.0, 0.0)
+        self._state = AnnouncingState(None, options, lanes, lambda: self._counts, lambda: self._seconds)
 
-    def __call__(self, seconds: float, useful: int, wasted: int, loads: int, read: float, stalled: float) -> int:
-        self._seconds, self._counts = seconds, (useful, wasted, loads, read, stalled)
+    def __call__(self, seconds: float, *counts: Any) -> int:
+        self._seconds, self._counts = seconds, counts  # type: ignore[assignment]
         return self._state.room(self._experts)
 
 

@@ -6,7 +6,7 @@ Sets of experts are bits of an integer: expert ``e`` of MoE layer ``l`` is bit `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def experts_wanted(model: PreTrainedModel, predictor: Predictor) -> Callable[[Te
     runtime = runtime_of(model)
     layers = sum(layer.table_layer is not None for layer in swapped_layers(model))
     experts, policy = runtime.header.num_experts, PrefetchPolicy()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
 
     def wanted(ids: Tensor) -> int:
         row = ids[None]

@@ -58,15 +58,16 @@ class Counted:
     """An AnnouncingState on counters and a time of the test's own."""
 
     def __init__(self, **options):
-        self.counts, self.now = (0, 0, 0, 0.0, 0.0), 0.0
+        self.counts, self.now = (0, 0, 0, 0, 0, 0.0, 0.0), 0.0
         guard = GuardOptions(**options)
-        self.state = AnnouncingState(None, guard, 1000, 1, lambda: self.counts, lambda: self.now)
+        self.state = AnnouncingState(None, guard, 1, lambda: self.counts, lambda: self.now)
 
-    def batch(self, useful, wasted, read=0.001):
+    def batch(self, useful, wasted, read=0.001, right=0, wrong=0):
         """One second of a batch, and room for the next."""
         self.now += 1.0
         loads = useful + wasted
-        self.counts = tuple(a + b for a, b in zip(self.counts, (useful, wasted, loads, loads * read, 0.0), strict=True))
+        fresh = (right, wrong, useful, wasted, loads, loads * read, 0.0)
+        self.counts = tuple(a + b for a, b in zip(self.counts, fresh, strict=True))
         return self.state.room(500)
 
 
@@ -80,6 +81,18 @@ def test_it_rests_and_then_tries_with_a_window_at_the_most():
     assert counted.batch(10, 0) == 500
     stats = counted.state.stats()
     assert (stats.state, stats.admitted, stats.refused) == ("open", 7, 3)
+
+
+def test_what_is_named_in_vain_counts_though_nothing_was_read_for_it():
+    counted = Counted(window=10)
+    assert counted.batch(0, 0, right=8, wrong=1) == 500
+    assert counted.state.stats().named_share == pytest.approx(8 / 9)
+    assert counted.batch(0, 0, right=1, wrong=20) == 0
+    # A third is enough where the disk rests most of the time, and half where nothing is known of it.
+    assert Counted(window=10).batch(0, 0, right=4, wrong=6) == 0
+    slack = Counted(window=10)
+    assert [slack.batch(20, 0, right=9, wrong=1) for _ in range(3)][-1] == 500
+    assert slack.batch(0, 0, right=4, wrong=6) == 500
 
 
 def test_a_rest_is_as_long_as_the_attempt_was_expensive():
@@ -102,10 +115,10 @@ def test_a_busy_disk_wants_more_useful_bytes():
 
 def test_what_others_read_between_batches_is_not_judged():
     counted = Counted(window=10)
-    counted.counts = (0, 50, 50, 0.1, 0.0)
+    counted.counts = (0, 0, 0, 50, 50, 0.1, 0.0)
     counted.state.begin(shared=True)
     assert counted.state.room(500) == 500
-    counted.counts = (0, 100, 100, 0.2, 0.0)
+    counted.counts = (0, 0, 0, 100, 100, 0.2, 0.0)
     counted.state.begin(shared=False)
     assert counted.state.room(500) == 0
 
@@ -113,7 +126,7 @@ def test_what_others_read_between_batches_is_not_judged():
 def test_counters_that_were_set_back_begin_at_nothing():
     counted = Counted(window=10)
     assert counted.batch(100, 0) == 500
-    counted.counts = (0, 0, 0, 0.0, 0.0)
+    counted.counts = (0, 0, 0, 0, 0, 0.0, 0.0)
     assert counted.batch(8, 1) == 500
 
 
