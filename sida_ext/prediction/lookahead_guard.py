@@ -154,10 +154,10 @@ class LookaheadGuard:
         self._add(useful, wasted, lost)
         if self._idle >= self.options.idle:
             self._rest_until(now + self.options.rest)  # nobody is to blame: the next rest is not longer
-        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
-            self._back_off(now)  # whatever the rest of the window brings
         elif self._useful + self._wasted >= self._window_bytes:
             self._decide(now, self._useful / (self._useful + self._wasted), slowness)
+        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
+            self._back_off(now)  # whatever the rest of the window brings
         return self.level
 
     def _add(self, useful: int, wasted: int, lost: float) -> None:

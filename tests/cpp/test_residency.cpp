@@ -171,7 +171,7 @@ SIDA_TEST(what_a_table_had_named_is_counted_when_its_layer_runs) {
   const BatchId batch = driver.residency.announce({{{0, {0, 1, 2}}, {1, {1}}}});
   driver.demand(0, {1, 3}, 0);  // another batch's
   CHECK_EQ(driver.residency.counters()[0].named, 0);
-  driver.demand(0, {2, 0, 4}, batch);
+  driver.demand(0, {2, 0, 3}, batch);
   CHECK_EQ(driver.residency.counters()[0].named, 3);
   CHECK_EQ(driver.residency.counters()[0].named_wanted, 2);
   driver.demand(0, {1}, batch);  // its table has passed

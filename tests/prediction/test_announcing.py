@@ -83,6 +83,12 @@ def test_it_rests_and_then_tries_with_a_window_at_the_most():
     assert (stats.state, stats.admitted, stats.refused) == ("open", 7, 3)
 
 
+def test_a_batch_larger_than_the_window_is_judged_by_its_share():
+    counted = Counted(window=10)
+    assert counted.batch(0, 0, right=80, wrong=40) == 500  # more wrong ones than a window holds
+    assert counted.batch(0, 0, right=40, wrong=80) == 0
+
+
 def test_what_is_named_in_vain_counts_though_nothing_was_read_for_it():
     counted = Counted(window=10)
     assert counted.batch(0, 0, right=8, wrong=1) == 500
