@@ -96,11 +96,12 @@ class Kernel:
         return sum(text.startswith(("STL", "LDL")) for _, text in self.instructions)
 
     def main_loop(self) -> list[str]:
-        """The loop that multiplies: the one with the most HMMA, else the one made of FFMA more than any other."""
+        """The loop that multiplies: the one with the most HMMA, else the one made of FFMA more than any other. Where it
+        is inside of a loop that starts copies, that one: a stage."""
         if self._loop is not None:
             return self._loop
         best: list[str] = []
-        worth = (0, 0.0)
+        worth = (0, False, 0.0)
         for address, text in self.instructions:
             jump = re.match(r"BRA(?:\.\w+)*\s+(?:[!U]*P\w*,\s*)?`?\(?(?:0x)?([0-9a-f]+)", text)
             if not jump or int(jump.group(1), 16) >= address:
@@ -108,7 +109,8 @@ class Kernel:
             body = [t for a, t in self.instructions if int(jump.group(1), 16) <= a <= address]
             # Among loops with the same multiplications the inner one is denser.
             tensor = sum(t.startswith("HMMA") for t in body)
-            own = (tensor, (tensor or sum(t.startswith("FFMA") for t in body)) / len(body))
+            stage = tensor > 0 and any(t.startswith("LDGSTS") for t in body)
+            own = (tensor, stage, (tensor or sum(t.startswith("FFMA") for t in body)) / len(body))
             if own > worth:
                 best, worth = body, own
         self._loop = best

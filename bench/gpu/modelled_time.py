@@ -190,10 +190,11 @@ def render(counts: dict[str, Any]) -> str:
         "",
         "## Weights of 4 bits (modelled)",
         "",
-        "The same model, routing and kernels with experts in int4 and mxfp4, activations in bf16. The last column is the "
-        "modelled overlapped step of bf16 experts with the same share of them in memory over this one.",
+        "The same model, routing and kernels with experts in int4 and mxfp4, activations in bf16. The last column is "
+        "the modelled overlapped step of bf16 experts with the same share of them in memory over this one.",
         "",
-        "| model | GPU | budget | expert memory, GB | modelled kernels, ms | modelled overlapped, ms | modelled ratio |",
+        "| model | GPU | budget | expert memory, GB | modelled kernels, ms | modelled overlapped, ms "
+        "| modelled ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in (one for one in few_bits if one.share in (0.2, 0.4, 1.0)):

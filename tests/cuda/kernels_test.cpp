@@ -263,6 +263,9 @@ SIDA_TEST(linears) {
   LinearCase none;
   none.tokens = 0;
   check_case(none);
+  none.tokens = 3;
+  none.rows = 0;
+  check_case(none);
 }
 
 #ifdef SIDA_HARNESS  // what only the harness can count

@@ -218,6 +218,13 @@ def test_factors_are_the_only_narrow_loads(weights: str, loads: list[str], reaso
     assert (found == []) if reason is None else any(reason in line for line in found), found
 
 
+def test_the_main_loop_is_a_stage_that_may_hold_a_loop() -> None:
+    inner = [(16 * i, text) for i, text in enumerate(["LDGSTS.E.128 [R0]", "HMMA R0", "LDSM R0", "BRA 0x10"])]
+    stage = [*inner, (64, "BAR.SYNC"), (80, "BRA 0x0"), (96, "EXIT")]
+    assert good_kernel(instructions=stage).counts() == {"LDGSTS": 1, "HMMA": 1, "LDSM": 1, "BRA": 2, "BAR": 1}
+    assert good_kernel(instructions=inner).counts()["LDGSTS"] == 0
+
+
 def test_an_empty_library_is_a_problem() -> None:
     assert sass_report.problems([]) == ["no layer kernel in the library"]
 

@@ -69,7 +69,7 @@ Choice chosen(const char* why_not, DType w_dtype, int64_t rows, int64_t experts,
   // keeps at least four steps of the pipeline, or its prologue would dominate.
   if (choice.block_t == 16) {
     const int64_t block_k = choice.path == Path::f32 ? 32 : 64;
-    const int64_t blocks = divide_up(columns, 64) * experts;
+    const int64_t blocks = std::max<int64_t>(1, divide_up(columns, 64) * experts);
     const int64_t wanted = divide_up(2 * static_cast<int64_t>(architecture.multiprocessors), blocks);
     const int64_t most = std::max<int64_t>(1, divide_up(depth, block_k) / 4);
     choice.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::min<int64_t>(most, 16)));
