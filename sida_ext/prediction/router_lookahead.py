@@ -205,6 +205,11 @@ class LookaheadState:
         with self._lock:
             self.guard.depth = max(self.guard.depth, depth)
 
+    def pass_by(self) -> None:
+        """A layer ran whose experts somebody else has announced: what came of that is not for this guard."""
+        with self._lock:
+            self._last = self._counts()
+
     def announced(self, experts: int) -> None:
         """Routers were asked at a layer, and so many experts announced."""
         with self._lock:
