@@ -402,6 +402,11 @@ def swap_experts(
     resolved = resolve_device(options.device, options.host_memory)
     _check_predictors(predictor, resolved)
     _check_dense(options, resolved)
+    if options.low_bit_store is not None:
+        raise ValueError(
+            f"low_bit_store is {os.fspath(options.low_bit_store)!r}, expected None: the copies of a model in memory "
+            "are packed beside its store"
+        )
     family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
@@ -412,15 +417,11 @@ def swap_experts(
         folder = scratch_folder()
     try:
         path = Path(options.store) if options.store is not None else folder.path / "experts.sida"  # type: ignore[union-attr]
-        write_store(family.source(model), path, options.expert_dtype)
+        source = family.source(model)
+        write_store(source, path, options.expert_dtype)
         if options.on_miss == "low_bit":
-            if options.low_bit_store is not None:
-                raise ValueError(
-                    f"low_bit_store is {os.fspath(options.low_bit_store)!r}, expected None: the copies of a model in "
-                    "memory are packed beside its store"
-                )
             copies = path.with_name(f"{path.stem}.{LOW_BIT_DTYPES[0]}{path.suffix}")
-            write_store(family.source(model), copies, LOW_BIT_DTYPES[0])
+            write_store(source, copies, LOW_BIT_DTYPES[0])
             options = replace(options, low_bit_store=copies)
         runtime = Runtime(path, options, folder=folder)
         # What the model asks of the kernels is checked before it is touched.
