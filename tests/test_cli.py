@@ -111,7 +111,6 @@ def sida_here(monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize(("dtype", "least", "most"), [("int4", 6.0, 9.5), ("mxfp4", 9.0, 13.0)])
 def test_low_bit_copies_are_named_in_what_is_printed(folder, texts, sida_here):
     options = ("run", folder, texts, "--expert-dtype", "float32", "--expert-memory", "30%")
     done = sida_here(*options, "--on-miss", "low_bit", "--max-low-bit", "0.4")
@@ -126,6 +125,7 @@ def test_low_bit_copies_are_named_in_what_is_printed(folder, texts, sida_here):
     assert "on_miss is 'drop', expected one of wait, low_bit" in refused.stderr
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [("int4", 6.0, 9.5), ("mxfp4", 9.0, 13.0)])
 def test_pack_says_how_far_it_moved_the_weights(folder, tmp_path, sida_here, dtype, least, most):
     done = sida_here("pack", folder, "-o", tmp_path / "experts.sida", "--dtype", dtype)
     assert done.returncode == 0, done.stderr
