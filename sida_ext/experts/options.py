@@ -151,8 +151,7 @@ class Options:
             )
         if str(self.device).partition(":")[0] != "cpu":
             raise ValueError(
-                f"on_miss is 'low_bit', expected 'wait' on {str(self.device)!r}: the kernels that compute from 4-bit "
-                "copies are the CPU's"
+                f"on_miss is 'low_bit', expected 'wait' on {str(self.device)!r}: copies serve the CPU alone"
             )
 
 
