@@ -50,7 +50,7 @@ def predict_causal(model: nn.Module, runtime: Runtime, layers: list[str]) -> Non
 def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands before the model's forward. What it adds is announced to the engine and changes no result."""
     predictor = learned_steps_of((runtime.decoder_predictor, runtime.predictor))
-    input_ids = kwargs.get("input_ids", args[0] if args else None)
+    input_ids: Any = kwargs.get("input_ids", args[0] if args else None)
     given = isinstance(input_ids, Tensor) and input_ids.dim() == 2 and input_ids.numel() > 0
     # Announced by who calls: a batch of stream. The two tiers of a GPU machine take no announcement between layers.
     if predictor is None or not given or runtime.current.number or runtime.device.type != "cpu":

@@ -205,7 +205,9 @@ def judge_steps(steps: LearnedSteps, trace: StepTrace) -> dict[str, Any]:
 
 def _judged(odds: dict[int, Tensor], happened: Tensor, choices: int, calibrated: bool = True) -> dict[str, Any]:
     """One way's entry, of log odds [tokens, experts] by layer."""
-    among_k, among_2k, trust = [], [], Reliability.empty()
+    among_k: list[float] = []
+    among_2k: list[float] = []
+    trust = Reliability.empty()
     for layer, each in odds.items():
         wanted = happened[:, layer]
         total = max(float(wanted.sum()), 1.0)
