@@ -25,10 +25,8 @@ struct Group {
     if constexpr (dtype == DType::int4) {
       return S::load_f16(at);
     } else {
-      using T = typename S::Types;
-      using U = typename T::U;
-      const typename T::Bytes bytes = *reinterpret_cast<const typename T::BytesAnywhere*>(at);
-      const U exponent = bits_as<U>(__builtin_convertvector(bytes, typename S::I)) << 23 & 0x7f800000u;
+      using U = typename S::Types::U;
+      const U exponent = S::load_u8(at) << 23;
       const U lowest = U{} + 0x00400000u;
       const U power = exponent > lowest ? exponent : lowest;
       return bits_as<F>(power | (bits_as<U>(exponent == 0x7f800000u) & lowest));

@@ -55,6 +55,9 @@ struct Simd {
                  : "x"(a), "x"(b), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x)),
                    "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x + lanes)));
   }
+  static Types::U load_u8(const void* from) {
+    return bits_as<Types::U>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+  }
   // The upper 16 bits of each lane. The mask is an operand in memory: a tile has no register left for it.
   static Types::U upper_halves(Types::U value) {
     asm("vpand %1, %0, %0" : "+x"(value) : "m"(upper_mask));
