@@ -210,7 +210,7 @@ def test_models_that_cannot_be_joined_say_why():
 
 def test_what_rows_cannot_share_is_refused_by_name(tmp_path):
     model = tiny_causal("qwen3_moe", sliding_window=16, use_sliding_window=True, max_window_layers=0)
-    with pytest.raises(ValueError, match="cannot share its calls: .*only full attention.*serve without --shared"):
+    with pytest.raises(ValueError, match=r"cannot share its calls: .*only full attention.*serve without --shared"):
         ServedModel(model, tiny_tokenizer(), "tiny", shared=True)
     heads = torch.zeros(1, 1, 1, 4)
     with pytest.raises(RuntimeError, match="wants softcap, which rows cannot share; serve without --shared"):
