@@ -229,15 +229,25 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
 
 py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, const std::string& eviction,
                       int64_t slots, int lookahead, double read, double before, double compute, int lanes,
-                      const std::vector<Wanted>& predicted) {
+                      const std::vector<Wanted>& predicted, const py::object& admit) {
   const RoutingTrace trace = trace_from(layers, experts, batches);
   const RoutingTrace tables = trace_from(layers, experts, predicted);
+  Admission admission;
+  if (!admit.is_none()) {
+    admission = [&admit](const ClockProgress& progress) {
+      const py::gil_scoped_acquire held;
+      const Pace& pace = progress.pace;
+      return admit(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds)
+          .cast<int64_t>();
+    };
+  }
   const PolicyOptions options{.eviction = parse_eviction(eviction), .slots = slots, .lookahead = lookahead};
   ClockResult result;
   {
     const py::gil_scoped_release released;
-    result =
-        run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes}, tables.batches);
+    result = run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes},
+                       tables.batches, admission);
   }
   py::dict fields;
   fields["seconds"] = result.seconds;
@@ -279,6 +289,18 @@ Activation activation_of(const TransferEngine& engine, const std::string& activa
          engine.format().gated ? "gated" : "plain", " experts");
   }
   return known->function;
+}
+
+// Kernels go by the sizes of whichever record they compute from.
+void check_low_bit(const TransferEngine& engine, const TransferEngine& low_bit) {
+  ExpertFormat expected = engine.format();
+  const ExpertFormat& found = low_bit.format();
+  expected.dtype = found.dtype;
+  if (!is_grouped(found.dtype) || found != expected || low_bit.capacity() != engine.capacity()) {
+    fail(ErrorKind::invalid, "the low-bit copies are ", low_bit.capacity(), " experts of ", found.d_model, " x ",
+         found.d_ff, " in ", dtype_name(found.dtype), ", expected ", engine.capacity(), " of ", expected.d_model, " x ",
+         expected.d_ff, " in int4 or mxfp4, with the same gate and biases");
+  }
 }
 
 #ifdef SIDA_WITH_CUDA
@@ -444,10 +466,28 @@ PYBIND11_MODULE(_C, m) {
              return py::make_tuple(pace.useful_prefetches, pace.wasted_prefetches, pace.loads, pace.read_seconds,
                                    pace.stall_seconds);
            })
+      .def("announcing_pace",
+           [](const TransferEngine& engine) {
+             const Pace pace = engine.pace();
+             return py::make_tuple(pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds);
+           })
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
       .def_property_readonly("capacity", &TransferEngine::capacity)
       .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
+      .def("set_max_low_bit", &TransferEngine::set_max_low_bit, py::arg("share"), WithoutLock())
+      .def("set_settled", &TransferEngine::set_settled, py::arg("settled"), WithoutLock())
+      .def("load_all",
+           [](TransferEngine& engine) {
+             try {
+               const py::gil_scoped_release reads;
+               engine.load_all(signal_raised);
+             } catch (const Error&) {
+               if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+               throw;
+             }
+           })
       .def("stats", &stats_of)
       .def("standings", &standings_of)
       .def("reset_stats", &TransferEngine::reset_stats, WithoutLock())
@@ -488,7 +528,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
   m.def("run_clock", &run_clock_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("read"), py::arg("before"), py::arg("compute"),
-        py::arg("lanes"), py::arg("predicted"));
+        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none());
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
   py::class_<Borrow>(m, "Borrow")
@@ -500,10 +540,13 @@ PYBIND11_MODULE(_C, m) {
       .def("finish", &Borrow::finish);
   m.def(
       "register_layer",
-      [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {
-        return register_layer({engine, index, num_experts, activation_of(*engine, activation), nullptr});
+      [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation,
+         std::shared_ptr<TransferEngine> low_bit) {
+        if (low_bit != nullptr) check_low_bit(*engine, *low_bit);
+        return register_layer({engine, index, num_experts, activation_of(*engine, activation), nullptr, low_bit});
       },
-      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
+      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"),
+      py::arg("low_bit") = std::shared_ptr<TransferEngine>(), WithoutLock());
 #ifdef SIDA_WITH_CUDA
   m.attr("cuda_built") = true;
   bind_cuda(m);

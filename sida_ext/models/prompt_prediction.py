@@ -1,14 +1,12 @@
 """Prediction of a prompt: where a decoder-only model runs over several tokens, all layers' experts are named first.
 
 What a whole prompt wants is known before its first layer runs, as with a batch of ``stream``. So the prefill of
-``generate``, and a forward of the caller's own over a prompt, are announced as one batch. Single tokens are not: a
-predictor of prompts keeps no state from step to step.
+``generate``, and a forward of the caller's own over a prompt, are announced as one batch. Single tokens are for
+:mod:`sida_ext.models.causal_steps`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import time
 from typing import Any
 
@@ -16,41 +14,51 @@ import torch
 from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
-from sida_ext.models.guards import BoundMethod
+from sida_ext.prediction.announcing import AnnouncingState
+from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.prefetch import PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import check_table
+from sida_ext.prediction.router_lookahead import within_room
 
-__all__ = ["predict_prompts"]
+__all__ = ["announcing_of", "forward_prompt"]
 
 
-def predict_prompts(model: nn.Module, runtime: Runtime, layers: list[str]) -> None:
-    """Let each forward over more than one token be predicted by ``runtime.predictor``, while there is one.
+def announcing_of(runtime: Runtime, predictor: Any) -> AnnouncingState:
+    """What judges whether this predictor's batches are worth announcing: made at first use, kept from batch to batch
+    while the predictor is the same."""
+    if runtime.announcing is None or runtime.announcing.predictor is not predictor:
+        lanes = runtime.read_plan.lanes
+        runtime.announcing = AnnouncingState(predictor, GuardOptions(), lanes, runtime.announcing_pace, time.monotonic)
+    return runtime.announcing
+
+
+def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward; over more than one token predicted by ``runtime.predictor``, while there is one.
 
     Args:
         model: a decoder-only model with swapped experts.
         layers: names of its MoE layers, in the order of its hash tables.
     """
-    # transformers looks at the signature of a model's forward for what generate() may hand on.
-    signature = inspect.signature(model.forward)
-    model.forward = BoundMethod(model, functools.partial(_forward, runtime, layers), signature)
-
-
-def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands before the model's forward."""
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if runtime.predictor is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 2:
         return type(model).forward(model, *args, **kwargs)
     if runtime.current.number:  # announced by who calls: a batch of stream
         return type(model).forward(model, *args, **kwargs)
-    number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"))
+    announcing = announcing_of(runtime, runtime.predictor)
+    announcing.begin(shared=runtime.ahead is not None)
+    room = announcing.room(runtime.header.total_experts)
+    if not room:  # predictions were worth nothing of late: not even asked
+        return type(model).forward(model, *args, **kwargs)
+    number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
     try:
-        with runtime.batch(number, table):
+        with runtime.batch(number, table, runtime.current.chosen):
             return type(model).forward(model, *args, **kwargs)
     finally:
         runtime.retire(number)
+        announcing.judge()
 
 
-def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any) -> tuple[int, Any]:
+def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any, room: int) -> tuple[int, Any]:
     """Predict a prompt and announce what it will want: the batch's number and its hash table."""
     predictor, experts = runtime.predictor, runtime.header.num_experts
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -63,4 +71,5 @@ def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any)
     check_table(table, predictor, input_ids, len(layers), experts)
     runtime.record_prediction("prompt", begin, time.perf_counter_ns())
     wanted = PrefetchPolicy().experts_by_layer(table, experts)
-    return runtime.announce(dict(zip(layers, wanted, strict=True))), table
+    kept = within_room(list(zip(layers, wanted, strict=True)), room)
+    return runtime.announce(dict(kept)), table

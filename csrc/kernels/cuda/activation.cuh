@@ -61,10 +61,17 @@ __device__ inline float activate(float value, Activation activation) {
       return value < -20.0f ? expf(0.5f * value) : sqrtf(softplus(value));
     case Activation::linear:
       return value;
-    case Activation::swiglu_oai:
-      break;  // refused before a launch
+    case Activation::swiglu_oai: {
+      const float low = value > 7.0f ? 7.0f : value;
+      return low * sigmoid(1.702f * low);
+    }
   }
   return value;
+}
+
+// What a gated layer multiplies the activation with.
+__device__ inline float other_half(float up, Activation activation) {
+  return activation == Activation::swiglu_oai ? clamp(up, -7.0f, 7.0f) + 1.0f : up;
 }
 
 }  // namespace sida::cuda

@@ -28,7 +28,7 @@ __device__ inline Unit locate_unit(const LayerParams& p, const Work& work, int u
   return {unit / units_of_token, column, inside, tile_row};
 }
 
-// Eight sums of a token times the scales of their rows.
+// Eight sums of a token times the scales of their rows (int8 alone has them).
 __device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int slot, int matrix_row, int count,
                                    float (&value)[8]) {
   const float* scale = w.scale == nullptr ? nullptr : w.scale + slot * w.scale_slot_stride + matrix_row;
@@ -39,41 +39,62 @@ __device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int
   }
 }
 
+__device__ inline void add_bias(const ExpertMatrix& w, int slot, int matrix_row, int count, float (&value)[8]) {
+  if (w.bias == nullptr) return;
+  const float* bias = w.bias + slot * w.bias_slot_stride + matrix_row;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) value[i] += bias[i];
+  }
+}
+
+// A finished sum: times its row's scale, plus its row's bias.
+__device__ inline float finished(float sum, const ExpertMatrix& w, int slot, int matrix_row) {
+  if (w.scale != nullptr) sum *= w.scale[slot * w.scale_slot_stride + matrix_row];
+  if (w.bias != nullptr) sum += w.bias[slot * w.bias_slot_stride + matrix_row];
+  return sum;
+}
+
 template <int block_w, int block_t, int row_floats>
-__device__ inline void store_hidden(const LayerParams& p, const Work& work, const float* sums, DType hidden_dtype) {
+__device__ inline void store_hidden(const LayerParams& p, const Work& work, float* sums, DType hidden_dtype) {
   const int units = block_t * columns_of_tile<block_w, Phase::hidden>(p.gated) / 8;
   for (int i = static_cast<int>(threadIdx.x); i < units; i += static_cast<int>(blockDim.x)) {
     const Unit unit = locate_unit<block_w, Phase::hidden>(p, work, i);
     if (unit.token >= work.tokens.count || unit.column >= p.hidden_row_stride) continue;
-    const float* own = sums + unit.token * row_floats + unit.tile_row;
-    float value[8];
-    scaled_sums(own, p.wi, work.tokens.slot, unit.column, unit.count, value);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) value[j] = activate(value[j], p.activation);
-    if (p.gated) {
-      float up[8];
-      scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column, unit.count, up);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] *= up[j];
-    }
-    // Rows are padded to whole units, and the padding is zero: the second phase may read whole units too.
-#pragma unroll
+    float* own = sums + unit.token * row_floats + unit.tile_row;
+    // One after the other, in their place in shared memory: the activations are long, and eight copies of them take the
+    // compiler longer than the rest of the kernel. Rows are padded to whole units, and the padding is zero: the second
+    // phase may read whole units too.
+#pragma unroll 1
     for (int j = 0; j < 8; ++j) {
-      if (j >= unit.count) value[j] = 0.0f;
+      float value = 0.0f;
+      if (j < unit.count) {
+        value = activate(finished(own[j], p.wi, work.tokens.slot, unit.column + j), p.activation);
+        if (p.gated) {
+          const float up = finished(own[16 + j], p.wi, work.tokens.slot, p.d_ff + unit.column + j);
+          value *= other_half(up, p.activation);
+        }
+      }
+      own[j] = value;
     }
+    float value[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] = own[j];
     store_eight(p.hidden, (work.tokens.first + unit.token) * p.hidden_row_stride + unit.column, hidden_dtype, 8, true,
                 value);
   }
 }
 
-// Scales, gates and scatters eight finished sums to their token's row.
-__device__ inline void store_gated(const LayerParams& p, int position, int column, int count, DType dtype,
-                                   const float (&sum)[8]) {
+// Adds the bias to eight finished sums, gates them and scatters them to their token's row.
+__device__ inline void store_gated(const LayerParams& p, const Work& work, int position, int column, int count,
+                                   DType dtype, float (&value)[8]) {
   const int row = p.plan.row_of_position[position];
-  const float gate = p.gate[row];
-  float value[8];
+  add_bias(p.wo, work.tokens.slot, column, count, value);
+  if (p.gate != nullptr) {
+    const float gate = p.gate[row];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) value[j] = sum[j] * gate;
+    for (int j = 0; j < 8; ++j) value[j] *= gate;
+  }
   if (p.top_k == 1) {
     store_eight(p.out, static_cast<int64_t>(row) * p.d_model + column, dtype, count, p.vector_out, value);
   } else {
@@ -97,7 +118,7 @@ __device__ inline void add_slices(const LayerParams& p, const Work& work, DType 
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j] += part.element[j];
     }
-    store_gated(p, position, unit.column, unit.count, dtype, sum);
+    store_gated(p, work, position, unit.column, unit.count, dtype, sum);
   }
 }
 
@@ -162,7 +183,7 @@ __device__ inline void store_output(const LayerParams& p, const Work& work, cons
     float value[8];
     scaled_sums(sums + unit.token * row_floats + unit.tile_row, p.wo, work.tokens.slot, unit.column, unit.count, value);
     if (p.splits == 1) {
-      store_gated(p, position, unit.column, unit.count, dtype, value);
+      store_gated(p, work, position, unit.column, unit.count, dtype, value);
     } else {
       store_eight(p.split_sums, work.split * slice + position * p.split_row_stride + unit.column, DType::f32, 8, true,
                   value);
