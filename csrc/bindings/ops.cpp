@@ -11,11 +11,8 @@
 #include "base/at_end.h"
 #include "bindings/layers.h"
 #include "bindings/op_checks.h"
-<<<<<<< HEAD
 #include "bindings/torch_threads.h"
-=======
 #include "kernels/attention.h"
->>>>>>> main
 #include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
