@@ -100,6 +100,7 @@ class LayerAhead:
         standing.retire()
         hidden, standing.hidden = standing.hidden, None
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
+            state.pass_by()
             return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before

@@ -67,7 +67,7 @@ def _clock(facts: ModelFacts, found: Recorded, slots: int, times: _Times, lanes:
             times.compute,
             lanes,
             [],  # no tables: what a model does whose experts nobody predicts
-            times.shared,
+            shared=times.shared,
         )
         for name in totals:
             totals[name] += sign * result[name]
