@@ -166,7 +166,9 @@ def test_two_lanes_read_side_by_side():
 
 def on_a_shared_disk(experts: list[int], lanes: int, read: float, shared: float, compute: float = 1.0) -> float:
     """Seconds of one layer that wants ``experts``, none of them there and room for all."""
-    return _C.run_clock(1, 4, [[(0, experts)]], "next_use", 4, 0, read, 0.0, compute, lanes, [], shared=shared)["seconds"]
+    batches = [[(0, experts)]]
+    found = _C.run_clock(1, 4, batches, "next_use", 4, 0, read, 0.0, compute, lanes, [], shared=shared)
+    return found["seconds"]
 
 
 def test_lanes_that_share_a_disk_slow_each_other_down():
