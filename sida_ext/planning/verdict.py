@@ -321,9 +321,7 @@ def plan(
     headers = read_headers(path_or_id, revision, token)
     facts = count_experts(headers)
     host = parse_bytes(memory, "memory") if memory is not None else available_memory()
-    dense, said = dense_dtype, None
-    if card is None:
-        facts, dense, said = as_served(facts, dense_dtype)
+    facts, dense, said = (facts, dense_dtype, None) if card else as_served(facts, dense_dtype)
     kv = 0 if facts.encoder_only else kv_cache_bytes(facts, context)
     asked = None
     if expert_memory not in (None, "auto"):
