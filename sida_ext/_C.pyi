@@ -143,6 +143,18 @@ class DiskRate:
 
 def store_prologue(header: bytes) -> bytes: ...
 def record_checksum(record: np.ndarray | bytearray) -> tuple[int, int, int, int]: ...
+def round_groups(
+    to: str,
+    rows: int,
+    columns: int,
+    weight: np.ndarray,
+    importance: np.ndarray | None,
+    values: np.ndarray,
+    scale: np.ndarray,
+) -> None: ...
+def expand_groups(
+    from_: str, rows: int, columns: int, values: np.ndarray, scale: np.ndarray, out: np.ndarray
+) -> None: ...
 def run_policy(
     layers: int,
     experts: int,
