@@ -229,7 +229,7 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
 
 py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, const std::string& eviction,
                       int64_t slots, int lookahead, double read, double before, double compute, int lanes,
-                      const std::vector<Wanted>& predicted, const py::object& admit) {
+                      const std::vector<Wanted>& predicted, const py::object& admit, double shared) {
   const RoutingTrace trace = trace_from(layers, experts, batches);
   const RoutingTrace tables = trace_from(layers, experts, predicted);
   Admission admission;
@@ -246,8 +246,8 @@ py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>
   ClockResult result;
   {
     const py::gil_scoped_release released;
-    result = run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes},
-                       tables.batches, admission);
+    const ModelledTime time{.read = read, .before = before, .compute = compute, .lanes = lanes, .shared = shared};
+    result = run_clock(trace, options, time, tables.batches, admission);
   }
   py::dict fields;
   fields["seconds"] = result.seconds;
@@ -519,16 +519,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
         WithoutLock());
   m.def("measure_moe_ffn", &measure_moe_ffn, py::arg("d_model"), py::arg("d_ff"), py::arg("activation"),
-        py::arg("dtype"), py::arg("experts"), py::arg("tokens"), py::arg("seconds"), WithoutLock());
+        py::arg("dtype"), py::arg("experts"), py::arg("tokens"), py::arg("seconds"), py::arg("x_dtype"),
+        py::arg("walked"), WithoutLock());
   m.def("measure_linear", &measure_linear, py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tokens"),
-        py::arg("seconds"), WithoutLock());
+        py::arg("seconds"), py::arg("x_dtype"), py::arg("walked"), WithoutLock());
   m.def("measure_multiply_add_rate", &cpu::measure_multiply_add_rate, py::arg("threads"), WithoutLock());
 
   m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
   m.def("run_clock", &run_clock_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("read"), py::arg("before"), py::arg("compute"),
-        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none());
+        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none(), py::arg("shared") = 0.0);
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
   py::class_<Borrow>(m, "Borrow")
