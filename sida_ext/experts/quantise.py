@@ -111,4 +111,4 @@ def quantise(weight: Tensor, dtype: QuantisedType, importance: Tensor | None = N
     counts = None if importance is None else importance.float().contiguous().numpy()
     _C.round_groups(dtype, rows, columns, flat.numpy(), counts, values.numpy(), scale.numpy())
     leading = weight.shape[:-1]
-    return Quantised(values.view(*leading, -1), scale.view(*leading, groups), columns)
+    return Quantised(values.view(*leading, groups * GROUP // 2), scale.view(*leading, groups), columns)

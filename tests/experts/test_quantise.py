@@ -94,6 +94,11 @@ def test_every_factor_is_read_exactly():
     assert bool(found[-1].isnan())
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
+def test_a_matrix_without_rows_has_none(dtype):
+    assert quantise(torch.zeros(0, 70), dtype).dequantise().shape == (0, 70)
+
+
 def test_what_counts_more_is_rounded_better():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
     importance = torch.ones(256)
