@@ -185,7 +185,9 @@ def _flatten_head_input(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(_rows_of_their_own)
 
 
-def _rows_of_their_own(head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _rows_of_their_own(head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not given:  # called by keyword, which transformers does not
+        return None
     rows = given[0]
     # Contiguous it calls itself whatever the steps of its dimensions of one: they are taken from a matrix.
     return (rows.reshape(-1, rows.shape[-1]).contiguous().unflatten(0, rows.shape[:-1]), *given[1:])

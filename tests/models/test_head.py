@@ -30,3 +30,10 @@ def test_the_head_reads_no_view_into_a_prompt(way, tokens, tmp_path):
     width = served.config.hidden_size
     assert strides == [(tokens * width, width, 1)]
     torch.testing.assert_close(last, expected[:, -tokens:], rtol=0.05, atol=0.05)
+
+
+def test_the_head_may_be_called_by_keyword(tmp_path):
+    served = sida_ext.swap_experts(save_tiny("qwen3_moe", tmp_path).eval())
+    rows = torch.randn(1, 3, served.config.hidden_size, dtype=served.dtype)
+    with served.sida, torch.no_grad():
+        assert torch.equal(served.lm_head(input=rows), served.lm_head(rows))
