@@ -432,8 +432,8 @@ def test_what_is_predicted_is_read_ahead(plain, model):
 
 
 def test_steps_reach_further_than_the_routers_that_are_asked(plain):
-    """RouterLookahead(1) asks the next layer's router alone; what a predictor says may be announced of all that follow, as
-    far as the guard goes."""
+    """RouterLookahead(1) asks the next layer's router alone; what a predictor says may be announced of all that
+    follow, as far as the guard goes."""
     ids = tokens(1, 30)
     found = {}
     for name in ("routers alone", "steps too"):
