@@ -4,7 +4,7 @@
     python -m bench.planning.others CHECKPOINT PEER [--json FILE]
 
 CHECKPOINT is one that ``bench.causal.checkpoint`` wrote; of it config.json and headers are read, as ``sida plan`` does.
-moe-fit reads the index of a GGUF file alone, so one of random blocks is written beside the checkpoint and removed when
+moe-fit reads the index of a GGUF file alone, so one of its weights is written beside the checkpoint and removed when
 the table is done: Q8_0, whose weights take as much as our int8. Both plan for the same three sizes of memory: of the
 file's experts a quarter, a half and all, beside everything else. Neither runs the model: what is true is in the rows of
 ``bench.planning.verify``.
@@ -48,7 +48,7 @@ def estimate(peer: Path, file: Path, memory: int) -> dict[str, Any]:
 def written(checkpoint: Path, peer: Path) -> Path:
     """A GGUF file of the checkpoint's shapes."""
     file = checkpoint.parent / f"{checkpoint.name}-{KIND}.gguf"
-    command = [str(peer / "bin" / "python"), "-m", "bench.causal.peer", "write", str(checkpoint / "config.json")]
+    command = [str(peer / "bin" / "python"), "-m", "bench.causal.peer", "write", str(checkpoint)]
     subprocess.run([*command, str(file), "--kind", KIND], check=True, timeout=1800)
     return file
 
