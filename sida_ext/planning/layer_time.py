@@ -105,6 +105,12 @@ def _times(model: Any, tokens: int, decodes: bool, walk: Any = None) -> list[flo
     return found[1:]
 
 
+def _of_the_rest(times: dict[int, list[float]], layer: Pair) -> Pair:
+    """What a call takes beside its layers: masks, embedding, positions, the last norm."""
+    few = times[FEW]
+    return max(0.0, min(few) - FEW * layer[0]), max(0.0, statistics.median(few) - FEW * layer[1])
+
+
 def _of_one_layer(times: dict[int, list[float]]) -> Pair:
     """From the calls of models of FEW and of MANY layers, (fastest, median)."""
     few, many = times[FEW], times[MANY]
@@ -114,10 +120,10 @@ def _of_one_layer(times: dict[int, list[float]]) -> Pair:
     return fast, max(fast, middle)
 
 
-def measure_layer(config: dict[str, Any], facts: ModelFacts) -> Measured:
-    """Seconds of one layer by tokens, remembered for plans of the same shape on this machine: with weights that are
-    read from memory, for other bytes than the last-level cache holds pass between two calls, and of one token with
-    weights that stayed where the last call left them.
+def measure_layer(config: dict[str, Any], facts: ModelFacts) -> tuple[Measured, Measured]:
+    """Seconds of one layer by tokens, and of what a call takes beside its layers, remembered for plans of the same
+    shape on this machine: with weights that are read from memory, for other bytes than the last-level cache holds pass
+    between two calls, and of one token with weights that stayed where the last call left them.
 
     Args:
         config: of config.json.
@@ -146,6 +152,7 @@ def measure_layer(config: dict[str, Any], facts: ModelFacts) -> Measured:
             f"a {facts.family} of {FEW} layers without experts cannot be made or run here ({type(error).__name__}: "
             f"{error}); plan without --measure"
         ) from error
-    found = Measured({tokens: _of_one_layer(times) for tokens, times in streamed.items()}, {1: _of_one_layer(cached)})
-    remember(layer_key(facts), asdict(found))
-    return found
+    layer = Measured({tokens: _of_one_layer(times) for tokens, times in streamed.items()}, {1: _of_one_layer(cached)})
+    rest = Measured({tokens: _of_the_rest(times, layer.streamed[tokens]) for tokens, times in streamed.items()})
+    remember(layer_key(facts), {"layer": asdict(layer), "rest": asdict(rest)})
+    return layer, rest

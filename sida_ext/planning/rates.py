@@ -80,6 +80,7 @@ class Rates:
         expert: of one expert.
         number: of one parameter of a dense matrix.
         layer: of one layer without its experts, as transformers runs it; None: never measured at this shape.
+        rest: of what a forward takes beside its layers and its head; measured with ``layer``.
         cache: bytes of the last-level cache; 0: not known, or of no interest.
         said: where each comes from, in words.
     """
@@ -91,6 +92,7 @@ class Rates:
     expert: Measured
     number: Measured
     layer: Measured | None = None
+    rest: Measured | None = None
     alone: float = 0.0
     cache: int = 0
     said: dict[str, str] = field(default_factory=dict)
@@ -334,9 +336,8 @@ def measured_rates(
     reads = disk_plan(folder, again)
     expert, said_expert = expert_rates(facts, dtype, again)
     number, said_number = number_rates(facts, dtype, dense_dtype, again)
-    if dense_dtype is None:
-        layer, said_layer = layer_rates(facts)
-    else:  # what --measure remembers holds torch's own matrices
+    layer, rest, said_layer = layer_rates(facts)
+    if dense_dtype is not None:  # what --measure remembers holds torch's own matrices
         layer, said_layer = None, _assumed_layer()
     return Rates(
         disk=(reads.disk_rate, reads.disk_rate * SLOWER_DISK),
@@ -346,6 +347,7 @@ def measured_rates(
         expert=expert,
         number=number,
         layer=layer,
+        rest=rest,
         alone=reads.lane_rate,
         cache=cache_bytes(),
         said={"reads": reads.why, "experts": said_expert, "dense": said_number, "layers": said_layer},
@@ -360,12 +362,14 @@ def layer_key(facts: ModelFacts) -> str:
     return f"layer {facts.family} {facts.shape.d_model} {facts.layer_numbers // facts.depth} {facts.dtype}"
 
 
-def layer_rates(facts: ModelFacts) -> tuple[Measured | None, str]:
-    """Of a layer without its experts: what ``--measure`` remembered, or None."""
-    known = _measured_from(remembered(layer_key(facts)))
-    if known is not None:
-        return known, "a layer of transformers without experts, remembered"
-    return None, f"{_assumed_layer()}; --measure measures it"
+def layer_rates(facts: ModelFacts) -> tuple[Measured | None, Measured | None, str]:
+    """Of a layer without its experts and of what a forward takes beside its layers: what ``--measure`` remembered, or
+    None; and where they come from."""
+    known = remembered(layer_key(facts))
+    layer, rest = (_measured_from(known.get(name) if isinstance(known, dict) else None) for name in ("layer", "rest"))
+    if layer is None or rest is None:
+        return None, None, f"{_assumed_layer()}; --measure measures it"
+    return layer, rest, "a layer of transformers without experts, remembered"
 
 
 def _assumed_layer() -> str:

@@ -104,10 +104,12 @@ def _times(
     # All the weights that one forward reads: what of them a cache still holds is found faster.
     dense = facts.layer_numbers + (facts.head_numbers if head else 0)
     held = rates.held((record * distinct / max(1, len(counted))) + dense_bytes * dense, end)
-    # A dense layer's time goes to the MoE layer that follows, the head's to all of them.
+    # A dense layer's time goes to the MoE layer that follows; the head's and the rest of a forward to all of them.
     before = facts.depth / len(facts.layers) * rates.layer_seconds(facts.layer_numbers / facts.depth, tokens, end, held)
     if head:
         before += facts.head_numbers * rates.number.seconds(1, end, held) * len(counted) / layers
+    if rates.rest is not None:
+        before += rates.rest.seconds(tokens, end) * len(counted) / layers
     shared = record / rates.disk[end]
     # A lane whose rate alone is not known has its share of the disk, whatever the others do.
     read = max(shared, record / rates.alone) if rates.alone else shared * rates.lanes
