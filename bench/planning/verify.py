@@ -6,7 +6,7 @@
 FOLDER is for the checkpoints, made where they are missing: Switch-base-128's encoder and a decoder of Qwen3-30B-A3B's
 shapes, each of a few layers. Stores go to a cache inside it, one at a time: each is removed when its rows are done.
 Each configuration runs in a process of its own. Be alone on the machine: a prediction is from rates that are measured
-right after the run.
+before the load and after the run.
 
 With ``--moefit`` the estimate of PyPI's moe-fit for a GGUF file of the same shapes is printed beside the rows; it reads
 no other format.

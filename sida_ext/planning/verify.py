@@ -187,7 +187,8 @@ def verify(
     prompt_tokens: int | None = None,
     seed: int = 0,
 ) -> list[Verified]:
-    """Load a checkpoint, run random prompts and greedy steps, and predict the same from rates measured after the run.
+    """Load a checkpoint, run random prompts and greedy steps, and predict the same from rates measured before the load
+    and after the run.
 
     Args:
         folder: of the checkpoint, or a hub id; its store is packed if it is not in the cache.
@@ -207,6 +208,7 @@ def verify(
     facts = count_experts(headers)
     budget = parse_memory(expert_memory, experts_bytes(facts, dtype))
     measure_layer(headers.config, facts)
+    before = measured_rates(facts, dtype, default_cache(), again=True, dense_dtype=dense_dtype)
     model: Any = sida_ext.from_pretrained(
         folder, expert_memory=budget, expert_dtype=dtype, dense_dtype=dense_dtype, dtype=getattr(torch, facts.dtype)
     )
@@ -219,5 +221,5 @@ def verify(
     finally:
         model.sida.close()
     model = runner = None  # type: ignore[assignment]  # their memory is measured next
-    rates = measured_rates(facts, dtype, default_cache(), again=True, dense_dtype=dense_dtype)
+    rates = before.joined(measured_rates(facts, dtype, default_cache(), again=True, dense_dtype=dense_dtype))
     return [_compared(one, facts, dtype, budget, rates, dense_dtype) for one in timed]

@@ -302,6 +302,15 @@ def test_the_probe_computes_every_type(dtype, activation):
         assert [len(calls) for calls in _C.measure_linear(40, 72, kind, [1, 5], 0.0, "bfloat16", 1 << 14)] == [3, 3]
 
 
+def test_of_two_measurements_the_fastest_call_and_the_slower_median_count():
+    first = Measured({1: (1.0, 2.0), 4: (3.0, 4.0)}, {1: (0.5, 0.6)})
+    second = Measured({1: (0.9, 1.5), 4: (3.5, 5.0)}, {})
+    assert first.joined(second) == Measured({1: (0.9, 2.0), 4: (3.0, 5.0)}, {})
+    joined = EVEN.joined(replace(EVEN, expert=Measured({1: (5e-4, 5e-4), 32: (2e-3, 2e-3)})))
+    assert joined.expert.streamed == {1: (5e-4, 1e-3), 32: (1e-3, 2e-3)}
+    assert joined.number == EVEN.number
+
+
 def test_a_time_is_read_off_the_nearest_points():
     found = Measured({1: (1.0, 2.0), 4: (4.0, 4.0), 16: (16.0, 10.0)}, {1: (0.5, 5.0)})
     assert [found.seconds(tokens, 0) for tokens in (1, 2, 4, 10, 16, 28)] == pytest.approx([1, 2, 4, 10, 16, 28])
