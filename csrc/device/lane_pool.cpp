@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "device/thread_slice.h"
+
 namespace sida {
 namespace {
 
@@ -89,6 +91,7 @@ void LanePool::wake() {
 }
 
 void LanePool::run_lane(std::shared_ptr<Shared> shared, int lane) {
+  take_short_slice();
   bool died = false, begun = false;
   const auto begin = [&] {
     if (!begun) shared->work->begin(lane);

@@ -7,6 +7,8 @@
 
 #include "check.h"
 #include "device/host_device.h"
+#include "device/lane_pool.h"
+#include "device/thread_slice.h"
 #include "experts/tier_source.h"
 #include "serve.h"
 #include "store_file.h"
@@ -403,6 +405,25 @@ SIDA_TEST(trace_tells_copies_and_stalls) {
   }
   CHECK_EQ(copies, 2);
   CHECK_EQ(taken.dropped, 0);
+}
+
+SIDA_TEST(a_lane_runs_as_soon_as_it_wakes_up) {
+  struct Work final : LaneWork {
+    void run(const LaneJob&, int) override { slice = thread_slice(); }
+    void interrupt() override {}
+    std::optional<std::chrono::nanoseconds> slice;
+  };
+  const auto usual = thread_slice();
+  if (!usual) return;  // Linux before 6.12
+  const auto work = std::make_shared<Work>();
+  LanePool lanes(work);
+  std::atomic<bool> ended = false;
+  lanes.start(1, [&](const JobDone&) { ended = true; });
+  lanes.submit({.kind = LaneJob::Kind::fill, .slot = 0});
+  while (!ended) std::this_thread::yield();
+  CHECK(work->slice.has_value());
+  CHECK(*work->slice < *usual);
+  CHECK(thread_slice() == usual);  // of the lane alone
 }
 
 int main(int argc, char** argv) {
