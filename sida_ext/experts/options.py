@@ -58,6 +58,10 @@ class Options:
             goes on with memory that is not, and slower copies.
         populate: ask the system for the budget's memory at the start, in the background, so that the first loads do not
             wait for it; False: as experts come.
+        read_ahead: in a prompt each layer shows its input to the next layer's router, and what that names is read while
+            the layers between compute (:class:`~sida_ext.prediction.router_lookahead.RouterLookahead`, with
+            ``prompts_only``). For models of the experts seam on the CPU whose ``predictor`` holds no RouterLookahead;
+            False: nothing is read that no predictor names.
         faults: injected faults, for tests: see ``_C.Faults``.
 
     Raises:
@@ -80,6 +84,7 @@ class Options:
     wait_deadline: float = 60.0
     pin: str = "require"
     populate: bool = True
+    read_ahead: bool = True
     faults: _C.Faults | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +110,7 @@ class Options:
             raise ValueError(f"lanes is {self.lanes!r}, expected a number of reads of at least 1, or None")
         if self.read_bytes is not None and (not _is_whole(self.read_bytes) or self.read_bytes < 0):
             raise ValueError(f"read_bytes is {self.read_bytes!r}, expected a multiple of 4096, 0 or None")
-        for name in ("allow_pickle", "populate"):
+        for name in ("allow_pickle", "populate", "read_ahead"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected True or False")
 

@@ -13,12 +13,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.router_asking import AskedRouter
-from sida_ext.prediction.router_lookahead import LookaheadState, RouterLookahead, most_wanted, within_room
+from sida_ext.prediction.router_lookahead import LookaheadState, RouterLookahead, in_time, most_wanted, within_room
 
 __all__ = ["LayerAhead", "attach_lookahead"]
 
@@ -39,6 +40,11 @@ class _Standing:
         number, self.number = self.number, 0
         if number:
             self.runtime.retire(number)
+
+    def forget(self) -> None:
+        """What was named belongs to a forward that is over, or is not looked ahead in any more."""
+        self.named.clear()
+        self.began = None
 
     def __del__(self) -> None:
         # A thread that ended between two layers: its forward raised.
@@ -71,7 +77,7 @@ class _Keep:
         self._shared = shared
 
     def __call__(self, module: nn.Module, given: tuple[Any, ...]) -> None:
-        if given:
+        if given and not torch.compiler.is_compiling():
             self._shared.standing.hidden = given[0]
 
 
@@ -83,12 +89,14 @@ class LayerAhead:
         name: of the layer's experts, as in the store.
         targets: name and router of the layers that follow, the next one first.
         normalised: what this layer keeps is a router's input rather than the residual stream.
+        prompts_only: see :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`.
     """
 
     name: str
     targets: list[tuple[str, AskedRouter]]
     normalised: bool
     shared: _Shared
+    prompts_only: bool = False
 
     def before(self, expert_index: Tensor) -> None:
         """Announce what the layers ahead will want.
@@ -100,6 +108,9 @@ class LayerAhead:
         standing.retire()
         hidden, standing.hidden = standing.hidden, None
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
+            return
+        if self.prompts_only and expert_index.numel() < runtime.header.num_experts:
+            standing.forget()
             return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before
@@ -118,6 +129,8 @@ class LayerAhead:
             index, weights = router.ask(hidden, self.normalised)
             experts = most_wanted(index, weights, runtime.header.num_experts)
             standing.named[name, distance] = experts
+            if self.prompts_only:
+                experts = in_time(experts, runtime.held_of(name), state.pace.slowness)
             wanted.append((name, experts))
         kept = within_room(wanted, room)
         state.announced(sum(len(experts) for _, experts in kept))
@@ -129,8 +142,7 @@ class LayerAhead:
         if not self.targets:
             standing = self.shared.standing
             standing.retire()
-            standing.named.clear()
-            standing.began = None
+            standing.forget()
 
 
 def attach_lookahead(
@@ -148,7 +160,9 @@ def attach_lookahead(
     order, found, obstacles = routers
     if obstacles:
         what = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
-        logger.warning("RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
+        # Who has asked for it is told; where it is only the default, stats().lookahead has it.
+        level = logging.INFO if lookahead.prompts_only else logging.WARNING
+        logger.log(level, "RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
     record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
     state = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked=obstacles)
     shared = _Shared(runtime, state)
@@ -158,7 +172,9 @@ def attach_lookahead(
             continue
         following = [later for later in ran[at + 1 :] if later in found][: lookahead.depth]
         targets = [(layers[later].name, found[later]) for later in following]
-        layers[name].ahead = LayerAhead(layers[name].name, targets, found[name].norm is None, shared)
+        layers[name].ahead = LayerAhead(
+            layers[name].name, targets, found[name].norm is None, shared, lookahead.prompts_only
+        )
         if targets:
             found[name].reads.register_forward_pre_hook(_Keep(shared))
     runtime.ahead = state
