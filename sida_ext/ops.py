@@ -113,7 +113,6 @@ def moe_ffn(
 
     Raises:
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
-        NotImplementedError: biases, ``"swiglu_oai"`` or 4-bit weights on a CUDA device.
     """
     return _call(
         torch.ops.sida.moe_ffn,
@@ -170,7 +169,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
 
     Raises:
         ValueError, TypeError: the message names the argument, the value found and the value expected.
-        NotImplementedError: on a CUDA device; or a backward, as the weights are frozen.
+        NotImplementedError: a backward, as the weights are frozen.
     """
     return _call(torch.ops.sida.linear, x, weight, scale, bias)
 

@@ -5,7 +5,8 @@
 
 The table has a line for each kernel and architecture: registers, shared memory of a block, blocks and warps that fit a
 multiprocessor, local memory (spills), and the instructions of the main loop. ``--check`` fails if a hot kernel spills,
-lacks tensor-core or asynchronous-copy instructions, loads less than 16 bytes at a time, or fits less often than stated.
+lacks tensor-core or asynchronous-copy instructions, loads less than 16 bytes at a time (but for the factors of 4-bit
+weights), or fits less often than stated.
 
 ``cuobjdump`` comes with the CUDA toolkit; where it was left out, the packages ``nvidia-cuda-cuobjdump`` (with
 ``nvidia-cuda-nvdisasm``) and ``triton`` carry one. Without any, ``--ptxas`` reads what the assembler said while it
@@ -95,11 +96,12 @@ class Kernel:
         return sum(text.startswith(("STL", "LDL")) for _, text in self.instructions)
 
     def main_loop(self) -> list[str]:
-        """The loop that multiplies: the one with the most HMMA, else the one made of FFMA more than any other."""
+        """The loop that multiplies: the one with the most HMMA, else the one made of FFMA more than any other. Where it
+        is inside of a loop that starts copies, that one: a stage."""
         if self._loop is not None:
             return self._loop
         best: list[str] = []
-        worth = (0, 0.0)
+        worth = (0, False, 0.0)
         for address, text in self.instructions:
             jump = re.match(r"BRA(?:\.\w+)*\s+(?:[!U]*P\w*,\s*)?`?\(?(?:0x)?([0-9a-f]+)", text)
             if not jump or int(jump.group(1), 16) >= address:
@@ -107,7 +109,8 @@ class Kernel:
             body = [t for a, t in self.instructions if int(jump.group(1), 16) <= a <= address]
             # Among loops with the same multiplications the inner one is denser.
             tensor = sum(t.startswith("HMMA") for t in body)
-            own = (tensor, (tensor or sum(t.startswith("FFMA") for t in body)) / len(body))
+            stage = tensor > 0 and any(t.startswith("LDGSTS") for t in body)
+            own = (tensor, stage, (tensor or sum(t.startswith("FFMA") for t in body)) / len(body))
             if own > worth:
                 best, worth = body, own
         self._loop = best
@@ -143,7 +146,9 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-TYPES = {"bf16": "bf16", "f16": "f16", "signed char": "int8"}
+TYPES = {"bf16": "bf16", "f16": "f16", "signed char": "int8", "int4_pair": "int4", "mxfp4_pair": "mxfp4"}
+# Bytes of a factor of 4-bit weights, as the code that loads it says.
+FACTORS = {"int4": "LDG.E.U16", "mxfp4": "LDG.E.U8"}
 TILES = {16: "decode", 64: "medium", 128: "large"}
 
 
@@ -257,6 +262,12 @@ def problems(kernels: list[Kernel]) -> list[str]:
         if missing:
             found.append(f"{where}: no {', '.join(missing)} in the main loop")
         narrow = [t for t in loop if t.startswith(("LDG.", "LDGSTS.")) and ".128" not in t]
+        if kernel.weights in FACTORS:
+            # A thread brings one factor a step; everything else comes as for the other types.
+            factors = [t for t in narrow if t.startswith(FACTORS[kernel.weights])]
+            if len(factors) != 1:
+                found.append(f"{where}: {len(factors)} loads of factors in the main loop, expected 1")
+            narrow = [t for t in narrow if t not in factors]
         if narrow:
             found.append(f"{where}: global loads below 16 bytes in the main loop: {narrow[0]}")
     return found

@@ -8,15 +8,17 @@ engine itself, its reads made slower by ``--delay`` milliseconds, in rounds in w
 
 The gap closed is (stall without - with) / (stall without - with the oracle).
 
-``--grid`` runs the clock over budgets from 10 to 90 % and disks of 0.2 to 4 GB/s, and says for each predictor the time
-beside that without one: the least, the most, and where. What predicting takes is not on the clock: it runs on a thread
-of its own.
+``--grid`` runs the clock over budgets from 10 to 90 % and disks of 0.2 to 4 GB/s, with the guard of ``stream``, and
+says for each predictor the time beside that without one: the least, the most, and where; beside them one that is always
+wrong (it names what the batch does not want), so that what the guard lets through is seen. What predicting takes is not
+on the clock: it runs on a thread of its own. Exit status 1 where a predictor is slower than none by more than 2 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Iterable
@@ -34,8 +36,10 @@ from sida_ext import _C
 from sida_ext.models.layers import swapped_layers
 from sida_ext.planning.hit_rates import ModelledTime, Routing, on_the_clock, record_routing
 from sida_ext.prediction.hash_table import HashTable
+from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.protocol import load_predictor
 
+WRONG = "always wrong"
 NAMES = ("none", "token table", "hash predictor", "oracle")
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
 DISKS = (0.2, 0.5, 1.0, 2.0, 4.0)  # GB/s
@@ -151,7 +155,7 @@ def grid(
     header = model.sida.header
     plain = record_routing(model, batches)
     routings = {name: record_routing(model, batches, predictor) for name, predictor in predictors.items()}
-    routings |= {"oracle": plain}
+    routings |= {"oracle": plain, WRONG: Routing(plain.layers, plain.experts, plain.batches, never_wanted(plain))}
     rows = []
     for budget in BUDGETS:
         slots = max(1, round(budget * header.total_experts))
@@ -162,11 +166,26 @@ def grid(
             none = on_the_clock(plain, slots, clock, lookahead=0)
             row: dict[str, Any] = {"budget": budget, "disk": disk, "none": none.seconds}
             for name, routing in routings.items():
-                found = on_the_clock(routing, slots, clock, lookahead=4)
+                found = on_the_clock(routing, slots, clock, lookahead=4, guard=GuardOptions())
                 row[name] = found.seconds / none.seconds
                 row[f"{name}, reads"] = found.loads / max(none.loads, 1)
             rows.append(row)
     return rows
+
+
+def never_wanted(routing: Routing) -> list[list[tuple[int, list[int]]]]:
+    """For each batch and layer as many experts as it wants, or as there are others, and none of these."""
+    draw = random.Random(0)
+    tables = []
+    for batch in routing.batches:
+        others = [(layer, sorted(set(range(routing.experts)) - set(experts))) for layer, experts in batch]
+        tables.append(
+            [
+                (layer, draw.sample(free, min(len(free), len(wanted))))
+                for (layer, free), (_, wanted) in zip(others, batch, strict=True)
+            ]
+        )
+    return tables
 
 
 def ends(rows: list[dict[str, Any]], names: Iterable[str]) -> str:
@@ -245,13 +264,16 @@ def main() -> None:
         "hash predictor": load_predictor(arguments.predictor, model),
     }
     found: dict[str, Any] = {}
+    slower = 0
     for size in arguments.batches:
         count = BATCHES.get(size, 8)
         batches = batches_of(tokenizer, size, max(2, count // 3) if arguments.quick else count, arguments.tokens)
         if arguments.grid:
             rows = grid(arguments, model, batches, predictors)
             found[str(size)] = rows
-            print(f"grid batch {size}: {ends(rows, NAMES[1:])}", flush=True)
+            names = (*NAMES[1:], WRONG)
+            print(f"grid batch {size}: {ends(rows, names)}", flush=True)
+            slower += sum(row[name] > 1.02 for row in rows for name in names)
             continue
         if arguments.engine:
             given = predictors | {"oracle": Replay(model, batches)}
@@ -262,6 +284,8 @@ def main() -> None:
     model.sida.close()
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    if slower:
+        raise SystemExit(f"{slower} settings are slower than no predictor by more than 2 %")
 
 
 if __name__ == "__main__":

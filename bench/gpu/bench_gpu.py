@@ -25,7 +25,14 @@ pytestmark = [
 ]
 
 D_MODEL, D_FF, EXPERTS = 768, 3072, 128  # Switch-base
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8, "float32": torch.float32}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "mxfp4": torch.uint8,
+    "float32": torch.float32,
+}
 CALLS = 40
 
 
@@ -33,7 +40,7 @@ CALLS = 40
 class Case:
     phase: str
     tokens: int
-    dtype: str  # of the weights; activations are bfloat16 where the weights are int8
+    dtype: str  # of the weights; activations are bfloat16 where the weights have fewer bits
     top_k: int = 1
 
     def __str__(self) -> str:
@@ -43,6 +50,8 @@ class Case:
 CASES = [
     *(Case("decode", tokens, dtype) for dtype in ("bfloat16", "float16", "int8") for tokens in (1, 8, 32)),
     *(Case("prefill", tokens, dtype) for dtype in ("bfloat16", "float16", "int8") for tokens in (512, 4096, 16384)),
+    *(Case("decode", tokens, dtype) for dtype in ("int4", "mxfp4") for tokens in (1, 32)),
+    *(Case("prefill", tokens, dtype) for dtype in ("int4", "mxfp4") for tokens in (512, 4096)),
     Case("decode", 8, "bfloat16", top_k=2),
     Case("prefill", 4096, "bfloat16", top_k=2),
     Case("decode", 8, "float32"),
@@ -90,7 +99,7 @@ class Layer:
     def __init__(self, case: Case) -> None:
         self.case = case
         self.dtype = DTYPES[case.dtype]
-        self.x_dtype = torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+        self.x_dtype = torch.bfloat16 if self.dtype.itemsize == 1 else self.dtype
         self.random = torch.Generator().manual_seed(0)
         self.scales: dict[str, Tensor] = {}
         shapes = (EXPERTS, D_FF, D_MODEL), (EXPERTS, D_MODEL, D_FF)
@@ -99,6 +108,15 @@ class Layer:
             self.scales = {
                 "wi_scale": torch.full((EXPERTS, D_FF), 1e-4, device="cuda"),
                 "wo_scale": torch.full((EXPERTS, D_MODEL), 1e-4, device="cuda"),
+            }
+        elif self.dtype == torch.uint8:
+            shapes = (EXPERTS, D_FF, D_MODEL // 2), (EXPERTS, D_MODEL, D_FF // 2)
+            self.wi, self.wo = (torch.randint(256, s, dtype=torch.uint8, device="cuda") for s in shapes)
+            # A factor of 2^-7 for each 32 weights, 16 bytes of them.
+            kind, factor = (torch.float16, 2**-7) if case.dtype == "int4" else (torch.uint8, 120)
+            self.scales = {
+                name: torch.full((*s[:2], s[2] // 16), factor, dtype=kind, device="cuda")
+                for name, s in zip(("wi_scale", "wo_scale"), shapes, strict=True)
             }
         else:
             self.wi, self.wo = (torch.randn(s, dtype=self.dtype, device="cuda").mul_(0.02) for s in shapes)
@@ -123,8 +141,9 @@ class Layer:
         return torch.zeros_like(x).index_add_(0, rows, found.to(x.dtype))
 
     def bytes_of(self, index: Tensor) -> int:
-        """Weights of the distinct experts, once, and the activations in and out."""
-        experts = int(index.unique().numel()) * 2 * D_MODEL * D_FF * self.wi.element_size()
+        """Weights and factors of the distinct experts, once, and the activations in and out."""
+        stored = (self.wi, self.wo, *self.scales.values())
+        experts = int(index.unique().numel()) * sum(tensor.nbytes for tensor in stored) // EXPERTS
         return experts + 2 * self.case.tokens * D_MODEL * torch.finfo(self.x_dtype).bits // 8
 
     @property

@@ -158,6 +158,8 @@ def render(counts: dict[str, Any]) -> str:
         "two counts. *On demand*: no prediction, least recently used goes, copies and kernels one after the other. The "
         "last column is the modelled on-demand step that keeps no expert at all over the modelled overlapped one.",
     ]
+    few_bits = [row for row in rows if " " in row.model]
+    rows = [row for row in rows if " " not in row.model]
     half = next(row for row in rows if row.share == 0.4)
     shares = half.modelled_compute_seconds / half.modelled_overlapped_seconds
     lines += [
@@ -183,6 +185,25 @@ def render(counts: dict[str, Any]) -> str:
             f"{row.modelled_compute_seconds * 1e3:.2f} | {row.modelled_overlapped_seconds * 1e3:.2f} | "
             f"{row.modelled_on_demand_seconds * 1e3:.2f} | "
             f"{row.modelled_nothing_kept_seconds / row.modelled_overlapped_seconds:.2f}x |"
+        )
+    lines += [
+        "",
+        "## Weights of 4 bits (modelled)",
+        "",
+        "The same model, routing and kernels with experts in int4 and mxfp4, activations in bf16. The last column is "
+        "the modelled overlapped step of bf16 experts with the same share of them in memory over this one.",
+        "",
+        "| model | GPU | budget | expert memory, GB | modelled kernels, ms | modelled overlapped, ms "
+        "| modelled ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (one for one in few_bits if one.share in (0.2, 0.4, 1.0)):
+        plain = (row.gpu, row.pcie, row.model.split(" ")[0], row.share)
+        whole = next(one for one in rows if (one.gpu, one.pcie, one.model, one.share) == plain)
+        lines.append(
+            f"| {row.model} | {row.gpu}, PCIe {row.pcie}.0 | {row.share:.0%} | {row.expert_memory_bytes / 1e9:.2f} | "
+            f"{row.modelled_compute_seconds * 1e3:.2f} | {row.modelled_overlapped_seconds * 1e3:.2f} | "
+            f"{whole.modelled_overlapped_seconds / row.modelled_overlapped_seconds:.2f}x |"
         )
     lines += [
         "",

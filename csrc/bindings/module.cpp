@@ -184,15 +184,25 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
 
 py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, const std::string& eviction,
                       int64_t slots, int lookahead, double read, double before, double compute, int lanes,
-                      const std::vector<Wanted>& predicted) {
+                      const std::vector<Wanted>& predicted, const py::object& admit) {
   const RoutingTrace trace = trace_from(layers, experts, batches);
   const RoutingTrace tables = trace_from(layers, experts, predicted);
+  Admission admission;
+  if (!admit.is_none()) {
+    admission = [&admit](const ClockProgress& progress) {
+      const py::gil_scoped_acquire held;
+      const Pace& pace = progress.pace;
+      return admit(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds)
+          .cast<int64_t>();
+    };
+  }
   const PolicyOptions options{.eviction = parse_eviction(eviction), .slots = slots, .lookahead = lookahead};
   ClockResult result;
   {
     const py::gil_scoped_release released;
-    result =
-        run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes}, tables.batches);
+    result = run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes},
+                       tables.batches, admission);
   }
   py::dict fields;
   fields["seconds"] = result.seconds;
@@ -395,6 +405,12 @@ PYBIND11_MODULE(_C, m) {
              return py::make_tuple(pace.useful_prefetches, pace.wasted_prefetches, pace.loads, pace.read_seconds,
                                    pace.stall_seconds);
            })
+      .def("announcing_pace",
+           [](const TransferEngine& engine) {
+             const Pace pace = engine.pace();
+             return py::make_tuple(pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds);
+           })
       .def("retire", &TransferEngine::retire, py::arg("batch"), WithoutLock())
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
       .def_property_readonly("capacity", &TransferEngine::capacity)
@@ -439,7 +455,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
   m.def("run_clock", &run_clock_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("read"), py::arg("before"), py::arg("compute"),
-        py::arg("lanes"), py::arg("predicted"));
+        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none());
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
   py::class_<Borrow>(m, "Borrow")

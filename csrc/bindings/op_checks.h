@@ -1,6 +1,7 @@
 // Argument checks that the ops of every device share.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "bindings/op_error.h"
 #include "bindings/tensors.h"
 #include "kernels/activation.h"
+#include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 
 namespace sida {
@@ -237,6 +239,50 @@ inline void set_weights(MoeFfnArgs& args, DType dtype, const Tensor& wi, const T
   set_scale(args.wo, wo_scale, wo, dtype, args.d_ff, op, "wo", "wo_scale");
   set_bias(args.wi, wi_bias, wi, op, "wi_bias");
   set_bias(args.wo, wo_bias, wo, op, "wo_bias");
+}
+
+// [..., columns] as [rows, columns].
+inline Tensor as_rows(const Tensor& x, int64_t columns) {
+  const std::array<int64_t, 2> shape{-1, columns};
+  return taken(call_torch("aten::reshape", "", x, Shape(shape))[0]);
+}
+
+struct LinearCall {
+  LinearArgs args;
+  Tensor tokens;  // what args.x points to
+  Tensor out;     // not initialised
+};
+
+// Types and shapes of the arguments of linear, and memory for its result.
+inline LinearCall checked_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                                 const std::optional<Tensor>& bias, const char* op) {
+  LinearArgs args{};
+  args.x_dtype = dtype_of(x, op, "x", /*weights=*/false);
+  args.w_dtype = weight_dtype(weight, scale, op, "weight", "scale");
+  CHECK_VALUE(x.dim() >= 1 && x.size(-1) >= 1, op, ": x has shape ", Text(x),
+              ", expected [..., columns] with at least one column");
+  args.columns = x.size(-1);
+  check_device(weight, x, op, "weight");
+  check_dims(weight, 2, op, "weight", "[rows, columns]");
+  const auto [columns, meaning] =
+      stored_columns(args.w_dtype, args.columns, "columns, as in x", "16 for each 32 columns of x");
+  check_size(weight, 1, columns, op, "weight", meaning);
+  check_rows(weight, op, "weight");
+  args.rows = weight.size(0);
+  args.w = {weight.const_data_ptr(), 0, weight.stride(0), nullptr, 0};
+  set_scale(args.w, scale, weight, args.w_dtype, args.columns, op, "weight", "scale");
+  set_bias(args.w, bias, weight, op, "bias");
+
+  const bool is_flat = x.dim() == 2 && (x.size(1) == 1 || x.stride(1) == 1);
+  const Tensor tokens = is_flat ? x : contiguous(as_rows(x, args.columns));
+  args.tokens = tokens.size(0);
+  args.x = tokens.const_data_ptr();
+  args.x_row_stride = args.tokens > 1 ? tokens.stride(0) : args.columns;
+  std::vector<int64_t> shape = shape_of(x);
+  shape.back() = args.rows;
+  const Tensor out = empty(shape, type_of(x), x);
+  args.out = out.mutable_data_ptr();
+  return {args, tokens, out};
 }
 
 }  // namespace sida

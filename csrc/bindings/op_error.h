@@ -90,4 +90,3 @@ auto with_python_errors(Body&& body) {
 #define CHECK_VALUE(condition, ...) SIDA_CHECK(PyExc_ValueError, condition, __VA_ARGS__)
 #define CHECK_TYPE(condition, ...) SIDA_CHECK(PyExc_TypeError, condition, __VA_ARGS__)
 #define CHECK_INDEX(condition, ...) SIDA_CHECK(PyExc_IndexError, condition, __VA_ARGS__)
-#define CHECK_IMPLEMENTED(condition, ...) SIDA_CHECK(PyExc_NotImplementedError, condition, __VA_ARGS__)

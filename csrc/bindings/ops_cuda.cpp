@@ -166,7 +166,8 @@ Tensor narrowed_index(const Tensor& index, const char* op, const char* name) {
   return contiguous(as_type(clamped, ScalarType::Int));
 }
 
-Tensor workspace_for(const MoeFfnArgs& args, const Architecture& architecture, const Tensor& x) {
+template <class Args>
+Tensor workspace_for(const Args& args, const Architecture& architecture, const Tensor& x) {
   return empty({cuda::workspace_bytes(args, architecture)}, ScalarType::Byte, x);
 }
 
@@ -179,16 +180,12 @@ Tensor moe_ffn_cuda(const Tensor& x, const Tensor& expert_index, const Tensor& g
   const std::string activation = taken(activation_handle), missing = taken(missing_handle);
   return with_python_errors([&] {
     const auto [function, gated] = checked_activation(activation, op);
-    CHECK_IMPLEMENTED(function != Activation::swiglu_oai && !wi_bias.has_value() && !wo_bias.has_value(), op,
-                      ": the CUDA kernels know neither biases nor swiglu_oai; move the arguments to the CPU");
     CHECK_VALUE(missing == "error" || missing == "skip", op, ": missing is '", missing,
                 "', expected 'error' or 'skip'");
     check_dims(slot_of_expert, 1, op, "slot_of_expert", "[experts]");
     check_device(expert_index, x, op, "expert_index");
     check_device(gate, x, op, "gate");
     const DType dtype = check_tokens(x, expert_index, gate, op);
-    CHECK_IMPLEMENTED(type_of(wi) != ScalarType::Byte, op, ": the CUDA kernels know no 4-bit weights; expected ",
-                      "float32, bfloat16, float16 or int8 there, or move the arguments to the CPU");
     const DType w_dtype = check_weights(x, wi, wo, slot_of_expert, wi_scale, wo_scale, gated, op);
     const OnDevice here(x);
     const Tokens tokens{narrowed_index(expert_index, op, "expert_index"), contiguous(gate), dtype};
@@ -246,9 +243,16 @@ std::tuple<Tensor, Tensor> route_top1_cuda(const Tensor& router_logits, int64_t 
   });
 }
 
-Tensor linear_cuda(const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&) {
-  CHECK_IMPLEMENTED(false, "linear: there is no CUDA kernel; use torch.nn.functional.linear there, or move ",
-                    "the arguments to the CPU");
+Tensor linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias) {
+  const LinearCall call = checked_linear(x, weight, scale, bias, "linear");
+  return with_python_errors([&] {
+    const OnDevice here(x);
+    const Architecture& architecture = architecture_of(here.device);
+    const Tensor workspace = workspace_for(call.args, architecture, x);
+    cuda::linear(call.args, architecture, workspace.mutable_data_ptr(), here.stream);
+    return call.out;
+  });
 }
 
 // To the device of `x` without a wait, by way of pinned memory.

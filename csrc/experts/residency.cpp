@@ -159,7 +159,14 @@ DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, Batc
     const auto& layers = announced->second.announced.layers;
     const auto at = std::find_if(layers.begin() + static_cast<std::ptrdiff_t>(announced->second.passed), layers.end(),
                                  [&](const auto& later) { return later.layer == layer; });
-    if (at != layers.end()) pass_layers(batch, announced->second, at - layers.begin() + 1);
+    if (at != layers.end()) {
+      std::vector<bool> wanted(options_.experts, false);
+      for (const int32_t index : experts) wanted[index] = true;
+      counters.named += static_cast<int64_t>(at->experts.size());
+      counters.named_wanted +=
+          std::count_if(at->experts.begin(), at->experts.end(), [&](int32_t index) { return wanted[index]; });
+      pass_layers(batch, announced->second, at - layers.begin() + 1);
+    }
   }
   if (options_.eviction == Eviction::next_use) {
     // Where slots are few, what comes in last is what stays: it had better be what is used again soonest.

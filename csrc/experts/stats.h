@@ -20,6 +20,8 @@ struct LayerCounters {
   int64_t useful_prefetches = 0;
   int64_t wasted_prefetches = 0;
   int64_t cancelled_prefetches = 0;
+  int64_t named = 0;
+  int64_t named_wanted = 0;
   double stall_seconds = 0;
 };
 
@@ -53,6 +55,8 @@ inline constexpr std::tuple layer_counters{
     Counter{"useful_prefetches", "Experts read ahead and then wanted", &LayerCounters::useful_prefetches},
     Counter{"wasted_prefetches", "Experts read ahead and evicted unused", &LayerCounters::wasted_prefetches},
     Counter{"cancelled_prefetches", "Predicted experts whose read never began", &LayerCounters::cancelled_prefetches},
+    Counter{"named", "Experts that a batch's table had named of a layer that ran", &LayerCounters::named},
+    Counter{"named_wanted", "Named experts that the layer wanted", &LayerCounters::named_wanted},
     Counter{"stall_seconds", "Seconds in which the computation waited with nothing to do",
             &LayerCounters::stall_seconds},
 };
@@ -88,8 +92,22 @@ struct ExpertStanding {
 // What reading ahead is judged by.
 struct Pace {
   int64_t useful_prefetches = 0, wasted_prefetches = 0, loads = 0;
+  int64_t named = 0, named_wanted = 0;
   double read_seconds = 0, stall_seconds = 0;
 };
+
+// What the counters say of it; the seconds are for those who measure them.
+inline Pace pace_of(const std::vector<LayerCounters>& layers) {
+  Pace pace;
+  for (const LayerCounters& layer : layers) {
+    pace.useful_prefetches += layer.useful_prefetches;
+    pace.wasted_prefetches += layer.wasted_prefetches;
+    pace.loads += layer.loads;
+    pace.named += layer.named;
+    pace.named_wanted += layer.named_wanted;
+  }
+  return pace;
+}
 
 // Since the start or the last reset, but for `committed_slots`.
 struct EngineStats : EngineCounters {

@@ -418,12 +418,7 @@ std::vector<ExpertStanding> TransferEngine::standings() const {
 Pace TransferEngine::pace() const {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
-  Pace pace;
-  for (const LayerCounters& layer : impl_->residency.counters()) {
-    pace.useful_prefetches += layer.useful_prefetches;
-    pace.wasted_prefetches += layer.wasted_prefetches;
-    pace.loads += layer.loads;
-  }
+  Pace pace = pace_of(impl_->residency.counters());
   for (const Impl::Stalls& stalls : impl_->stalls) pace.stall_seconds += stalls.seconds;
   pace.read_seconds = impl_->lane_seconds;
   return pace;

@@ -76,6 +76,24 @@ double serve(Residency& residency, Lanes& lanes, const AnnouncedBatch::Layer& la
   return stalled;
 }
 
+// The table's first `experts` experts.
+AnnouncedBatch cut(const AnnouncedBatch& table, int64_t experts) {
+  AnnouncedBatch kept;
+  for (const auto& [layer, wanted] : table.layers) {
+    const auto count = std::min(experts, static_cast<int64_t>(wanted.size()));
+    kept.layers.push_back({layer, {wanted.begin(), wanted.begin() + count}});
+    experts -= count;
+  }
+  return kept;
+}
+
+ClockProgress progress_of(const Residency& residency, const Lanes& lanes, double read, double stalled) {
+  Pace pace = pace_of(residency.counters());
+  pace.stall_seconds = stalled;
+  pace.read_seconds = read * static_cast<double>(pace.loads);
+  return {.seconds = lanes.now(), .pace = pace};
+}
+
 void check(const char* name, double value) {
   if (!std::isfinite(value) || value < 0) fail(ErrorKind::invalid, name, " is ", value, " s, expected 0 or more");
 }
@@ -83,7 +101,7 @@ void check(const char* name, double value) {
 }  // namespace
 
 ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, const ModelledTime& time,
-                      const std::vector<AnnouncedBatch>& predicted) {
+                      const std::vector<AnnouncedBatch>& predicted, const Admission& admit) {
   if (!predicted.empty() && predicted.size() != trace.batches.size()) {
     fail(ErrorKind::invalid, "the trace has ", trace.batches.size(), " batches, but ", predicted.size(),
          " tables are predicted for it");
@@ -106,7 +124,19 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
   for (size_t i = 0; i < trace.batches.size(); ++i) {
     if (options.lookahead > 0) {
       const size_t until = std::min(tables.size(), i + static_cast<size_t>(options.lookahead) + 1);
-      while (numbers.size() < until) numbers.push_back(residency.announce(tables[numbers.size()]));
+      while (numbers.size() < until) {
+        const AnnouncedBatch& table = tables[numbers.size()];
+        if (!admit) {
+          numbers.push_back(residency.announce(table));
+          continue;
+        }
+        const int64_t admitted = admit(progress_of(residency, lanes, time.read, result.stalled));
+        if (admitted < 0) fail(ErrorKind::invalid, "admit gave ", admitted, ", expected a number of experts");
+        if (admitted == 0) {
+          for (size_t waiting = i; waiting < numbers.size(); ++waiting) residency.retire(numbers[waiting]);
+        }
+        numbers.push_back(residency.announce(cut(table, admitted)));
+      }
       lanes.start();
     }
     const BatchId batch = numbers.empty() ? 0 : numbers[i];

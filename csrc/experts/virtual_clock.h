@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "experts/policy_trace.h"
@@ -24,9 +25,19 @@ struct ClockResult {
   int64_t wanted = 0, loads = 0, demanded_loads = 0, late = 0, wasted_prefetches = 0;
 };
 
+// How far a run has come, as the engine's own counters tell it.
+struct ClockProgress {
+  double seconds = 0;
+  Pace pace;
+};
+
+// Asked before a table is announced: how many of its experts may be, the first layers' first. 0: none, and the tables
+// that wait are taken back.
+using Admission = std::function<int64_t(const ClockProgress&)>;
+
 // As `run_policy`, over time. A table is announced as soon as there is room for it in the look-ahead: what predicting
 // takes is not part of the model.
 ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, const ModelledTime& time,
-                      const std::vector<AnnouncedBatch>& predicted = {});
+                      const std::vector<AnnouncedBatch>& predicted = {}, const Admission& admit = {});
 
 }  // namespace sida

@@ -62,6 +62,7 @@ class ServingState:
         drift: a predictor and the watch over its hits.
         lookahead: what the latest ``stream(lookahead="auto")`` picked, and why.
         ahead: what the layers announce of those that follow them (a ``LookaheadState``); None: nothing.
+        announcing: whether whole batches are announced (an ``AnnouncingState``); None: none was yet.
     """
 
     predictor: Any = None
@@ -69,6 +70,7 @@ class ServingState:
     drift: tuple[Any, Any] | None = None
     lookahead: Any = None
     ahead: Any = None
+    announcing: Any = None
 
 
 def _say(text: str) -> None:
@@ -273,13 +275,20 @@ class Runtime(ServingState):
     def stats(self) -> Stats:
         """Counters since the start or the last :meth:`reset_stats`; see :class:`sida_ext.experts.stats.Stats`."""
         stats = Stats.from_engine(self._engine.stats(), self.header.layers)
-        return stats if self.ahead is None else replace(stats, lookahead=self.ahead.stats())
+        states = {"lookahead": self.ahead, "announcing": self.announcing}
+        return replace(stats, **{name: state.stats() for name, state in states.items() if state is not None})
 
     @property
     def pace(self) -> Callable[[], tuple[int, int, int, float, float]]:
         """A function that tells useful and wasted prefetches, loads, and the seconds of reads and of stalls, as
         ``stats()`` does, cheaply enough to be asked at every layer; it does not keep the runtime alive."""
         return self._engine.pace
+
+    @property
+    def announcing_pace(self) -> Callable[[], tuple[int, int, int, int, int, float, float]]:
+        """The same for batches that were announced: experts that a layer wanted of those that its batch's table had
+        named, and that it did not, before what ``pace`` tells."""
+        return self._engine.announcing_pace
 
     def standings(self) -> list[LayerStanding]:
         """Where every expert is at this moment, layer by layer as in ``header.layers``."""

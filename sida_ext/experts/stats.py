@@ -44,6 +44,8 @@ class Counters:
     useful_prefetches: int
     wasted_prefetches: int
     cancelled_prefetches: int
+    named: int
+    named_wanted: int
     stall_seconds: float
 
     @property
@@ -74,6 +76,7 @@ class Stats(Counters):
     direct: bool  # reads go past the page cache
     layers: tuple[LayerStats, ...]
     lookahead: Any = None  # of a model with a RouterLookahead, its LookaheadStats
+    announcing: Any = None  # where a predictor's batches were announced, an AnnounceStats
 
     @classmethod
     def from_engine(cls, raw: dict[str, Any], names: Sequence[str]) -> Stats:

@@ -17,10 +17,22 @@ from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.models.guards import BoundMethod
+from sida_ext.prediction.announcing import AnnouncingState
+from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.prefetch import PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import check_table
+from sida_ext.prediction.router_lookahead import within_room
 
-__all__ = ["predict_prompts"]
+__all__ = ["announcing_of", "predict_prompts"]
+
+
+def announcing_of(runtime: Runtime, predictor: Any) -> AnnouncingState:
+    """What judges whether this predictor's batches are worth announcing: made at first use, kept from batch to batch
+    while the predictor is the same."""
+    if runtime.announcing is None or runtime.announcing.predictor is not predictor:
+        lanes = runtime.read_plan.lanes
+        runtime.announcing = AnnouncingState(predictor, GuardOptions(), lanes, runtime.announcing_pace, time.monotonic)
+    return runtime.announcing
 
 
 def predict_prompts(model: nn.Module, runtime: Runtime, layers: list[str]) -> None:
@@ -42,15 +54,21 @@ def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, 
         return type(model).forward(model, *args, **kwargs)
     if runtime.current.number:  # announced by who calls: a batch of stream
         return type(model).forward(model, *args, **kwargs)
-    number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"))
+    announcing = announcing_of(runtime, runtime.predictor)
+    announcing.begin(shared=runtime.ahead is not None)
+    room = announcing.room(runtime.header.total_experts)
+    if not room:  # predictions were worth nothing of late: not even asked
+        return type(model).forward(model, *args, **kwargs)
+    number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
     try:
         with runtime.batch(number, table):
             return type(model).forward(model, *args, **kwargs)
     finally:
         runtime.retire(number)
+        announcing.judge()
 
 
-def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any) -> tuple[int, Any]:
+def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any, room: int) -> tuple[int, Any]:
     """Predict a prompt and announce what it will want: the batch's number and its hash table."""
     predictor, experts = runtime.predictor, runtime.header.num_experts
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -63,4 +81,5 @@ def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any)
     check_table(table, predictor, input_ids, len(layers), experts)
     runtime.record_prediction("prompt", begin, time.perf_counter_ns())
     wanted = PrefetchPolicy().experts_by_layer(table, experts)
-    return runtime.announce(dict(zip(layers, wanted, strict=True))), table
+    kept = within_room(list(zip(layers, wanted, strict=True)), room)
+    return runtime.announce(dict(kept)), table

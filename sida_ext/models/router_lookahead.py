@@ -108,6 +108,7 @@ class LayerAhead:
         standing.retire()
         hidden, standing.hidden = standing.hidden, None
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
+            state.pass_by()
             return
         if self.prompts_only and expert_index.numel() < runtime.header.num_experts:
             standing.forget()

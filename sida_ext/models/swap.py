@@ -88,8 +88,8 @@ def _check_predictors(predictor: Any, device: torch.device) -> None:
 def _check_dense(options: Options, device: torch.device) -> None:
     if options.dense_dtype is not None and device.type != "cpu":
         raise ValueError(
-            f"dense_dtype is {options.dense_dtype!r}, expected None on {str(device)!r}: the kernels that compute from "
-            "it are the CPU's; dtype= says what transformers keeps everything but the experts as"
+            f"dense_dtype is {options.dense_dtype!r}, expected None on {str(device)!r}: the matrices that it makes "
+            "stay in the CPU's memory; dtype= says what transformers keeps everything but the experts as"
         )
 
 

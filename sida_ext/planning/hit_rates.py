@@ -16,6 +16,8 @@ from sida_ext._load import _C
 from sida_ext.experts.options import EVICTIONS
 from sida_ext.experts.runtime import runtime_of
 from sida_ext.models.layers import swapped_layers
+from sida_ext.prediction.announcing import AnnouncingState
+from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.moe_facts import predicted_stack
 from sida_ext.prediction.prefetch import PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import Predictor
@@ -95,7 +97,12 @@ class ClockRow:
 
 
 def on_the_clock(
-    routing: Routing, slots: int, time: ModelledTime, lookahead: int = 4, eviction: str = "next_use"
+    routing: Routing,
+    slots: int,
+    time: ModelledTime,
+    lookahead: int = 4,
+    eviction: str = "next_use",
+    guard: GuardOptions | None = None,
 ) -> ClockRow:
     """Run the batches through the engine's own state machine while time is counted, not measured: the same every time.
 
@@ -103,6 +110,7 @@ def on_the_clock(
         routing: its predicted tables are announced, or the true ones where there are none.
         lookahead: tables announced ahead of the batch under way; 0: none at all, not even its own. What predicting
             takes is not part of the model.
+        guard: announce as ``stream`` does, by a guard with these options; None: announce everything.
     """
     return ClockRow(
         **_C.run_clock(  # type: ignore[arg-type]
@@ -117,8 +125,22 @@ def on_the_clock(
             time.compute,
             time.lanes,
             routing.predicted if lookahead else [],
+            None if guard is None else _Admission(guard, routing.layers * routing.experts, time.lanes),
         )
     )
+
+
+class _Admission:
+    """What ``stream`` asks before each batch, on the clock's time."""
+
+    def __init__(self, options: GuardOptions, experts: int, lanes: int) -> None:
+        self._experts, self._seconds = experts, 0.0
+        self._counts: tuple[int, int, int, int, int, float, float] = (0, 0, 0, 0, 0, 0.0, 0.0)
+        self._state = AnnouncingState(None, options, lanes, lambda: self._counts, lambda: self._seconds)
+
+    def __call__(self, seconds: float, *counts: Any) -> int:
+        self._seconds, self._counts = seconds, counts  # type: ignore[assignment]
+        return self._state.room(self._experts)
 
 
 def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predictor: Predictor | None = None) -> Routing:

@@ -1,7 +1,7 @@
 """Whether reading ahead is worth it, judged while it runs: a deterministic state machine without threads or a clock.
 
 It is told what came of the experts that were read ahead, in bytes, and the time; it answers for how many layers ahead
-experts may be announced:
+experts may be announced (with whole batches there is but one step: all of them or none):
 
     open(depth) --too much in vain--> open(depth - 1) --> ... --> resting --time is up--> probing --worth it--> open(1)
          ^                                                           ^                       |
@@ -12,6 +12,9 @@ for more useful bytes than wasted ones. It costs more where a read takes longer 
 read in time it saves no more than that layer's time, and in vain it keeps the next layer's own reads waiting for the
 rest. With reads of r layers' time the share p of them has to be right for which p * 1 > (1 - p) * (r - 1). Where reads
 are faster than layers the disk has slack, and waste costs less, down to half: it still evicts and takes the processor.
+
+An attempt in vain costs the time of its reads. After one that took s seconds it rests s / loss seconds at least, so
+that attempts together take no more than that share of the time, however slow the disk is.
 
 Where nothing is read ahead at all, since everything is in memory already, there is nothing to gain: it rests as well,
 so that the routers are not asked in vain.
@@ -40,6 +43,8 @@ class GuardOptions:
             window may hold.
         rest: seconds of the first rest. It doubles with each fall, and halves with each step up.
         longest_rest: seconds.
+        loss: share of the time that reads in vain may take. A rest lasts longer than the others say where the attempt
+            before it needs that.
         idle: askings in a row after which nothing was read ahead that begin a rest.
 
     Raises:
@@ -51,6 +56,7 @@ class GuardOptions:
     window: int = 64
     rest: float = 10.0
     longest_rest: float = 300.0
+    loss: float = 0.02
     idle: int = 512
 
     def __post_init__(self) -> None:
@@ -61,6 +67,8 @@ class GuardOptions:
         for name in ("window", "idle"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected at least 1")
+        if not 0 < self.loss <= 1:
+            raise ValueError(f"loss is {self.loss!r}, expected a share above 0 and up to 1")
         if not 0 < self.rest <= self.longest_rest < float("inf"):
             raise ValueError(
                 f"rest is {self.rest!r}, expected seconds above 0 and not above longest_rest, {self.longest_rest!r}"
@@ -105,8 +113,9 @@ class LookaheadGuard:
         self.depth = depth
         self.level, self.state = 1, "open"
         self._window_bytes = self.options.window * record_bytes
-        self._judged: deque[tuple[int, int]] = deque()  # useful and wasted bytes, the latest last
+        self._judged: deque[tuple[int, int, float]] = deque()  # useful, wasted bytes, lost seconds; the latest last
         self._useful = self._wasted = 0  # of the window
+        self._lost = 0.0
         self._rest = self.options.rest  # seconds of the next
         self._wake = 0.0  # end of the rest
         self._no_rise = float("-inf")  # it goes no further before this time
@@ -118,7 +127,9 @@ class LookaheadGuard:
         judged = self._useful + self._wasted
         return self._useful / judged if judged else None
 
-    def observe(self, now: float, useful: int, wasted: int, asked: int = 1, slowness: float = 0.0) -> int:
+    def observe(
+        self, now: float, useful: int, wasted: int, asked: int = 1, slowness: float = 0.0, lost: float = 0.0
+    ) -> int:
         """What came of reading ahead since the last call; the level from now on.
 
         Args:
@@ -127,34 +138,37 @@ class LookaheadGuard:
             wasted: bytes of experts that were read ahead and evicted unused.
             asked: how often routers were asked meanwhile.
             slowness: time of a read over that of a layer's computation (:class:`~sida_ext.prediction.pace.Pace`).
+            lost: seconds that the wasted reads took; 0: not known.
         """
         if useful < 0 or wasted < 0 or asked < 0:
             raise ValueError(
                 f"observed {useful} useful and {wasted} wasted bytes in {asked} askings, expected none below 0"
             )
         if self.state == "resting":
-            # What is judged now was read before the rest.
+            # What is judged now was read before the rest, and is a part of what that attempt cost.
+            self._wake += lost / self.options.loss
             if now >= self._wake:
                 self._enter(1, "probing")
             return self.level
         self._idle = 0 if useful or wasted else self._idle + asked
-        self._add(useful, wasted)
+        self._add(useful, wasted, lost)
         if self._idle >= self.options.idle:
             self._rest_until(now + self.options.rest)  # nobody is to blame: the next rest is not longer
-        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
-            self._back_off(now)  # whatever the rest of the window brings
         elif self._useful + self._wasted >= self._window_bytes:
             self._decide(now, self._useful / (self._useful + self._wasted), slowness)
+        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
+            self._back_off(now)  # whatever the rest of the window brings
         return self.level
 
-    def _add(self, useful: int, wasted: int) -> None:
+    def _add(self, useful: int, wasted: int, lost: float) -> None:
         if not useful and not wasted:
             return
-        self._judged.append((useful, wasted))
-        self._useful, self._wasted = self._useful + useful, self._wasted + wasted
-        while self._useful + self._wasted - sum(self._judged[0]) >= self._window_bytes:
-            old_useful, old_wasted = self._judged.popleft()
+        self._judged.append((useful, wasted, lost))
+        self._useful, self._wasted, self._lost = self._useful + useful, self._wasted + wasted, self._lost + lost
+        while self._useful + self._wasted - sum(self._judged[0][:2]) >= self._window_bytes:
+            old_useful, old_wasted, old_lost = self._judged.popleft()
             self._useful, self._wasted = self._useful - old_useful, self._wasted - old_wasted
+            self._lost -= old_lost
 
     def _decide(self, now: float, share: float, slowness: float) -> None:
         if share < self.options.least_share(slowness):
@@ -173,7 +187,7 @@ class LookaheadGuard:
         if self.level > 1:
             self._enter(self.level - 1, "open")
         else:
-            self._rest_until(now + self._rest)
+            self._rest_until(now + max(self._rest, self._lost / self.options.loss))
         self._rest = min(2 * self._rest, self.options.longest_rest)
 
     def _rest_until(self, time: float) -> None:
@@ -185,3 +199,4 @@ class LookaheadGuard:
         self.level, self.state = level, state
         self._judged.clear()
         self._useful = self._wasted = self._idle = 0
+        self._lost = 0.0

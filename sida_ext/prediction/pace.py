@@ -51,6 +51,24 @@ class Pace:
         """
         if self._loads < ENOUGH:
             return 0.0
+        return self.read_seconds / (self._computing / self._layers)
+
+    @property
+    def pressure(self) -> float:
+        """What the disk takes for all that is read, as a multiple of what is computed meanwhile; 0 while too little was
+        read. Above 1 the disk never rests."""
+        if self._loads < ENOUGH:
+            return 0.0
+        return self.read_seconds * self._loads / self._computing
+
+    @property
+    def read_seconds(self) -> float:
+        """What the disk takes for an expert; 0 before the first."""
+        if not self._loads or not self._layers:
+            return 0.0
         beside = min(float(self.lanes), max(1.0, self._loads / self._layers))
-        computing = max(self._passed - self._stall, 1e-9)
-        return (self._read / self._loads / beside) / (computing / self._layers)
+        return self._read / self._loads / beside
+
+    @property
+    def _computing(self) -> float:
+        return max(self._passed - self._stall, 1e-9)

@@ -237,6 +237,11 @@ class LookaheadState:
             record = self._record_bytes
             return self.guard.observe(self.now(), useful * record, wasted * record, asked, self.pace.slowness)
 
+    def pass_by(self) -> None:
+        """A layer ran whose experts somebody else has announced: what came of that is not for this guard."""
+        with self._lock:
+            self._last = self._counts()
+
     def announced(self, experts: int) -> None:
         """Routers were asked at a layer, and so many experts announced."""
         with self._lock:

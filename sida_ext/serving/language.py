@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sida_ext.batching import windows
+from sida_ext.experts.runtime import runtime_of
 from sida_ext.prediction.protocol import Predictor
 from sida_ext.serving.lookahead import DEFAULT_LOOKAHEAD
+from sida_ext.serving.overlap import experts_wanted, grouped
 from sida_ext.serving.pipeline import stream
+from sida_ext.serving.schedule import GATHERED
 from sida_ext.serving.token_batches import TokenBatch
 
 __all__ = ["continuations", "is_language_model", "likelihoods", "perplexity"]
+
+WINDOW = 256  # texts that order="overlap" looks at together
 
 
 def is_language_model(model: PreTrainedModel) -> bool:
@@ -40,24 +45,50 @@ def likelihoods(
         model: a language model whose experts are offloaded.
         texts: token ids of each text.
         predictor, lookahead, order: see :func:`sida_ext.stream`.
-        batch_size: texts in a batch, padded on the right.
+        batch_size: texts in a batch, padded on the right. With ``order="overlap"`` a batch may hold texts from anywhere
+            in a window of 256: those that are predicted to want the same experts.
 
     Yields:
         For each text, in order, the sum of the natural logarithms of the probabilities of its tokens from the second
         on, and how many these are.
     """
     formed: list[TokenBatch] = []
+    predictor = predictor if predictor is not None else runtime_of(model).predictor
+    overlap = order == "overlap" and predictor is not None
 
     def batches() -> Iterator[dict[str, Any]]:
         numbered = enumerate(torch.tensor(list(ids)) for ids in texts)
-        for part in windows(numbered, batch_size):
+        parts: Iterator[list[tuple[int, Tensor]]] = windows(numbered, batch_size)
+        if overlap:
+            parts = _by_experts(numbered, experts_wanted(model, predictor), batch_size)
+        for part in parts:
             formed.append(TokenBatch(part, pad_token_id))
             yield {**formed[-1], "use_cache": False}
 
-    for number, output in enumerate(stream(model, batches(), predictor, lookahead, order)):
+    window = GATHERED if overlap else None
+    finished: dict[int, tuple[float, int]] = {}
+    turn = 0
+    for number, output in enumerate(stream(model, batches(), predictor, lookahead, order, window=window)):
         batch = formed[number]
-        for row, length in enumerate(batch.lengths):
-            yield _likelihood(output.logits[row, : length - 1], batch["input_ids"][row, 1:length]), max(0, length - 1)
+        for row, (position, length) in enumerate(zip(batch.positions, batch.lengths, strict=True)):
+            value = _likelihood(output.logits[row, : length - 1], batch["input_ids"][row, 1:length])
+            finished[position] = value, max(0, length - 1)
+        while turn in finished:
+            yield finished.pop(turn)
+            turn += 1
+
+
+def _by_experts(
+    rows: Iterable[tuple[int, Tensor]], wanted: Callable[[Tensor], int], batch_size: int
+) -> Iterator[list[tuple[int, Tensor]]]:
+    """Batches of rows that want the same experts, a window's after another's; of each the earliest row's is first."""
+    for gathered in windows(rows, WINDOW):
+        bits = {position: wanted(ids) for position, ids in gathered}
+        yield from sorted((sorted(part) for part in grouped(gathered, bits, rows_at_most=batch_size)), key=_first)
+
+
+def _first(rows: list[tuple[int, Tensor]]) -> int:
+    return rows[0][0]
 
 
 def _likelihood(logits: Tensor, targets: Tensor) -> float:

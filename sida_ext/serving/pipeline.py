@@ -23,12 +23,15 @@ from transformers import PreTrainedModel
 from sida_ext.experts.cuda import on_predictor
 from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
+from sida_ext.models.prompt_prediction import announcing_of
 from sida_ext.prediction.drift import DriftWatch
 from sida_ext.prediction.moe_facts import check_vocabulary
 from sida_ext.prediction.prefetch import WASTE_COST, PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import HashTable, Predictor, check_table
+from sida_ext.prediction.router_lookahead import within_room
 from sida_ext.serving.ending import at_work, close_at_exit
 from sida_ext.serving.lookahead import DEFAULT_LOOKAHEAD, choose_lookahead
+from sida_ext.serving.overlap import bits_of, most_alike
 
 __all__ = ["stream"]
 
@@ -46,6 +49,7 @@ class _Item:
     batch: dict[str, Any] | None = None
     table: HashTable | None = None
     wanted: dict[str, list[int]] = field(default_factory=dict)  # MoE layer -> experts to read ahead
+    bits: int = 0  # the same experts, where another order may be chosen
     number: int = 0
     error: BaseException | None = None
 
@@ -117,6 +121,10 @@ class _Queue:
             self._changed.notify_all()
             return left
 
+    def waiting(self) -> list[_Item]:
+        with self._changed:
+            return list(self._items)
+
     @property
     def closed(self) -> bool:
         return self._closed
@@ -135,16 +143,21 @@ class _HashBuilder:
         prefetch: PrefetchPolicy,
         lookahead: int | None,
         order: str,
+        window: int | None,
     ) -> None:
         self.vocabulary = vocabulary
         self.runtime, self.layers, self.num_experts = runtime, layers, num_experts
         self.prefetch, self.predictor, self.order = prefetch, predictor, order
         # Left open (None), the first batch tells how many experts one wants, and the rest follows from that.
         self.lookahead = 1 if lookahead is None else lookahead
+        # A table that replaces the router is never wrong, and at no cost for waste nothing is in vain.
+        judged = prefetch.routing != "predicted" and prefetch.waste_cost > 0
+        self.announcing = announcing_of(runtime, predictor) if judged else None
         self._open = lookahead is None
+        self._window = window
         self.queue = _Queue(self.lookahead)
         self.started = threading.Event()
-        self._last: set[tuple[int, int]] = set()
+        self._last = 0  # bits of the experts of the batch that was sent last
 
     def run(self, batches: Iterable[dict[str, Any]]) -> None:
         # One thread of its own and no team: a predictor is small, and a second team of workers would spin on the
@@ -163,6 +176,8 @@ class _HashBuilder:
     def _run(self, batches: Iterable[dict[str, Any]]) -> None:
         window: list[_Item] = []
         source = enumerate(batches)
+        if self.announcing is not None:
+            self.announcing.begin(shared=self.runtime.ahead is not None)
         try:
             # In the given order a batch is taken when there is room for it; a window is gathered before that.
             while not self.queue.closed and (self._room() > 1 or self.queue.wait_for_room()):
@@ -191,7 +206,7 @@ class _HashBuilder:
 
     def _room(self) -> int:
         """Batches that are gathered before one of them is chosen."""
-        return self.lookahead if self.order == "overlap" else 1
+        return (self._window or self.lookahead) if self.order == "overlap" else 1
 
     def _predict(self, position: int, batch: dict[str, Any]) -> _Item:
         if not isinstance(batch, Mapping):
@@ -209,7 +224,8 @@ class _HashBuilder:
         self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
         wanted = dict(zip(self.layers, self.prefetch.experts_by_layer(table, self.num_experts), strict=True))
-        return _Item(position=position, batch=batch, table=table, wanted=wanted)
+        bits = bits_of(wanted.values(), self.num_experts) if self.order == "overlap" else 0
+        return _Item(position=position, batch=batch, table=table, wanted=wanted, bits=bits)
 
     def _send(self, window: list[_Item]) -> bool:
         """Announce one batch of the window and put it in the queue: the oldest, or the one that shares most experts
@@ -218,23 +234,24 @@ class _HashBuilder:
         if not self.queue.wait_for_room():
             return False
         choice = 0
-        if (
-            self.order == "overlap"
-            and len(window) > 1
-            and window[0].position > window[-1].position - 2 * self.lookahead
-        ):
-            shared = [
-                len(self._last & {(layer, e) for layer, name in enumerate(self.layers) for e in item.wanted[name]})
-                for item in window
-            ]
-            choice = shared.index(max(shared))
+        if self.order == "overlap" and len(window) > 1 and window[0].position > window[-1].position - 2 * self._room():
+            choice = most_alike(self._last, [item.bits for item in window])
         item = window.pop(choice)
-        self._last = {(layer, e) for layer, name in enumerate(self.layers) for e in item.wanted[name]}
-        item.number = self.runtime.announce(item.wanted)
+        self._last = item.bits
+        item.number = self._announce(item.wanted)
         if not self.queue.put(item):
             self.runtime.retire(item.number)
             return False
         return True
+
+    def _announce(self, wanted: dict[str, list[int]]) -> int:
+        """Announce a batch, as far as reading ahead is worth it at present; its number."""
+        if self.announcing is not None:
+            room = self.announcing.room(self.runtime.header.total_experts)
+            wanted = dict(within_room(list(wanted.items()), room))
+            for item in [] if room else self.queue.waiting():
+                self.runtime.retire(item.number)  # announced before it was known to be in vain
+        return self.runtime.announce(wanted)
 
 
 def _without_predictor(batches: Iterable[dict[str, Any]]) -> Iterator[_Item]:
@@ -305,21 +322,21 @@ def stream(
     timeout: float | None = None,
     waste_cost: float = WASTE_COST,
     drift: DriftWatch | bool = True,
+    window: int | None = None,
 ) -> Iterator[Any]:
     """Run batches through a model whose experts are offloaded, predicting the experts of the next ones meanwhile.
 
     Args:
         model: from :func:`sida_ext.from_pretrained` or :func:`sida_ext.swap_experts`.
         batches: dicts of the model's arguments, with ``input_ids`` [B, S] and, where there is padding,
-            ``attention_mask``. Taken by the hash-building thread, at most ``lookahead`` (with ``order="overlap"`` twice
-            that) ahead of the batch that computes.
+            ``attention_mask``. Taken by the hash-building thread, at most ``lookahead`` (with ``order="overlap"`` and
+            ``window`` more) ahead of the batch that computes.
         predictor: names the experts; None: the model's own (``predictor=`` of ``from_pretrained``); without one the
             batches run one after the other and experts are loaded when they are demanded.
         lookahead: announced batches that wait at the most, the one that computes not counted. ``"auto"``: picked from
             the measured rates of memory and disk, the budget and what the first batch wants; ``model.sida.lookahead``
             then says how many, and why.
-        order: ``"given"``, or ``"overlap"``: batches inside a window of ``lookahead`` run in an order in which
-            neighbours share experts.
+        order: ``"given"``, or ``"overlap"``: batches inside a window run in an order in which neighbours share experts.
         timeout: seconds to wait for the next hash table; None: as long as the iterable and the predictor take.
         waste_cost: what reading an expert that no token wants costs, as a share of what a miss costs. Of the candidates
             of a predictor with calibrated probabilities, those are read ahead whose probability of being needed by the
@@ -328,6 +345,8 @@ def stream(
             predictor names as often as its report says; False: do not compare; a
             :class:`~sida_ext.prediction.drift.DriftWatch`: that one. A model with ``routing="predicted"`` asks no
             router, and is not watched.
+        window: with ``order="overlap"``, batches that are gathered before the next one is chosen of them; None: as many
+            as ``lookahead``. A batch is never overtaken by more than a window of others.
 
     Yields:
         The model's outputs, one for each batch, always in the caller's order, computed without gradients.
@@ -341,6 +360,8 @@ def stream(
         raise ValueError(f"order is {order!r}, expected one of {', '.join(ORDERS)}")
     if lookahead != "auto" and (isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1):
         raise ValueError(f"lookahead is {lookahead!r}, expected a number of batches of at least 1, or 'auto'")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window is {window!r}, expected a number of batches of at least 1, or None")
     predictor = predictor if predictor is not None else runtime.predictor
     if predictor is not None and not callable(getattr(predictor, "predict", None)):
         raise TypeError(f"predictor is {type(predictor).__name__}, expected an object with a predict method")
@@ -368,6 +389,7 @@ def stream(
         policy,
         None if lookahead == "auto" else int(lookahead),
         order,
+        window,
     )
     return _stream(model, runtime, builder, batches, timeout, watch)
 

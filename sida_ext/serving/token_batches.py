@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sida_ext.batching import cut_by_length, padded, windows
+from sida_ext.serving.overlap import grouped
 
 __all__ = ["TokenBatch", "batches_by_tokens", "rows_of", "summary"]
 
-# Dimensions of a model's outputs that run over tokens; the first is always the batch.
+# Dimensions of a model's outputs that run over tokens; the first is always the batch. A classifier's logits have none,
+# a language model's have the second: it is told by their number.
 TOKEN_DIMS = {
     "last_hidden_state": (1,),
     "hidden_states": (1,),
@@ -76,6 +78,7 @@ def batches_by_tokens(
     *,
     tokenizer: Any = None,
     pad_token_id: int = 0,
+    wanted: Callable[[Tensor], int] | None = None,
 ) -> Iterator[TokenBatch]:
     """Put sequences of any length into batches of similar length and at most ``max_tokens`` tokens, padding included.
 
@@ -89,6 +92,9 @@ def batches_by_tokens(
         window: sequences that are looked at together; also the bound on how far results wait for each other.
         tokenizer: for texts: called with one text, gives ``input_ids``.
         pad_token_id: what fills the rows on the right.
+        wanted: gives the experts that a sequence's token ids [S] want, as bits
+            (``sida_ext.serving.overlap.experts_wanted`` makes it of a model and a predictor). Sequences of a window
+            that want the same experts then come into one batch, where their lengths are alike within a factor of 2.
 
     Yields:
         :class:`TokenBatch`, a dict that the model takes, with the ``positions`` of its rows among ``inputs``.
@@ -99,11 +105,18 @@ def batches_by_tokens(
     for name, value in (("max_tokens", max_tokens), ("window", window)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}, expected a whole number of at least 1")
-    return _batches_by_tokens(inputs, max_tokens, window, tokenizer, pad_token_id)
+    if wanted is not None and not callable(wanted):
+        raise TypeError(f"wanted is {type(wanted).__name__}, expected a function of token ids, or None")
+    return _batches_by_tokens(inputs, max_tokens, window, tokenizer, pad_token_id, wanted)
 
 
 def _batches_by_tokens(
-    inputs: Iterable[Any], max_tokens: int, window: int, tokenizer: Any, pad_token_id: int
+    inputs: Iterable[Any],
+    max_tokens: int,
+    window: int,
+    tokenizer: Any,
+    pad_token_id: int,
+    wanted: Callable[[Tensor], int] | None,
 ) -> Iterator[TokenBatch]:
     rows = ((position, _token_ids(item, position, tokenizer)) for position, item in enumerate(inputs))
 
@@ -112,7 +125,10 @@ def _batches_by_tokens(
         return (len(batch) + 1) * len(batch[0][1]) > max_tokens
 
     for gathered in windows(rows, window):
-        parts = cut_by_length(gathered, lambda row: (-len(row[1]), row[0]), full)
+        if wanted is None:
+            parts = cut_by_length(gathered, lambda row: (-len(row[1]), row[0]), full)
+        else:
+            parts = grouped(gathered, {position: wanted(ids) for position, ids in gathered}, max_tokens)
         yield from sorted(
             (TokenBatch(sorted(part), pad_token_id) for part in parts), key=lambda batch: batch.positions[0]
         )
@@ -122,7 +138,8 @@ def rows_of(output: Any, batch: TokenBatch) -> list[Any]:
     """A model's output for a batch, cut into one output for each row: batch size 1, without the padding.
 
     Args:
-        output: of an encoder or a classifier, with any of the fields in ``TOKEN_DIMS``.
+        output: of an encoder, a classifier or a decoder-only model without a cache, with any of the fields in
+            ``TOKEN_DIMS``.
 
     Raises:
         ValueError: the output has a field that cannot be cut into rows, such as a loss.
@@ -140,10 +157,13 @@ def rows_of(output: Any, batch: TokenBatch) -> list[Any]:
             part = part.narrow(dim, 0, batch.lengths[row])
         return part
 
+    def dims(name: str, value: Any) -> tuple[int, ...]:
+        return (1,) if name == "logits" and value.dim() == 3 else TOKEN_DIMS[name]
+
     rows = []
     for row in range(len(batch.positions)):
         fields = {
-            name: cut(value, row, TOKEN_DIMS[name])
+            name: cut(value, row, dims(name, value))
             if isinstance(value, Tensor)
             else tuple(cut(part, row, TOKEN_DIMS[name]) for part in value)
             for name, value in output.items()

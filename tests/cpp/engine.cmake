@@ -37,7 +37,10 @@ sida_engine_test(test_invariants
   ${PROJECT_BINARY_DIR}/mutants/residency/experts/residency.cpp
   ${PROJECT_BINARY_DIR}/mutants/residency/experts/eviction.cpp ${PROJECT_BINARY_DIR}/mutants/residency/names.cpp)
 target_compile_definitions(test_invariants PRIVATE SIDA_CHECKED)
-sida_engine_test(test_policy_trace)
+if(NOT SIDA_SANITIZE STREQUAL "thread")  # one thread
+  sida_engine_test(test_policy_trace)
+  sida_quick(test_policy_trace test_policy_trace)
+endif()
 sida_engine_test(test_soak)
 if(NOT SIDA_SANITIZE)  # which are slow, and whose own memory grows: there it runs for three seconds
   add_test(NAME test_soak_half_a_minute COMMAND test_soak --seconds 30)
@@ -55,6 +58,6 @@ target_link_libraries(test_cuda_serving PRIVATE sida_recording_runtime sida_cuda
 sida_engine_test(test_pinned_pool)
 target_link_libraries(test_pinned_pool PRIVATE sida_recording_runtime sida_cuda_serving)
 
-foreach(test simulator transfer faults store slab measure policy_trace soak residency cpu_serving cuda_serving pinned_pool)
+foreach(test simulator transfer faults store slab measure soak residency cpu_serving cuda_serving pinned_pool)
   sida_quick(test_${test} test_${test})
 endforeach()

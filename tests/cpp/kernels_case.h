@@ -21,9 +21,9 @@
 namespace sida::test {
 
 // One random case in so many is run: what SIDA_TEST_SHARE says (`make test` runs a fifth, `make check` all of them),
-// else all. ThreadSanitizer slows a kernel fifty times and asks only how its threads meet: a fifth answers that.
+// else all. ThreadSanitizer slows a kernel fifty times and asks only how its threads meet: a fifteenth answers that.
 #if defined(__SANITIZE_THREAD__)
-inline const char* const default_share = "5";
+inline const char* const default_share = "15";
 #else
 inline const char* const default_share = "1";
 #endif

@@ -80,6 +80,10 @@ void ResidencyModel::demand(DemandId number, int32_t layer, const std::vector<in
     const auto& layers = found->second.announced.layers;
     for (size_t i = found->second.passed; i < layers.size(); ++i) {
       if (layers[i].layer == layer) {
+        counters_[layer].named += static_cast<int64_t>(layers[i].experts.size());
+        for (const int32_t index : experts) {
+          counters_[layer].named_wanted += std::count(layers[i].experts.begin(), layers[i].experts.end(), index);
+        }
         pass(found->second, i + 1);
         break;
       }

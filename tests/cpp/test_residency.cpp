@@ -166,6 +166,20 @@ SIDA_TEST(a_prefetch_waits_for_the_victim_that_the_optimum_would_take) {
   CHECK_EQ(driver.started(), "2.2p");
 }
 
+SIDA_TEST(what_a_table_had_named_is_counted_when_its_layer_runs) {
+  Driver driver(12, 1);
+  const BatchId batch = driver.residency.announce({{{0, {0, 1, 2}}, {1, {1}}}});
+  driver.demand(0, {1, 3}, 0);  // another batch's
+  CHECK_EQ(driver.residency.counters()[0].named, 0);
+  driver.demand(0, {2, 0, 3}, batch);
+  CHECK_EQ(driver.residency.counters()[0].named, 3);
+  CHECK_EQ(driver.residency.counters()[0].named_wanted, 2);
+  driver.demand(0, {1}, batch);  // its table has passed
+  driver.residency.retire(batch);
+  CHECK_EQ(driver.residency.counters()[0].named, 3);
+  CHECK_EQ(driver.residency.counters()[1].named, 0);
+}
+
 SIDA_TEST(a_passed_or_retired_use_is_not_prefetched) {
   Driver driver(12, 1);
   const BatchId batch = driver.residency.announce({{{0, {0}}, {1, {1}}, {2, {2}}}});

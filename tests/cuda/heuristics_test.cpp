@@ -88,6 +88,44 @@ SIDA_TEST(why_the_fp32_path) {
   CHECK(cuda::choose(args, a100).path == Path::f32);
 }
 
+// Rows of 4-bit weights are whole groups of 16 bytes; x and the factors decide alone.
+SIDA_TEST(four_bits_go_to_the_tensor_cores) {
+  for (const DType w : {DType::int4, DType::mxfp4}) {
+    MoeFfnArgs args = switch_base(4, DType::f16, w);
+    args.d_model = args.x_row_stride = 776;  // no whole groups
+    args.wi.row_stride = row_bytes(w, 776);
+    args.wo.row_stride = row_bytes(w, args.d_ff);
+    CHECK(cuda::choose(args, a100).path == Path::tensor_core);
+    args.wi.row_stride += 8;
+    const Choice crooked = cuda::choose(args, a100);
+    CHECK(crooked.path == Path::f32 && std::strstr(crooked.reason, "16-byte") != nullptr);
+    // A medium tile however many tokens there are.
+    CHECK_EQ(cuda::choose(switch_base(128 * 200, DType::bf16, w), a100).block_t, 64);
+    CHECK(cuda::choose(switch_base(4, DType::f32, w), a100).path == Path::f32);
+  }
+}
+
+SIDA_TEST(a_linear_is_chosen_as_an_output_phase) {
+  LinearArgs args{};
+  args.tokens = 1;
+  args.columns = args.x_row_stride = 2048;
+  args.rows = 768;
+  args.x_dtype = DType::bf16;
+  args.w_dtype = DType::int4;
+  args.x = reinterpret_cast<const void*>(4096);
+  args.w = {reinterpret_cast<const void*>(8192), 0, 1024, nullptr, 0};
+  const Choice one = cuda::choose(args, h100);
+  CHECK(one.path == Path::tensor_core && one.block_t == 16 && one.splits == 8);  // four of 32 steps in each slice
+  args.tokens = 500;
+  CHECK_EQ(cuda::choose(args, h100).block_t, 64);
+  args.w_dtype = DType::bf16;
+  args.w.row_stride = 2048;
+  args.rows = 32768;
+  CHECK_EQ(cuda::choose(args, h100).block_t, 128);
+  args.x = reinterpret_cast<const void*>(4098);
+  CHECK(cuda::choose(args, h100).path == Path::f32);
+}
+
 // max_tiles is an upper bound for every distribution of the rows, and reached.
 SIDA_TEST(max_tiles_bounds_every_distribution) {
   std::mt19937_64 random(2);

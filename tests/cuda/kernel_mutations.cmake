@@ -37,8 +37,10 @@ sida_mutation(gemm_no_swizzle ${gemm}
              : WeightTile<Token>::at(first_row + lane % 16, (k32 * 2 + step) * 2 + lane / 16))]=])
 # The last slice of the reduction reads past the row's end.
 sida_mutation(gemm_no_depth_guard ${gemm}
-  [=[inside ? weights + offset + k : weights, inside);]=]
-  [=[(inside || (MUTANT && offset >= 0)) ? weights + offset + k : weights, inside || (MUTANT && offset >= 0));]=])
+  [=[inside ? weights + offset + k / per_object : weights,
+               inside);]=]
+  [=[(inside || (MUTANT && offset >= 0)) ? weights + offset + k / per_object : weights,
+               inside || (MUTANT && offset >= 0));]=])
 sida_mutation(gemm_no_depth_guard ${gemm}
   [=[inside ? tokens + offset + k : tokens, inside);]=]
   [=[(inside || (MUTANT && offset >= 0)) ? tokens + offset + k : tokens, inside || (MUTANT && offset >= 0));]=])
@@ -47,6 +49,33 @@ sida_mutation(gemm_no_epilogue_barrier ${gemm}
   [=[cp_async_wait<0>();
   __syncthreads();]=]
   [=[cp_async_wait<0>();]=])
+
+# 4 bits: two registers of the weight fragment are exchanged.
+sida_mutation(groups_swapped_fragment ${gemm} [=[weight_fragment[0][half + 2] = unfolded[1];]=]
+  [=[weight_fragment[0][half + 2] = unfolded[MUTANT ? 2 : 1];]=])
+# A lane's tokens are the next lane's.
+sida_mutation(groups_wrong_token_chunk ${gemm} [=[warp_token + j * 8 + group, k32 * 4 + pair);]=]
+  [=[warp_token + j * 8 + group, k32 * 4 + (MUTANT ? pair ^ 1 : pair));]=])
+# Weights are read where a tile whose chunks are not exchanged would have them.
+sida_mutation(groups_no_swizzle ${gemm} [=[WeightTile<Weight>::at(warp_row + lane % 16, lane / 16)]=]
+  [=[(MUTANT ? (warp_row + lane % 16) * 32 + lane / 16 * 16 : WeightTile<Weight>::at(warp_row + lane % 16, lane / 16))]=])
+sida_mutation(groups_no_swizzle ${gemm} [=[WeightTile<Weight>::at(warp_row + i * 32 + lane, k32)]=]
+  [=[(MUTANT ? (warp_row + i * 32 + lane) * 32 + k32 * 16 : WeightTile<Weight>::at(warp_row + i * 32 + lane, k32))]=])
+# The lower eight rows of a fragment have the upper ones' factors.
+sida_mutation(groups_factor_of_upper_rows ${gemm} [=[i * 16 + half * 8 + group) * 2]=]
+  [=[i * 16 + (MUTANT ? 0 : half) * 8 + group) * 2]=])
+# The next step's factors are put where this step's are still read.
+sida_mutation(groups_factors_not_doubled ${gemm} [=[factors + step % 2 * Shape::block_w * 2;]=]
+  [=[factors + (MUTANT ? 0 : step % 2) * Shape::block_w * 2;]=])
+# Factors past a row's last group are read.
+sida_mutation(groups_no_factor_guard ${gemm} [=[row[i] != nullptr && group < groups ?]=]
+  [=[row[i] != nullptr && (group < groups || MUTANT) ?]=])
+# Rows of factors are taken to be contiguous when they are strided.
+sida_mutation(groups_wrong_factor_stride ${gemm} [=[matrix_row * w.group_scale_row_stride;]=]
+  [=[matrix_row * (MUTANT ? groups : w.group_scale_row_stride);]=])
+# int4 is read without its sign, mxfp4 without its subnormal numbers' and its other numbers' last bit.
+sida_mutation(groups_wrong_code ${gemm} [=[^ 0x43084308u, 0xC308C308u)]=] [=[^ (MUTANT ? 0x43004300u : 0x43084308u), 0xC308C308u)]=])
+sida_mutation(groups_wrong_code ${gemm} [=[& 0x01C001C0u) | sign]=] [=[& (MUTANT ? 0x01800180u : 0x01C001C0u)) | sign]=])
 
 # Weight rows past the matrix are read.
 sida_mutation(gemm_no_row_guard ${work} [=[column < columns ? matrix_row : -1]=]
@@ -74,10 +103,19 @@ sida_mutation(epilogue_gate_by_position ${epilogue} [=[p.gate[row]]=] [=[p.gate[
 sida_mutation(epilogue_scale_of_tile ${epilogue}
   [=[scaled_sums(own, p.wi, work.tokens.slot, unit.column,]=]
   [=[scaled_sums(own, p.wi, work.tokens.slot, MUTANT ? unit.tile_row : unit.column,]=])
-sida_mutation(epilogue_scale_of_tile ${epilogue} [=[p.d_ff + unit.column,]=]
-  [=[MUTANT ? unit.tile_row + 16 : p.d_ff + unit.column,]=])
-sida_mutation(epilogue_scale_of_tile ${epilogue} [=[p.wo, work.tokens.slot, unit.column,]=]
-  [=[p.wo, work.tokens.slot, MUTANT ? unit.tile_row : unit.column,]=])
+sida_mutation(epilogue_scale_of_tile ${epilogue}
+  [=[scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column,]=]
+  [=[scaled_sums(own + 16, p.wi, work.tokens.slot, MUTANT ? unit.tile_row + 16 : p.d_ff + unit.column,]=])
+sida_mutation(epilogue_scale_of_tile ${epilogue}
+  [=[unit.tile_row, p.wo, work.tokens.slot, unit.column,]=]
+  [=[unit.tile_row, p.wo, work.tokens.slot, MUTANT ? unit.tile_row : unit.column,]=])
+# Every slice of d_ff adds the bias.
+sida_mutation(epilogue_bias_of_every_slice ${epilogue} [=[if (p.splits == 1) {]=]
+  [=[if (MUTANT && p.splits > 1) add_bias(p.wo, work.tokens.slot, unit.column, unit.count, value);
+    if (p.splits == 1) {]=])
+# The up rows get the gate rows' biases.
+sida_mutation(epilogue_bias_of_gate ${epilogue} [=[add_bias(p.wi, work.tokens.slot, p.d_ff + unit.column,]=]
+  [=[add_bias(p.wi, work.tokens.slot, (MUTANT ? 0 : p.d_ff) + unit.column,]=])
 # 16-byte stores begin one element late.
 sida_mutation(epilogue_misaligned_store ${epilogue} [=[* p.hidden_row_stride + unit.column, hidden_dtype]=]
   [=[* p.hidden_row_stride + unit.column + (MUTANT ? 1 : 0), hidden_dtype]=])
@@ -153,6 +191,8 @@ sida_mutation(route_divergent_shuffle ${route}
   [=[if (MUTANT && lane >= p.experts) return {0.0f, 0};
   for (int step = 16; step > 0; step /= 2) largest =]=])
 
+# fp32: every row of 4-bit weights has the first one's factors.
+sida_mutation(simt_factors_of_first_row ${simt} [=[scale_offset[unit % rows]]=] [=[scale_offset[MUTANT ? 0 : unit % rows]]=])
 # fp32: rows of a slice are no multiple of 16 bytes apart.
 sida_mutation(simt_misaligned_slice ${simt} [=[weight_slice + k * Memory::weight_floats + own_row]=]
   [=[weight_slice + k * (Memory::weight_floats - (MUTANT ? 1 : 0)) + own_row]=])

@@ -23,7 +23,8 @@ int effort() {
 }
 
 // Fails with the case's name if the result is wrong or differs between schedules; returns the tile that was used.
-cuda::Choice check_case(const LayerCase& layer) {
+template <class Case>
+cuda::Choice check_case(const Case& layer) {
   try {
     const Outcome first = run(layer, layer.seed);
     const Outcome second = run(layer, layer.seed + 1000);
@@ -53,13 +54,17 @@ LayerCase random_case(std::mt19937_64& random, DType x, DType w, int block_t) {
       pick(random, {Activation::relu, Activation::gelu, Activation::gelu_new, Activation::silu, Activation::gelu_10,
                     Activation::quick_gelu, Activation::sigmoid, Activation::tanh, Activation::relu2, Activation::relu6,
                     Activation::leaky_relu, Activation::mish, Activation::hardswish, Activation::laplace,
-                    Activation::softplus, Activation::sqrtsoftplus, Activation::linear});
+                    Activation::softplus, Activation::sqrtsoftplus, Activation::linear, Activation::swiglu_oai});
+  layer.gated = layer.gated || layer.activation == Activation::swiglu_oai;
+  layer.biased = random() % 3 == 0;
+  layer.extreme = is_grouped(w) && random() % 2 == 0;
+  layer.nan_factor = is_grouped(w) && random() % 4 == 0;
   layer.strided = random() % 2 == 0;
   layer.waves = random() % 3 == 0;
   layer.absent = random() % 3 == 0;
   layer.twice = random() % 3 == 0;
   layer.seed = random() % 100000;
-  // Multiples of 16 where int8 goes to tensor cores, of 8 for 16-bit types, anything for the fp32 path.
+  // Multiples of 16 where int8 goes to tensor cores, of 8 for the other types, anything for the fp32 path.
   layer.d_model = pick<int64_t>(random, {16, 48, 64, 80, 144, 208});
   layer.d_ff = pick<int64_t>(random, {16, 64, 112, 160, 272});
   if (w != DType::i8 && random() % 2 == 0) layer.d_model += 8;
@@ -109,6 +114,22 @@ SIDA_TEST(f16_activations_and_weights) {
 SIDA_TEST(f16_activations_int8_weights) {
   check_instances(DType::f16, DType::i8, cuda::Path::tensor_core, {16, 64, 128});
 }
+SIDA_TEST(bf16_activations_int4_weights) {
+  check_instances(DType::bf16, DType::int4, cuda::Path::tensor_core, {16, 64});
+}
+SIDA_TEST(bf16_activations_mxfp4_weights) {
+  check_instances(DType::bf16, DType::mxfp4, cuda::Path::tensor_core, {16, 64});
+}
+SIDA_TEST(f16_activations_int4_weights) {
+  check_instances(DType::f16, DType::int4, cuda::Path::tensor_core, {16, 64});
+}
+SIDA_TEST(f16_activations_mxfp4_weights) {
+  check_instances(DType::f16, DType::mxfp4, cuda::Path::tensor_core, {16, 64});
+}
+SIDA_TEST(f32_activations_four_bit_weights) {
+  check_instances(DType::f32, DType::int4, cuda::Path::f32, {16, 64});
+  check_instances(DType::f32, DType::mxfp4, cuda::Path::f32, {16});
+}
 SIDA_TEST(f32_activations_and_weights) {
   check_instances(DType::f32, DType::f32, cuda::Path::f32, {16, 64});
 }
@@ -126,11 +147,11 @@ SIDA_TEST(mixed_types) {
 // Every activation through both kernels of both paths.
 SIDA_TEST(every_activation) {
   for (const DType x : {DType::bf16, DType::f32}) {
-    for (int activation = 0; activation <= static_cast<int>(Activation::sqrtsoftplus); ++activation) {
+    for (int activation = 0; activation <= static_cast<int>(Activation::swiglu_oai); ++activation) {
       LayerCase layer;
       layer.x = layer.w = x;
       layer.activation = static_cast<Activation>(activation);
-      layer.gated = activation % 2 == 0;
+      layer.gated = activation % 2 == 0 || layer.activation == Activation::swiglu_oai;
       layer.d_model = 48;
       layer.seed = static_cast<uint64_t>(activation);
       check_case(layer);
@@ -164,13 +185,87 @@ SIDA_TEST(odd_sizes_take_the_fp32_path) {
   std::mt19937_64 random(5);
   for (int i = 0; i < 12 * effort(); ++i) {
     LayerCase layer = random_case(random, pick(random, {DType::f32, DType::bf16, DType::f16}),
-                                  pick(random, {DType::f32, DType::bf16, DType::i8}), 16);
+                                  pick(random, {DType::f32, DType::bf16, DType::i8, DType::int4, DType::mxfp4}), 16);
+    layer.crooked = random() % 2 == 0;
     layer.d_model = pick<int64_t>(random, {1, 5, 37, 67});
     layer.d_ff = pick<int64_t>(random, {1, 3, 41, 131});
     const cuda::Choice choice = check_case(layer);
     CHECK(choice.path == cuda::Path::f32);
     CHECK(std::strlen(choice.reason) > 0);
   }
+}
+
+// Weights of 4 bits at an odd address, or with rows of x that are not aligned, take the fp32 path; a row's last group
+// need not be whole on the tensor cores either.
+SIDA_TEST(what_is_asked_of_four_bit_weights) {
+  for (const DType w : {DType::int4, DType::mxfp4}) {
+    LayerCase layer;
+    layer.w = w;
+    layer.d_model = 72;
+    layer.d_ff = 40;
+    layer.gated = layer.biased = true;
+    CHECK(check_case(layer).path == cuda::Path::tensor_core);
+    layer.crooked = true;
+    CHECK(check_case(layer).path == cuda::Path::f32);
+    layer.crooked = false;
+    layer.d_ff = 36;
+    CHECK(check_case(layer).path == cuda::Path::f32);
+  }
+}
+
+// Every code with every kind of factor, one row each: exactly the numbers that the format says, where bf16 holds them.
+SIDA_TEST(codes_and_factors_are_exact) {
+  for (const DType x : {DType::bf16, DType::f16, DType::f32}) {
+    for (const DType w : {DType::int4, DType::mxfp4}) {
+      for (const bool strided : {false, true}) {
+        LinearCase one;
+        one.x = x;
+        one.w = w;
+        one.tokens = 16;
+        one.columns = 32;
+        one.rows = 200;
+        one.extreme = true;
+        one.strided = strided;
+        one.seed = 3;
+        check_case(one);
+      }
+    }
+  }
+}
+
+SIDA_TEST(linears) {
+  std::mt19937_64 random(11);
+  std::set<std::pair<DType, int>> seen;
+  for (const DType w : {DType::f32, DType::bf16, DType::f16, DType::i8, DType::int4, DType::mxfp4}) {
+    for (int i = 0; i < 9 * effort(); ++i) {
+      LinearCase one;
+      one.w = w;
+      one.x = i % 3 == 2 ? DType::f32 : i % 3 == 1 || w == DType::f16 ? DType::f16 : DType::bf16;
+      one.tokens = i < 3   ? 1 + static_cast<int64_t>(random() % 16)
+                   : i < 6 ? 17 + static_cast<int64_t>(random() % 60)
+                           : 1;
+      one.columns = i % 3 == 0 ? pick<int64_t>(random, {80, 520}) : pick<int64_t>(random, {1, 37, 64, 144});
+      one.rows = pick<int64_t>(random, {1, 5, 64, 75, 200});
+      one.strided = random() % 2 == 0;
+      one.biased = random() % 2 == 0;
+      one.crooked = i % 3 != 0 && random() % 3 == 0;
+      one.extreme = is_grouped(w) && random() % 2 == 0;
+      one.multiprocessors = pick(random, {1, 20});
+      one.seed = random() % 100000;
+      const cuda::Choice choice = check_case(one);
+      if (choice.path == cuda::Path::tensor_core) seen.insert({w, choice.splits > 1 ? 1 : choice.block_t});
+    }
+  }
+  // Every 4-bit type was computed on the tensor cores by both tiles.
+  for (const DType w : {DType::int4, DType::mxfp4}) {
+    CHECK(seen.contains({w, 64}) && (seen.contains({w, 16}) || seen.contains({w, 1})));
+  }
+  LinearCase none;
+  none.tokens = 0;
+  check_case(none);
+  none.tokens = 3;
+  none.rows = 0;
+  check_case(none);
 }
 
 #ifdef SIDA_HARNESS  // what only the harness can count
@@ -183,6 +278,7 @@ SIDA_TEST(three_launches_for_any_top_k) {
   CHECK_EQ(run(layer, 1).launches, "dispatch_plan,expert_gemm_f32<16>,expert_gemm_f32<16>");
   layer.tokens = 0;
   CHECK_EQ(run(layer, 1).launches, "");
+  CHECK_EQ(run(LinearCase{}, 1).launches, "dispatch_plan,expert_gemm<decode>");
 }
 
 // The index-th permutation of n things.
@@ -244,17 +340,18 @@ SIDA_TEST(choices_are_combined_in_every_order_of_blocks) {
 }
 
 SIDA_TEST(fragments_are_loaded_without_bank_conflicts) {
-  for (const DType w : {DType::bf16, DType::i8}) {
+  for (const DType w : {DType::bf16, DType::i8, DType::int4}) {
     for (const int64_t tokens : {5, 60, 400}) {
       LayerCase layer;
       layer.w = w;
       layer.tokens = tokens;
       layer.experts = 2;
       layer.multiprocessors = 1;
+      layer.d_model = layer.d_ff = 192;
       harness::bank_conflicts();
       const Outcome outcome = run(layer, 1);
       const harness::BankConflicts found = harness::bank_conflicts();
-      CHECK_EQ(outcome.choice.block_t, tokens == 5 ? 16 : tokens == 60 ? 64 : 128);
+      CHECK_EQ(outcome.choice.block_t, tokens == 5 ? 16 : tokens == 60 || is_grouped(w) ? 64 : 128);
       CHECK(found.phases > 100);
       CHECK_EQ(found.conflicts, 0);
     }
@@ -264,7 +361,7 @@ SIDA_TEST(fragments_are_loaded_without_bank_conflicts) {
 
 // The same rows give the same bits whether their experts came in one wave or in two.
 SIDA_TEST(waves_do_not_change_a_bit) {
-  for (const DType w : {DType::bf16, DType::i8}) {
+  for (const DType w : {DType::bf16, DType::i8, DType::mxfp4}) {
     LayerCase layer;
     layer.w = w;
     layer.tokens = 23;
@@ -307,11 +404,17 @@ SIDA_TEST(d_ff_is_split_only_where_it_pays) {
 std::set<std::string> shipped() {
   std::set<std::string> names{"dispatch_plan_kernel(PlanParams)", "route_top1_kernel(RouteParams)"};
   for (const char* const phase : {"(Phase)0", "(Phase)1"}) {
+    const auto add = [&](const char* types, const char* shape) {
+      names.insert(std::string("void expert_gemm<") + types + ", GemmShape<" + shape + ">, " + phase +
+                   ">(LayerParams)");
+    };
     for (const char* const types : {"bf16, bf16", "bf16, signed char", "f16, f16", "f16, signed char"}) {
       for (const char* const shape : {"64, 16, 4, 1, 4, 2", "128, 64, 2, 2, 3, 1", "128, 128, 2, 4, 3, 1"}) {
-        names.insert(std::string("void expert_gemm<") + types + ", GemmShape<" + shape + ">, " + phase +
-                     ">(LayerParams)");
+        add(types, shape);
       }
+    }
+    for (const char* const types : {"bf16, int4_pair", "bf16, mxfp4_pair", "f16, int4_pair", "f16, mxfp4_pair"}) {
+      for (const char* const shape : {"64, 16, 4, 1, 4, 2", "128, 64, 4, 2, 3, 2"}) add(types, shape);
     }
     for (const char* const tokens : {"16", "64"}) {
       names.insert(std::string("void expert_gemm_f32<") + tokens + ", " + phase + ">(LayerParams)");

@@ -36,7 +36,7 @@ double stored(double value, DType dtype, void* target, int64_t index) {
       static_cast<int8_t*>(target)[index] = narrow;
       return narrow;
     }
-    case DType::int4:  // no CUDA kernel has them
+    case DType::int4:  // Matrices writes them by the byte
     case DType::mxfp4:
       break;
   }
@@ -108,10 +108,17 @@ double activate(double v, Activation activation) {
       return std::sqrt(std::log1p(std::exp(v)));
     case Activation::linear:
       return v;
-    case Activation::swiglu_oai:  // no CUDA kernel has it
-      break;
+    case Activation::swiglu_oai: {  // its gate's half; see other_half
+      const double low = std::min(v, 7.0);
+      return low / (1 + std::exp(-1.702 * low));
+    }
   }
   return v;
+}
+
+// What a gated layer multiplies the activation with.
+double other_half(double up, Activation activation) {
+  return activation == Activation::swiglu_oai ? std::clamp(up, -7.0, 7.0) + 1 : up;
 }
 
 const ParallelFor one_thread{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
@@ -127,14 +134,101 @@ Value* upload(const std::vector<Value>& values, bool read_only = true) {
   return device;
 }
 
+// What is special about the matrices of a case.
+struct Special {
+  bool strided = false, biased = false, crooked = false, extreme = false, nan_factor = false;
+};
+
 // Matrices of one kind for every slot, in the layout that the kernels see and in float64.
 struct Matrices {
   int64_t slots, rows, columns;
   std::vector<double> value;  // [slots, rows, columns], dequantised
+  std::vector<float> bias{};  // [slots, rows]
   ExpertMatrix matrix{};
 
-  Matrices(std::mt19937_64& random, int64_t slots_, int64_t rows_, int64_t columns_, DType dtype, bool strided)
+  Matrices(std::mt19937_64& random, int64_t slots_, int64_t rows_, int64_t columns_, DType dtype,
+           const Special& special)
       : slots(slots_), rows(rows_), columns(columns_), value(static_cast<size_t>(slots * rows * columns)) {
+    if (is_grouped(dtype)) {
+      fill_groups(random, dtype, special);
+    } else {
+      fill(random, dtype, special.strided);
+    }
+    bias.resize(static_cast<size_t>(slots * rows));
+    if (!special.biased) return;
+    std::normal_distribution<double> normal;
+    for (float& each : bias) each = static_cast<float>(normal(random));
+    matrix.bias_slot_stride = rows + (special.strided ? 3 : 0);
+    auto* const device = static_cast<float*>(global_allocate(static_cast<size_t>(slots * matrix.bias_slot_stride) * 4));
+    for (int64_t s = 0; s < slots; ++s) {
+      harness::global_fill(device + s * matrix.bias_slot_stride, &bias[static_cast<size_t>(s * rows)],
+                           static_cast<size_t>(rows) * 4);
+    }
+    harness::global_read_only(device, static_cast<size_t>(slots * matrix.bias_slot_stride) * 4);
+    matrix.bias = device;
+  }
+
+  const double* row(int64_t slot, int64_t row) const { return value.data() + (slot * rows + row) * columns; }
+  double bias_of(int64_t slot, int64_t row) const { return bias[static_cast<size_t>(slot * rows + row)]; }
+
+ private:
+  // A group's factor as its bytes and as its value. extreme: zero or subnormal ones among the others.
+  double factor(std::mt19937_64& random, DType dtype, const Special& special, bool nan, unsigned char* target) const {
+    const double spread = 1 / std::sqrt(static_cast<double>(columns));
+    const bool extreme = special.extreme && random() % 3 == 0;
+    if (dtype == DType::int4) {
+      const uint16_t few[] = {0, 1, 0x03FF, 0x0400, 0x8001};
+      const double wanted = spread * (0.15 + 0.2 * (static_cast<double>(random() % 1000) / 1000));
+      const uint16_t bits = nan       ? 0x7E00
+                            : extreme ? few[random() % std::size(few)]
+                                      : harness::float_to_f16(static_cast<float>(wanted));
+      std::memcpy(target, &bits, 2);
+      return nan ? NAN : harness::f16_to_float(bits);
+    }
+    const int usual = 127 + static_cast<int>(std::lround(std::log2(spread))) - 2 + static_cast<int>(random() % 3);
+    const int e = nan ? 255 : extreme ? static_cast<int>(random() % 3) : usual;
+    *target = static_cast<unsigned char>(e);
+    return nan ? NAN : std::ldexp(1, e - 127);
+  }
+
+  // 4-bit weights: random codes, in the padding of a row too, and factors whose rows begin anywhere.
+  void fill_groups(std::mt19937_64& random, DType dtype, const Special& special) {
+    const int64_t groups = groups_of(columns), factor_bytes = group_scale_bytes(dtype);
+    matrix.row_stride = sida::row_bytes(dtype, columns) + (special.strided ? 16 : 0);
+    matrix.slot_stride = rows * matrix.row_stride + (special.strided ? 48 : 0);
+    matrix.group_scale_row_stride = groups + (special.strided ? 3 : 0);
+    matrix.group_scale_slot_stride = rows * matrix.group_scale_row_stride + (special.strided ? 5 : 0);
+    const auto bytes = static_cast<size_t>(slots * matrix.slot_stride);
+    const auto factors_bytes = static_cast<size_t>(slots * matrix.group_scale_slot_stride * factor_bytes);
+    auto* const device = static_cast<unsigned char*>(global_allocate(bytes, special.crooked ? 1 : 0));
+    auto* const factors = static_cast<unsigned char*>(global_allocate(factors_bytes));
+    std::vector<unsigned char> pairs(static_cast<size_t>(sida::row_bytes(dtype, columns)));
+    std::vector<unsigned char> factors_of_row(static_cast<size_t>(groups * factor_bytes));
+    for (int64_t s = 0; s < slots; ++s) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (unsigned char& pair : pairs) pair = static_cast<unsigned char>(random());
+        for (int64_t g = 0; g < groups; ++g) {
+          const bool nan = special.nan_factor && r == rows / 2 && g == groups - 1;
+          const double own =
+              factor(random, dtype, special, nan, &factors_of_row[static_cast<size_t>(g * factor_bytes)]);
+          for (int64_t c = g * group_columns; c < std::min(columns, (g + 1) * group_columns); ++c) {
+            const int code = pairs[static_cast<size_t>(c / 2)] >> (c % 2 * 4) & 15;
+            value[static_cast<size_t>((s * rows + r) * columns + c)] = of_code(code, dtype) * own;
+          }
+        }
+        harness::global_fill(device + s * matrix.slot_stride + r * matrix.row_stride, pairs.data(), pairs.size());
+        harness::global_fill(
+            factors + (s * matrix.group_scale_slot_stride + r * matrix.group_scale_row_stride) * factor_bytes,
+            factors_of_row.data(), factors_of_row.size());
+      }
+    }
+    harness::global_read_only(device, bytes);
+    harness::global_read_only(factors, factors_bytes);
+    matrix.data = device;
+    matrix.group_scale = factors;
+  }
+
+  void fill(std::mt19937_64& random, DType dtype, bool strided) {
     std::normal_distribution<double> normal;
     std::uniform_real_distribution<double> uniform(0.5, 1.5);
     // Gaps keep the 16-byte alignment that an expert store gives its rows.
@@ -168,11 +262,40 @@ struct Matrices {
       matrix.scale_slot_stride = rows;
     }
   }
+};
 
-  const double* row(int64_t slot, int64_t row) const { return value.data() + (slot * rows + row) * columns; }
+// Random activations, in the layout that the kernels see and in float64.
+struct Tokens {
+  std::vector<double> value;  // [tokens, columns]
+  const void* device;
+  int64_t row_stride;
+
+  // nan: one element of token 1.
+  Tokens(std::mt19937_64& random, int64_t tokens, int64_t columns, DType dtype, bool strided, bool nan)
+      : value(static_cast<size_t>(tokens * columns)), row_stride(columns + (strided ? 24 : 0)) {
+    std::normal_distribution<double> normal;
+    const auto bytes = static_cast<size_t>(tokens * row_stride * element_bytes(dtype));
+    auto* const memory = static_cast<unsigned char*>(global_allocate(bytes));
+    std::vector<unsigned char> row(static_cast<size_t>(columns * element_bytes(dtype)));
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = 0; c < columns; ++c) {
+        value[static_cast<size_t>(t * columns + c)] =
+            stored(nan && t == 1 && c == 2 ? NAN : normal(random), dtype, row.data(), c);
+      }
+      harness::global_fill(memory + t * row_stride * element_bytes(dtype), row.data(), row.size());
+    }
+    harness::global_read_only(memory, bytes);
+    device = memory;
+  }
 };
 
 }  // namespace
+
+double of_code(int code, DType dtype) {
+  if (dtype == DType::int4) return code < 8 ? code : code - 16;
+  constexpr double magnitudes[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+  return code < 8 ? magnitudes[code] : -magnitudes[code - 8];
+}
 
 std::string LayerCase::name() const {
   std::ostringstream text;
@@ -180,7 +303,8 @@ std::string LayerCase::name() const {
        << ", d_model " << d_model << ", d_ff " << d_ff << ", experts " << experts << ", gated " << gated
        << ", activation " << static_cast<int>(activation) << ", strided " << strided << ", waves " << waves
        << ", absent " << absent << ", twice " << twice << ", skewed " << skewed << ", multiprocessors "
-       << multiprocessors << ", seed " << seed;
+       << multiprocessors << ", biased " << biased << ", crooked " << crooked << ", extreme " << extreme
+       << ", nan_factor " << nan_factor << ", seed " << seed;
   return text.str();
 }
 
@@ -189,22 +313,10 @@ Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrang
   harness::seed(schedule);
   if (rearrange) harness::order_blocks(rearrange);
   std::mt19937_64 random(layer.seed);
-  std::normal_distribution<double> normal;
 
   const int64_t rows = layer.tokens * layer.top_k;
-  const int64_t x_row_stride = layer.strided ? layer.d_model + 24 : layer.d_model;
-  std::vector<double> x(static_cast<size_t>(layer.tokens * layer.d_model));
-  auto* const x_device = static_cast<unsigned char*>(
-      global_allocate(static_cast<size_t>(layer.tokens * x_row_stride * element_bytes(layer.x))));
-  std::vector<unsigned char> row_bytes(static_cast<size_t>(layer.d_model * element_bytes(layer.x)));
-  for (int64_t t = 0; t < layer.tokens; ++t) {
-    for (int64_t c = 0; c < layer.d_model; ++c) {
-      x[static_cast<size_t>(t * layer.d_model + c)] =
-          stored(layer.nan && t == 1 && c == 2 ? NAN : normal(random), layer.x, row_bytes.data(), c);
-    }
-    harness::global_fill(x_device + t * x_row_stride * element_bytes(layer.x), row_bytes.data(), row_bytes.size());
-  }
-  harness::global_read_only(x_device, static_cast<size_t>(layer.tokens * x_row_stride * element_bytes(layer.x)));
+  const Tokens tokens(random, layer.tokens, layer.d_model, layer.x, layer.strided, layer.nan);
+  const std::vector<double>& x = tokens.value;
 
   std::vector<int32_t> expert_index(static_cast<size_t>(rows)), slot_of_expert(static_cast<size_t>(layer.experts));
   std::vector<float> gate(static_cast<size_t>(rows));
@@ -224,8 +336,11 @@ Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrang
   }
   if (layer.absent && layer.experts > 1) slot_of_expert[1] = -1;
 
-  Matrices wi(random, slots, layer.d_ff * (layer.gated ? 2 : 1), layer.d_model, layer.w, layer.strided);
-  Matrices wo(random, slots, layer.d_model, layer.d_ff, layer.w, layer.strided);
+  const Special special{layer.strided, layer.biased, layer.crooked, layer.extreme, false};
+  Special special_wo = special;
+  special_wo.nan_factor = layer.nan_factor;
+  Matrices wi(random, slots, layer.d_ff * (layer.gated ? 2 : 1), layer.d_model, layer.w, special);
+  Matrices wo(random, slots, layer.d_model, layer.d_ff, layer.w, special_wo);
 
   MoeFfnArgs args{};
   args.tokens = layer.tokens;
@@ -236,8 +351,8 @@ Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrang
   args.num_slots = slots;
   args.x_dtype = layer.x;
   args.w_dtype = layer.w;
-  args.x = x_device;
-  args.x_row_stride = x_row_stride;
+  args.x = tokens.device;
+  args.x_row_stride = tokens.row_stride;
   args.expert_index = upload(expert_index);
   args.gate = upload(gate);
   args.wi = wi.matrix;
@@ -298,17 +413,19 @@ Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrang
       const double weight = gate[static_cast<size_t>(t * layer.top_k + k)];
       const double* const own = x.data() + t * layer.d_model;
       for (int64_t f = 0; f < layer.d_ff; ++f) {
-        double sum = 0, spread = 0, up = 1, up_spread = 0;
+        double sum = wi.bias_of(slot, f), spread = std::fabs(sum), up = 1, up_spread = 0;
         for (int64_t c = 0; c < layer.d_model; ++c) {
           sum += wi.row(slot, f)[c] * own[c];
           spread += std::fabs(wi.row(slot, f)[c] * own[c]);
         }
         if (layer.gated) {
-          up = 0;
+          up = wi.bias_of(slot, layer.d_ff + f);
+          up_spread = std::fabs(up);
           for (int64_t c = 0; c < layer.d_model; ++c) {
             up += wi.row(slot, layer.d_ff + f)[c] * own[c];
             up_spread += std::fabs(wi.row(slot, layer.d_ff + f)[c] * own[c]);
           }
+          up = other_half(up, layer.activation);
         }
         const double act = activate(sum, layer.activation);
         const auto i = static_cast<size_t>(f);
@@ -320,7 +437,7 @@ Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrang
         if (tensor_cores) hidden_error[i] += roundoff(layer.x) * std::fabs(hidden[i]) + std::ldexp(1, -25);
       }
       for (int64_t c = 0; c < layer.d_model; ++c) {
-        double sum = 0, error = 0, error_on_cpu = 0;
+        double sum = wo.bias_of(slot, c), error = 1e-6 * std::fabs(sum), error_on_cpu = error;
         for (int64_t f = 0; f < layer.d_ff; ++f) {
           const double w = wo.row(slot, c)[f];
           const auto i = static_cast<size_t>(f);
@@ -361,6 +478,63 @@ Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrang
       (error_rows[0] != std::numeric_limits<int32_t>::max() || error_rows[1] != first_missing)) {
     outcome.wrong = "error rows are " + std::to_string(error_rows[0]) + " and " + std::to_string(error_rows[1]) +
                     ", expected none and " + std::to_string(first_missing);
+  }
+  return outcome;
+}
+
+std::string LinearCase::name() const {
+  std::ostringstream text;
+  text << "linear: x " << dtype_name(x) << ", w " << dtype_name(w) << ", tokens " << tokens << ", columns " << columns
+       << ", rows " << rows << ", strided " << strided << ", biased " << biased << ", crooked " << crooked
+       << ", extreme " << extreme << ", multiprocessors " << multiprocessors << ", seed " << seed;
+  return text.str();
+}
+
+Outcome run(const LinearCase& linear, uint64_t schedule) {
+  harness::global_reset();
+  harness::seed(schedule);
+  std::mt19937_64 random(linear.seed);
+  const Tokens tokens(random, linear.tokens, linear.columns, linear.x, linear.strided, false);
+  const Matrices w(random, 1, linear.rows, linear.columns, linear.w,
+                   {linear.strided, linear.biased, linear.crooked, linear.extreme, false});
+  LinearArgs args{linear.tokens, linear.columns,    linear.rows, linear.x, linear.w,
+                  tokens.device, tokens.row_stride, w.matrix,    nullptr};
+  const auto bytes = static_cast<size_t>(linear.tokens * linear.rows * element_bytes(linear.x));
+  args.out = global_allocate(bytes);
+
+  const cuda::Architecture architecture{80, linear.multiprocessors, 99 * 1024};
+  harness::launched();
+  Outcome outcome;
+  outcome.choice = cuda::choose(args, architecture);
+  void* const workspace = global_allocate(static_cast<size_t>(cuda::workspace_bytes(args, architecture)));
+  cuda::linear(args, architecture, workspace, nullptr);
+  harness::finish();
+  outcome.launches = harness::launched();
+  outcome.bytes.assign(static_cast<unsigned char*>(args.out), static_cast<unsigned char*>(args.out) + bytes);
+
+  LinearArgs on_cpu = args;
+  std::vector<unsigned char> cpu_out(bytes);
+  on_cpu.out = cpu_out.data();
+  if (linear.tokens > 0) cpu::linear(on_cpu, one_thread);
+  for (int64_t t = 0; t < linear.tokens && outcome.wrong.empty(); ++t) {
+    for (int64_t r = 0; r < linear.rows; ++r) {
+      double wanted = w.bias_of(0, r), spread = std::fabs(wanted);
+      for (int64_t c = 0; c < linear.columns; ++c) {
+        const double product = w.row(0, r)[c] * tokens.value[static_cast<size_t>(t * linear.columns + c)];
+        wanted += product;
+        spread += std::fabs(product);
+      }
+      const double allowed = 1e-5 * spread + 1.01 * roundoff(linear.x) * std::fabs(wanted) + 1e-7;
+      const double actual = loaded(args.out, linear.x, t * linear.rows + r);
+      const double cpu_value = loaded(cpu_out.data(), linear.x, t * linear.rows + r);
+      if (!(std::fabs(actual - wanted) <= allowed && std::fabs(cpu_value - wanted) <= allowed)) {
+        std::ostringstream text;
+        text << "out[" << t << ", " << r << "] is " << actual << ", the CPU's " << cpu_value << ", expected " << wanted
+             << " within " << allowed;
+        outcome.wrong = text.str();
+        break;
+      }
+    }
   }
   return outcome;
 }

@@ -25,11 +25,19 @@ struct LayerCase {
   bool twice = false;    // every second token names one expert for all its choices
   bool nan = false;      // one element of token 1 is NaN
   bool skewed = false;   // most rows go to one expert
+  bool biased = false;   // both products have biases
+  // Of 4-bit weights alone:
+  bool crooked = false;     // their first byte is at an odd address
+  bool extreme = false;     // zero, subnormal and negative factors among the others
+  bool nan_factor = false;  // the last group of one row of each wo has NaN
   int multiprocessors = 108;
   uint64_t seed = 1;
 
   std::string name() const;
 };
+
+// What a 4-bit code stands for without its group's factor.
+double of_code(int code, DType dtype);
 
 struct Outcome {
   std::string wrong;                 // empty if every value is within the bound and rows that must be left alone were
@@ -38,10 +46,23 @@ struct Outcome {
   cuda::Choice choice;
 };
 
+// One matrix times tokens, without a layer.
+struct LinearCase {
+  DType x = DType::bf16, w = DType::bf16;
+  int64_t tokens = 5, columns = 64, rows = 64;
+  bool strided = false, biased = false, crooked = false, extreme = false;
+  int multiprocessors = 108;
+  uint64_t seed = 1;
+
+  std::string name() const;
+};
+
 // Runs the case under the schedule of `schedule`, or with the blocks in the order that `rearrange` gives (see
 // harness::order_blocks), and compares every value with a float64 reference and with the CPU backend. Throws
 // harness::KernelError where the harness stops it.
 using Rearrange = std::function<void(std::vector<unsigned>&)>;
 Outcome run(const LayerCase& layer, uint64_t schedule, const Rearrange& rearrange = nullptr);
+// The same for cuda::linear.
+Outcome run(const LinearCase& linear, uint64_t schedule);
 
 }  // namespace sida::cuda_test

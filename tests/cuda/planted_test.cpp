@@ -100,6 +100,29 @@ std::vector<Planted> all_planted() {
     l.absent = true;
   });
   const LayerCase int8 = layer([](LayerCase& l) { l.w = DType::i8; });
+  const LayerCase int4 = layer([](LayerCase& l) { l.w = DType::int4; });
+  const LayerCase mxfp4 = layer([](LayerCase& l) { l.w = DType::mxfp4; });
+  const LayerCase int4_medium = layer([](LayerCase& l) {
+    l.w = DType::int4;
+    l.experts = 1;
+    l.tokens = 40;
+  });
+  const LayerCase int4_strided = layer([](LayerCase& l) {
+    l.w = DType::int4;
+    l.strided = true;
+  });
+  const LayerCase mxfp4_f32 = layer([](LayerCase& l) {
+    l.x = DType::f32;
+    l.w = DType::mxfp4;
+  });
+  const LayerCase split_biased = layer([](LayerCase& l) {
+    l.w = DType::mxfp4;
+    l.biased = true;
+    l.d_ff = 640;
+    l.experts = 2;
+    l.tokens = 5;
+  });
+  const LayerCase gated_biased = layer([](LayerCase& l) { l.gated = l.biased = true; });
   const LayerCase absent = layer([](LayerCase& l) { l.absent = true; });
   const LayerCase f32 = layer([](LayerCase& l) { l.x = l.w = DType::f32; });
   const RouteCase routed{DType::f32, DType::f32, 2, 40, 8, 3, 1};
@@ -119,6 +142,19 @@ std::vector<Planted> all_planted() {
       {"epilogue_no_column_guard", "", "out_of_bounds", over(one_slot)},
       {"epilogue_gate_by_position", "", "wrong", over(plain)},
       {"epilogue_scale_of_tile", "", "wrong", over(int8)},
+      {"groups_swapped_fragment", "", "wrong", over(int4)},
+      {"groups_wrong_token_chunk", "", "wrong", over(mxfp4)},
+      {"groups_no_swizzle", "", "wrong", over(mxfp4)},
+      {"groups_no_swizzle", " (medium)", "wrong", over(int4_medium)},
+      {"groups_factor_of_upper_rows", "", "wrong", over(int4)},
+      {"groups_factor_of_upper_rows", " (medium)", "wrong", over(int4_medium)},
+      {"groups_factors_not_doubled", "", "race", over(mxfp4)},
+      {"groups_no_factor_guard", "", "uninitialised", over(int4_strided)},
+      {"groups_wrong_factor_stride", "", "uninitialised", over(int4_strided)},
+      {"groups_wrong_code", "", "wrong", over(int4)},
+      {"groups_wrong_code", " (mxfp4)", "wrong", over(mxfp4)},
+      {"epilogue_bias_of_every_slice", "", "wrong", over(split_biased)},
+      {"epilogue_bias_of_gate", "", "wrong", over(gated_biased)},
       {"epilogue_misaligned_store", "", "misaligned", over(plain)},
       {"split_by_arrival", "", "schedule", over(split_f32)},
       {"split_no_barrier", "", "race|uninitialised", over(split)},
@@ -139,6 +175,7 @@ std::vector<Planted> all_planted() {
       {"route_capacity_off_by_one", "", "wrong", [routed](uint64_t schedule) { return outcome_of(routed, schedule); }},
       {"route_divergent_shuffle", "", "divergence",
        [few_experts](uint64_t schedule) { return outcome_of(few_experts, schedule); }},
+      {"simt_factors_of_first_row", "", "wrong", over(mxfp4_f32)},
       {"simt_misaligned_slice", "", "misaligned", over(f32)},
       {"simt_no_barrier", "", "race", over(f32)},
   };
@@ -174,7 +211,7 @@ SIDA_TEST(the_list_is_complete) {
   for (const std::string& bug : test::mutants()) {
     if (!seen.contains(bug)) test::report(__FILE__, __LINE__, "planted bug " + bug + " has no test");
   }
-  CHECK_EQ(seen.size(), 33u);
+  CHECK_EQ(seen.size(), 44u);
   CHECK_EQ(test::mutants().size(), seen.size());
 }
 
@@ -199,6 +236,12 @@ LayerKernels f16_kernels(int) {
   fail(ErrorKind::internal, "the mutants have no kernels for fp16");
 }
 LayerKernels f16_int8_kernels(int) {
+  fail(ErrorKind::internal, "the mutants have no kernels for fp16");
+}
+LayerKernels f16_int4_kernels(int) {
+  fail(ErrorKind::internal, "the mutants have no kernels for fp16");
+}
+LayerKernels f16_mxfp4_kernels(int) {
   fail(ErrorKind::internal, "the mutants have no kernels for fp16");
 }
 

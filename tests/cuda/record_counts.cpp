@@ -126,8 +126,20 @@ void record_layer(const Model& model, const std::vector<int32_t>& experts) {
     harness::global_fill(device, values.data(), values.size() * sizeof values[0]);
     return device;
   };
-  const int64_t element = element_bytes(model.format.dtype);
-  const int64_t slot_stride = static_cast<int64_t>(record) / element;
+  const ExpertFormat& format = model.format;
+  const bool grouped = is_grouped(format.dtype);
+  const DType x_dtype = grouped ? DType::bf16 : format.dtype;
+  const auto matrix = [&](int64_t offset, int64_t columns, int64_t scale_offset) {
+    const int64_t element = element_bytes(format.dtype);
+    ExpertMatrix made{memory + offset, static_cast<int64_t>(record) / element,
+                      row_bytes(format.dtype, columns) / element, nullptr, 0};
+    if (grouped) {
+      made.group_scale = memory + scale_offset;
+      made.group_scale_slot_stride = static_cast<int64_t>(record) / group_scale_bytes(format.dtype);
+      made.group_scale_row_stride = groups_of(columns);
+    }
+    return made;
+  };
   MoeFfnArgs args{};
   args.tokens = tokens;
   args.top_k = 1;
@@ -135,16 +147,17 @@ void record_layer(const Model& model, const std::vector<int32_t>& experts) {
   args.d_ff = model.format.d_ff;
   args.num_experts = model.experts;
   args.num_slots = slots;
-  args.x_dtype = args.w_dtype = model.format.dtype;
-  args.x = filled(static_cast<size_t>(tokens * args.d_model * element));
+  args.x_dtype = x_dtype;
+  args.w_dtype = format.dtype;
+  args.x = filled(static_cast<size_t>(tokens * args.d_model * element_bytes(x_dtype)));
   args.x_row_stride = args.d_model;
   args.expert_index = static_cast<const int32_t*>(upload(experts));
   args.gate = static_cast<const float*>(filled(experts.size() * 4));
-  args.wi = {memory + model.format.wi_offset(), slot_stride, args.d_model, nullptr, 0};
-  args.wo = {memory + model.format.wo_offset(), slot_stride, args.d_ff, nullptr, 0};
+  args.wi = matrix(format.wi_offset(), args.d_model, format.wi_scale_offset());
+  args.wo = matrix(format.wo_offset(), args.d_ff, format.wo_scale_offset());
   args.slot_of_expert = static_cast<const int32_t*>(upload(slot_of_expert));
   args.activation = Activation::relu;
-  args.out = filled(static_cast<size_t>(tokens * args.d_model * element));
+  args.out = filled(static_cast<size_t>(tokens * args.d_model * element_bytes(x_dtype)));
   // A100, RTX 4090, H100 SXM, L4: the counts stand for all of them only if all would choose the same kernels.
   const cuda::Architecture devices[] = {
       {80, 108, 163 * 1024}, {89, 128, 99 * 1024}, {90, 132, 227 * 1024}, {89, 58, 99 * 1024}};
@@ -254,7 +267,12 @@ int main(int argc, char** argv) {
       return 2;
     }
     const ExpertFormat format{768, 3072, DType::bf16, false};
-    cuda_test::record({{"switch-base-128", 128, 6, format}, {"switch-base-256", 256, 6, format}}, traffic);
+    const ExpertFormat int4{768, 3072, DType::int4, false}, mxfp4{768, 3072, DType::mxfp4, false};
+    cuda_test::record({{"switch-base-128", 128, 6, format},
+                       {"switch-base-256", 256, 6, format},
+                       {"switch-base-128 int4", 128, 6, int4},
+                       {"switch-base-128 mxfp4", 128, 6, mxfp4}},
+                      traffic);
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

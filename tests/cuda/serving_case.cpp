@@ -9,6 +9,7 @@
 #include "cpp/check.h"
 #include "harness/half.h"
 #include "harness/harness.h"
+#include "layer_case.h"
 #include "serving/moe_layer.h"
 
 namespace sida::cuda_test {
@@ -29,8 +30,22 @@ Value* upload(const std::vector<Value>& values) {
 MoeFfnArgs layer_args(const Model& model, int layer, const void* base, int slots, const void* x, void* out) {
   const ExpertFormat& f = model.format;
   const auto* const first = static_cast<const std::byte*>(base);
-  const auto scale = [&](int64_t offset) {
-    return f.dtype == DType::i8 ? reinterpret_cast<const float*>(first + offset) : nullptr;
+  const auto matrix = [&](int64_t offset, int64_t columns, int64_t scale_offset, int64_t bias_offset) {
+    const int64_t element = element_bytes(f.dtype);
+    ExpertMatrix made{first + offset, f.record_bytes() / element, row_bytes(f.dtype, columns) / element, nullptr, 0};
+    if (f.dtype == DType::i8) {
+      made.scale = reinterpret_cast<const float*>(first + scale_offset);
+      made.scale_slot_stride = f.record_bytes() / 4;
+    } else if (is_grouped(f.dtype)) {
+      made.group_scale = first + scale_offset;
+      made.group_scale_slot_stride = f.record_bytes() / group_scale_bytes(f.dtype);
+      made.group_scale_row_stride = groups_of(columns);
+    }
+    if (f.biased) {
+      made.bias = reinterpret_cast<const float*>(first + bias_offset);
+      made.bias_slot_stride = f.record_bytes() / 4;
+    }
+    return made;
   };
   MoeFfnArgs args{};
   args.tokens = model.tokens;
@@ -45,9 +60,8 @@ MoeFfnArgs layer_args(const Model& model, int layer, const void* base, int slots
   args.x_row_stride = f.d_model;
   args.expert_index = upload(model.expert_index[static_cast<size_t>(layer)]);
   args.gate = upload(model.gate[static_cast<size_t>(layer)]);
-  const int64_t stride = f.record_bytes() / element_bytes(f.dtype);
-  args.wi = {first + f.wi_offset(), stride, f.d_model, scale(f.wi_scale_offset()), f.record_bytes() / 4};
-  args.wo = {first + f.wo_offset(), stride, f.d_ff, scale(f.wo_scale_offset()), f.record_bytes() / 4};
+  args.wi = matrix(f.wi_offset(), f.d_model, f.wi_scale_offset(), f.wi_bias_offset());
+  args.wo = matrix(f.wo_offset(), f.d_ff, f.wo_scale_offset(), f.wo_bias_offset());
   args.activation = Activation::gelu;
   args.out = out;
   return args;
@@ -77,21 +91,44 @@ class ModelSource final : public RecordSource {
 Model::Model(uint64_t seed, DType dtype) {
   format.dtype = dtype;
   if (dtype == DType::i8) format.d_ff = 80;
+  format.biased = is_grouped(dtype);
   std::mt19937_64 random(seed);
   std::normal_distribution<float> normal;
   for (int i = 0; i < layers * experts; ++i) {
     std::vector<unsigned char> record(static_cast<size_t>(format.record_bytes()));
     const auto fill = [&](int64_t offset, int64_t elements) {
       for (int64_t e = 0; e < elements; ++e) {
-        if (dtype == DType::i8) {
+        if (element_bytes(dtype) == 1) {
           record[static_cast<size_t>(offset + e)] = static_cast<unsigned char>(random());
         } else {
           reinterpret_cast<uint16_t*>(record.data() + offset)[e] = harness::float_to_bf16(normal(random) / 8);
         }
       }
     };
-    fill(format.wi_offset(), format.wi_rows() * format.d_model);
-    fill(format.wo_offset(), format.d_model * format.d_ff);
+    fill(format.wi_offset(), format.wi_bytes() / element_bytes(dtype));
+    fill(format.wo_offset(), format.wo_bytes() / element_bytes(dtype));
+    if (is_grouped(dtype)) {
+      // Powers of two from 2^-7 on, in mxfp4's bytes or float16's bits.
+      const auto fill_factors = [&](int64_t offset, int64_t bytes) {
+        for (int64_t g = 0; g < bytes / group_scale_bytes(dtype); ++g) {
+          const auto step = static_cast<int>(random() % 3);
+          if (dtype == DType::mxfp4) {
+            record[static_cast<size_t>(offset + g)] = static_cast<unsigned char>(120 + step);
+          } else {
+            reinterpret_cast<uint16_t*>(record.data() + offset)[g] = static_cast<uint16_t>((8 + step) << 10);
+          }
+        }
+      };
+      fill_factors(format.wi_scale_offset(), format.wi_scale_bytes());
+      fill_factors(format.wo_scale_offset(), format.wo_scale_bytes());
+      auto* const biases = record.data();
+      for (int64_t r = 0; r < format.wi_rows(); ++r) {
+        reinterpret_cast<float*>(biases + format.wi_bias_offset())[r] = normal(random) / 4;
+      }
+      for (int64_t r = 0; r < format.d_model; ++r) {
+        reinterpret_cast<float*>(biases + format.wo_bias_offset())[r] = normal(random) / 4;
+      }
+    }
     if (dtype == DType::i8) {
       for (int64_t r = 0; r < format.wi_rows(); ++r) {
         reinterpret_cast<float*>(record.data() + format.wi_scale_offset())[r] = 0.001f * static_cast<float>(1 + r % 3);
@@ -159,6 +196,16 @@ void check_layer(const Model& model, int layer, const uint16_t* x, const uint16_
       return static_cast<double>(reinterpret_cast<const int8_t*>(record.data() + offset)[at]) *
              reinterpret_cast<const float*>(record.data() + scale)[row];
     }
+    if (is_grouped(f.dtype)) {
+      const int64_t group = row * groups_of(columns) + column / group_columns;
+      const int code =
+          record[static_cast<size_t>(offset + row * row_bytes(f.dtype, columns) + column / 2)] >> (column % 2 * 4) & 15;
+      const double factor =
+          f.dtype == DType::mxfp4
+              ? std::ldexp(1, record[static_cast<size_t>(scale + group)] - 127)
+              : harness::f16_to_float(reinterpret_cast<const uint16_t*>(record.data() + scale)[group]);
+      return of_code(code, f.dtype) * factor;
+    }
     return static_cast<double>(harness::bf16_to_float(reinterpret_cast<const uint16_t*>(record.data() + offset)[at]));
   };
   for (int64_t t = 0; t < model.tokens; ++t) {
@@ -167,7 +214,7 @@ void check_layer(const Model& model, int layer, const uint16_t* x, const uint16_
     std::vector<double> hidden(static_cast<size_t>(f.d_ff),
                                0);  // sizes of the terms, before the activation shrinks them
     for (int64_t h = 0; h < f.d_ff; ++h) {
-      double sum = 0;
+      double sum = f.biased ? reinterpret_cast<const float*>(record.data() + f.wi_bias_offset())[h] : 0;
       for (int64_t i = 0; i < f.d_model; ++i) {
         sum += weight(record, f.wi_offset(), f.wi_scale_offset(), h, f.d_model, i) *
                harness::bf16_to_float(x[t * f.d_model + i]);

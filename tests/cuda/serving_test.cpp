@@ -37,11 +37,11 @@ Setting random_setting(uint64_t seed) {
 }
 
 SIDA_TEST(every_budget_and_schedule_gives_the_same_bits) {
-  for (const DType dtype : {DType::bf16, DType::i8}) {
+  for (const DType dtype : {DType::bf16, DType::i8, DType::int4, DType::mxfp4}) {
     const Model model(7, dtype);
     const std::vector<unsigned char> expected = reference(model);
     CHECK(std::count(expected.begin(), expected.end(), 0) < static_cast<long>(expected.size() / 8));
-    for (uint64_t seed = 1; seed <= 16; ++seed) {
+    for (uint64_t seed = 1; seed <= (is_grouped(dtype) ? 6 : 16); ++seed) {
       const Setting setting = random_setting(seed);
       harness::global_reset();
       Recording recording(seed, harness_memory());

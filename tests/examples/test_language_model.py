@@ -231,3 +231,29 @@ def test_bundled_model_is_better_than_n_grams_and_uses_its_experts(metrics):
         assert held_out[name]["perplexity"] < 0.9 * held_out[name]["kneser_ney_3_gram_perplexity"], name
     assert held_out["both"]["perplexity"] < held_out["both"]["kneser_ney_5_gram_perplexity"]
     assert all(layer["entropy"] > 0.85 and layer["busiest_expert_share"] < 0.2 for layer in metrics["routing"])
+
+
+def test_windows_that_keep_to_their_own_experts_have_information():
+    experts, rows, length = 8, 4, 5
+    own = torch.full((rows, length, experts), -20.0)
+    for row in range(rows):
+        own[row, :, 2 * row : 2 * row + 2] = 0.0
+    found = train_demo_language_model.window_information((own.flatten(0, 1),), rows)
+    assert found.item() == pytest.approx(math.log(rows) / math.log(experts), abs=1e-5)
+    same = own[:1].expand(rows, -1, -1).flatten(0, 1)
+    assert train_demo_language_model.window_information((same,), rows).item() == pytest.approx(0.0, abs=1e-6)
+    both = train_demo_language_model.window_information((own.flatten(0, 1), same), rows)
+    assert both.item() == pytest.approx(found.item() / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("characters", [1, 100_000, 1_500_000, None])
+def test_training_texts_are_the_first_characters_of_a_domain(characters):
+    given = ["--documents", "3"] if characters is None else ["--characters", str(characters)]
+    texts = train_demo_language_model.training_texts("literature", train_demo_language_model.parse(given))
+    whole = [document.text for document in running_text.load_documents("train", "literature")]
+    if characters is None:
+        assert texts == whole[:3]
+    else:
+        assert sum(map(len, texts)) == characters
+        assert "".join(whole).startswith("".join(texts))
+        assert texts[:-1] == whole[: len(texts) - 1]

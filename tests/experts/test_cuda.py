@@ -18,6 +18,7 @@ from transformers import SwitchTransformersConfig, SwitchTransformersForConditio
 import sida_ext
 from sida_ext import _C, ops
 from sida_ext.experts.cuda import host_slots, resolve_device
+from sida_ext.experts.quantise import quantise
 from tests.support import emulated
 from tests.support.native_build import build, tests_folder
 
@@ -206,7 +207,7 @@ def saved(whole, tmp_path, expert_dtype):
 
 
 # `saved` comes before `site`, which takes the CPU's op away.
-@pytest.mark.parametrize("expert_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("expert_dtype", ["float32", "bfloat16", "float16", "int8", "int4", "mxfp4"])
 def test_from_pretrained_and_every_expert_dtype(saved, site, expert_dtype) -> None:
     folder, expected = saved
     options = {"expert_dtype": expert_dtype, "expert_memory": "40%", "host_memory": "80%"}
@@ -436,6 +437,52 @@ def test_wrong_values_are_raised() -> None:
         with pytest.raises(error, match=message):
             ops.moe_ffn(x, good, gate, wi, wo, slots)
     ops.moe_ffn(x, good, gate, wi, wo, slots)
+
+
+def _four_bits(dtype: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of standard deviation 1 / sqrt(columns) and their factors."""
+    *rows, columns = shape
+    found = quantise(torch.randn(*shape).flatten(0, -2) / columns**0.5, dtype)
+    return found.values.unflatten(0, rows), found.scale.unflatten(0, rows)
+
+
+# One tile of few tokens and several of many; columns that end within a group; the fp32 path and the tensor cores.
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 150])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["int4", "mxfp4"])
+def test_four_bit_weights_give_the_cpus_results(dtype, x_dtype, tokens) -> None:
+    torch.manual_seed(tokens)
+    d_model, d_ff, experts, top_k = 200, 72, 3, 2
+    wi, wi_scale = _four_bits(dtype, experts, 2 * d_ff, d_model)
+    wo, wo_scale = _four_bits(dtype, experts, d_model, d_ff)
+    x = torch.randn(tokens, d_model).to(x_dtype)
+    index = torch.randint(experts, (tokens, top_k), dtype=torch.int)
+    layer = [x, index, torch.rand(tokens, top_k), wi, wo, torch.arange(experts, dtype=torch.int), wi_scale, wo_scale]
+    biases = {"wi_bias": torch.randn(experts, 2 * d_ff), "wo_bias": torch.randn(experts, d_model)}
+    expected = ops.moe_ffn(*layer, activation="swiglu_oai", **biases)
+    on_gpu = {name: bias.cuda() for name, bias in biases.items()}
+    found = ops.moe_ffn(*(t.cuda() for t in layer), activation="swiglu_oai", **on_gpu)
+    # The tensor cores' hidden values are rounded once to x's type.
+    bound = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}[x_dtype]
+    torch.testing.assert_close(found.cpu(), expected, rtol=bound, atol=bound)
+
+    matrix = [x.view(1, tokens, d_model), wi[0], wi_scale[0], biases["wi_bias"][0]]
+    product = ops.linear(*(t.cuda() for t in matrix))
+    torch.testing.assert_close(product.cpu(), ops.linear(*matrix), rtol=bound / 2, atol=bound / 10)
+
+
+@pytest.mark.gpu
+def test_linear_takes_every_type_of_weights() -> None:
+    x = torch.randn(5, 64)
+    for weight, scale in (
+        (torch.randn(40, 64), None),
+        (torch.randn(40, 64).bfloat16(), None),
+        (torch.randn(40, 64).half(), None),
+        (torch.randint(-127, 128, (40, 64), dtype=torch.int8), torch.rand(40) / 100),
+    ):
+        found = ops.linear(x.cuda(), weight.cuda(), None if scale is None else scale.cuda())
+        torch.testing.assert_close(found.cpu(), ops.linear(x, weight, scale), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

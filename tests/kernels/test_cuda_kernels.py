@@ -111,6 +111,13 @@ SHIPPED = {
         for phase in ("hidden", "output")
         for types in ("bf16 x bf16", "bf16 x int8", "f16 x f16", "f16 x int8")
     ),
+    *(
+        f"expert_gemm {tile} {phase} {tokens} x {weights}"
+        for tile in ("decode", "medium")
+        for phase in ("hidden", "output")
+        for tokens in ("bf16", "f16")
+        for weights in ("int4", "mxfp4")
+    ),
     *(f"expert_gemm_f32 {tokens} {phase} f32 x any" for tokens in (16, 64) for phase in ("hidden", "output")),
 }
 
@@ -190,6 +197,32 @@ def test_a_good_kernel_has_no_problems() -> None:
 def test_problems_are_found(changes: dict, reason: str) -> None:
     found = sass_report.problems([good_kernel(**changes)])
     assert any(reason in line for line in found), found
+
+
+FOUR_BITS = [text for _, text in good_kernel().instructions[:-2]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "loads", "reason"),
+    [
+        ("int4", ["LDG.E.U16.CONSTANT R0"], None),
+        ("mxfp4", ["LDG.E.U8 R0"], None),
+        ("int4", [], "0 loads of factors"),
+        ("int4", ["LDG.E.U16 R0", "LDG.E.U16 R0"], "2 loads of factors"),
+        ("mxfp4", ["LDG.E.U8 R0", "LDG.E R0"], "below 16 bytes"),
+        ("int8", ["LDG.E.U16 R0"], "below 16 bytes"),
+    ],
+)
+def test_factors_are_the_only_narrow_loads(weights: str, loads: list[str], reason: str | None) -> None:
+    found = sass_report.problems([good_kernel(weights=weights, instructions=loop_of(*FOUR_BITS, *loads))])
+    assert (found == []) if reason is None else any(reason in line for line in found), found
+
+
+def test_the_main_loop_is_a_stage_that_may_hold_a_loop() -> None:
+    inner = [(16 * i, text) for i, text in enumerate(["LDGSTS.E.128 [R0]", "HMMA R0", "LDSM R0", "BRA 0x10"])]
+    stage = [*inner, (64, "BAR.SYNC"), (80, "BRA 0x0"), (96, "EXIT")]
+    assert good_kernel(instructions=stage).counts() == {"LDGSTS": 1, "HMMA": 1, "LDSM": 1, "BRA": 2, "BAR": 1}
+    assert good_kernel(instructions=inner).counts()["LDGSTS"] == 0
 
 
 def test_an_empty_library_is_a_problem() -> None:

@@ -101,6 +101,15 @@ def made(**options):
     return counts, LookaheadState(lookahead, 10, 2, counts, lambda: counts.now, {"x": "why"})
 
 
+def test_what_another_predictor_had_read_is_not_judged():
+    counts, state = made()
+    counts.wasted += 100
+    state.pass_by()
+    assert state.level(1.0) == 1
+    counts.wasted += 100
+    assert state.level(1.0) == 0
+
+
 def test_recall_is_told_by_distance_and_layer():
     _, state = made()
     state.compare("a", 1, [1, 2], [1, 3])

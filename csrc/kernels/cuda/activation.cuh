@@ -62,9 +62,16 @@ __device__ inline float activate(float value, Activation activation) {
     case Activation::linear:
       return value;
     case Activation::swiglu_oai:
-      break;  // refused before a launch
+      break;  // of two values: gated_activation
   }
   return value;
+}
+
+// A hidden value of a gated layer: the gate's sum and the other half's.
+__device__ inline float gated_activation(float gate, float up, Activation activation) {
+  if (activation != Activation::swiglu_oai) return activate(gate, activation) * up;
+  const float clamped = gate > 7.0f ? 7.0f : gate;
+  return (clamp(up, -7.0f, 7.0f) + 1.0f) * (clamped * sigmoid(1.702f * clamped));
 }
 
 }  // namespace sida::cuda

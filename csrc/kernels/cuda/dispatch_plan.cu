@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(1024, 1) dispatch_plan_kernel(const PlanParams
   __syncthreads();
 
   for (int expert = thread; expert < experts; expert += threads) {
-    const int slot = p.routing.slot_of_expert[expert];
+    const int slot = p.routing.slot_of_expert == nullptr ? 0 : p.routing.slot_of_expert[expert];
     for (int done = 0; done < totals[expert]; done += p.block_t) {
       p.plan.tiles[first_tile[expert] + done / p.block_t] = {max(slot, 0), first_position[expert] + done,
                                                              min(totals[expert] - done, p.block_t), 0};

@@ -39,9 +39,32 @@ __device__ inline float load_element(const void* data, int64_t index, DType dtyp
       return to_float(static_cast<const int8_t*>(data)[index]);
     case DType::int4:
     case DType::mxfp4:
-      break;  // refused before a launch
+      break;  // load_eight_of_group
   }
   return 0.0f;
+}
+
+// As is_grouped, on the device.
+__device__ inline bool shares_factors(DType dtype) {
+  return dtype == DType::int4 || dtype == DType::mxfp4;
+}
+
+// The factor of a group of mxfp4: 2^(byte - 127), the smallest one subnormal; 255 is NaN.
+__device__ inline float power_of_two(uint8_t byte) {
+  return __uint_as_float(byte == 0 ? 0x00400000u : byte == 255 ? 0x7FC00000u : static_cast<uint32_t>(byte) << 23);
+}
+
+__device__ inline float load_group_scale(const void* scales, int64_t index, DType dtype) {
+  return dtype == DType::int4 ? to_float(static_cast<const f16*>(scales)[index])
+                              : power_of_two(static_cast<const uint8_t*>(scales)[index]);
+}
+
+// A 4-bit weight without its group's factor.
+__device__ inline float to_float(uint32_t nibble, DType dtype) {
+  if (dtype == DType::int4) return static_cast<float>(static_cast<int>(nibble ^ 8) - 8);
+  // e2m1 in the place of fp32's lowest exponents and highest bit of the mantissa is 2^-126 times too small.
+  const float magnitude = __uint_as_float((nibble & 7) << 22) * 0x1p126f;
+  return (nibble & 8) == 0 ? magnitude : -magnitude;
 }
 
 __device__ inline float round_to(float value, DType dtype) {
@@ -83,11 +106,27 @@ __device__ inline void load_eight(const void* data, int64_t index, DType dtype, 
         return load_eight_as<int8_t>(data, index, value);
       case DType::int4:
       case DType::mxfp4:
-        return;  // refused before a launch
+        return;  // load_eight_of_group
     }
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) value[i] = i < count ? load_element(data, index + i, dtype) : 0.0f;
+}
+
+// Eight 4-bit weights of one group from byte `index` on, times its factor; zeros after the first `count`. The four
+// bytes are in the row, which ends with its last group. `vector`: they are aligned.
+__device__ inline void load_eight_of_group(const void* data, int64_t index, DType dtype, float scale, int count,
+                                           bool vector, float (&value)[8]) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(data) + index;
+  uint32_t eight = 0;
+  if (vector) {
+    eight = *reinterpret_cast<const uint32_t*>(bytes);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) eight |= static_cast<uint32_t>(bytes[i]) << (8 * i);
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) value[i] = i < count ? to_float(eight >> (4 * i) & 15, dtype) * scale : 0.0f;
 }
 
 template <class Element>

@@ -28,7 +28,7 @@ __device__ inline Unit locate_unit(const LayerParams& p, const Work& work, int u
   return {unit / units_of_token, column, inside, tile_row};
 }
 
-// Eight sums of a token times the scales of their rows.
+// Eight sums of a token times the scales of their rows (int8 alone has them).
 __device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int slot, int matrix_row, int count,
                                    float (&value)[8]) {
   const float* scale = w.scale == nullptr ? nullptr : w.scale + slot * w.scale_slot_stride + matrix_row;
@@ -36,6 +36,15 @@ __device__ inline void scaled_sums(const float* sums, const ExpertMatrix& w, int
   for (int i = 0; i < 8; ++i) {
     value[i] = sums[i];
     if (scale != nullptr && i < count) value[i] *= scale[i];
+  }
+}
+
+__device__ inline void add_bias(const ExpertMatrix& w, int slot, int matrix_row, int count, float (&value)[8]) {
+  if (w.bias == nullptr) return;
+  const float* bias = w.bias + slot * w.bias_slot_stride + matrix_row;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) value[i] += bias[i];
   }
 }
 
@@ -48,13 +57,16 @@ __device__ inline void store_hidden(const LayerParams& p, const Work& work, cons
     const float* own = sums + unit.token * row_floats + unit.tile_row;
     float value[8];
     scaled_sums(own, p.wi, work.tokens.slot, unit.column, unit.count, value);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) value[j] = activate(value[j], p.activation);
+    add_bias(p.wi, work.tokens.slot, unit.column, unit.count, value);
     if (p.gated) {
       float up[8];
       scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column, unit.count, up);
+      add_bias(p.wi, work.tokens.slot, p.d_ff + unit.column, unit.count, up);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] *= up[j];
+      for (int j = 0; j < 8; ++j) value[j] = gated_activation(value[j], up[j], p.activation);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) value[j] = activate(value[j], p.activation);
     }
     // Rows are padded to whole units, and the padding is zero: the second phase may read whole units too.
 #pragma unroll
@@ -66,14 +78,16 @@ __device__ inline void store_hidden(const LayerParams& p, const Work& work, cons
   }
 }
 
-// Scales, gates and scatters eight finished sums to their token's row.
-__device__ inline void store_gated(const LayerParams& p, int position, int column, int count, DType dtype,
-                                   const float (&sum)[8]) {
+// Adds the bias to eight finished sums, gates them and scatters them to their token's row.
+__device__ inline void store_gated(const LayerParams& p, const Work& work, int position, int column, int count,
+                                   DType dtype, float (&value)[8]) {
   const int row = p.plan.row_of_position[position];
-  const float gate = p.gate[row];
-  float value[8];
+  add_bias(p.wo, work.tokens.slot, column, count, value);
+  if (p.gate != nullptr) {
+    const float gate = p.gate[row];
 #pragma unroll
-  for (int j = 0; j < 8; ++j) value[j] = sum[j] * gate;
+    for (int j = 0; j < 8; ++j) value[j] *= gate;
+  }
   if (p.top_k == 1) {
     store_eight(p.out, static_cast<int64_t>(row) * p.d_model + column, dtype, count, p.vector_out, value);
   } else {
@@ -97,7 +111,7 @@ __device__ inline void add_slices(const LayerParams& p, const Work& work, DType 
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j] += part.element[j];
     }
-    store_gated(p, position, unit.column, unit.count, dtype, sum);
+    store_gated(p, work, position, unit.column, unit.count, dtype, sum);
   }
 }
 
@@ -162,7 +176,7 @@ __device__ inline void store_output(const LayerParams& p, const Work& work, cons
     float value[8];
     scaled_sums(sums + unit.token * row_floats + unit.tile_row, p.wo, work.tokens.slot, unit.column, unit.count, value);
     if (p.splits == 1) {
-      store_gated(p, position, unit.column, unit.count, dtype, value);
+      store_gated(p, work, position, unit.column, unit.count, dtype, value);
     } else {
       store_eight(p.split_sums, work.split * slice + position * p.split_row_stride + unit.column, DType::f32, 8, true,
                   value);

@@ -17,7 +17,7 @@ struct SimtMemory {
   static constexpr int slices_bytes = block_k * (weight_floats + token_floats) * 4;
   static constexpr int sums_bytes = block_t * row_floats * 4;
   static constexpr int tile_bytes = slices_bytes > sums_bytes ? slices_bytes : sums_bytes;
-  static constexpr int bytes = tile_bytes + (block_w + block_t) * 8 + 16;
+  static constexpr int bytes = tile_bytes + (2 * block_w + block_t) * 8 + 16;
   static_assert(bytes <= 48 * 1024);
 };
 
@@ -36,6 +36,26 @@ struct Share {
       const int64_t offset = row_offset[unit % rows];
       const int k = depth_begin + unit / rows * 8;
       load_eight(data, offset + k, dtype, offset < 0 ? 0 : max(0, min(8, depth - k)), vector, value[i]);
+    }
+  }
+
+  // The same of 4-bit weights: `row_offset` is in bytes, `scale_offset` in factors.
+  __device__ void load_groups(const ExpertMatrix& w, DType dtype, bool vector, const int64_t* row_offset,
+                              const int64_t* scale_offset, int depth_begin, int depth) {
+#pragma unroll
+    for (int i = 0; i < units; ++i) {
+      const int unit = static_cast<int>(threadIdx.x) + i * threads;
+      if (rows * block_k / 8 % threads != 0 && unit >= rows * block_k / 8) continue;
+      const int64_t offset = row_offset[unit % rows];
+      const int k = depth_begin + unit / rows * 8;
+      if (offset < 0 || k >= depth) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) value[i][j] = 0.0f;
+        continue;
+      }
+      const int64_t group = scale_offset[unit % rows] + k / static_cast<int>(group_columns);
+      load_eight_of_group(w.data, offset + k / 2, dtype, load_group_scale(w.group_scale, group, dtype), depth - k,
+                          vector, value[i]);
     }
   }
 
@@ -63,15 +83,17 @@ __global__ void __launch_bounds__(SimtShape::threads, 4) expert_gemm_f32(const L
   float* token_slice = weight_slice + block_k * Memory::weight_floats;
   int64_t* weight_offset = reinterpret_cast<int64_t*>(shared + Memory::tile_bytes);
   int64_t* token_offset = weight_offset + block_w;
-  int* flag = reinterpret_cast<int*>(token_offset + block_t);
+  int64_t* scale_offset = token_offset + block_t;
+  int* flag = reinterpret_cast<int*>(scale_offset + block_w);
   fill_row_tables<block_w, block_t, phase>(p, work, weight_offset, token_offset);
+  if (shares_factors(p.w_dtype)) fill_scale_table<block_w, phase>(p, work, scale_offset);
   __syncthreads();
 
-  const void* tokens = phase == Phase::hidden ? p.x : p.hidden;
-  const DType token_dtype = phase == Phase::hidden ? p.x_dtype : DType::f32;
-  const void* weights = phase == Phase::hidden ? p.wi.data : p.wo.data;
+  const void* tokens = phase == Phase::hidden ? p.x : p.hidden_values;
+  const DType token_dtype = phase == Phase::hidden ? p.x_dtype : p.hidden_dtype;
+  const ExpertMatrix& w = phase == Phase::hidden ? p.wi : p.wo;
   const int depth = phase == Phase::hidden ? p.d_model : p.d_ff;
-  const bool vector_tokens = phase == Phase::hidden ? p.vector_x : true;
+  const bool vector_tokens = phase == Phase::hidden ? p.vector_x : p.vector_hidden;
   const bool vector_weights = phase == Phase::hidden ? p.vector_wi : p.vector_wo;
   const Steps steps = steps_of<block_k, phase>(p, work);
 
@@ -82,7 +104,11 @@ __global__ void __launch_bounds__(SimtShape::threads, 4) expert_gemm_f32(const L
   Share<block_w> weight_share;
   Share<block_t> token_share;
   const auto load = [&](int step) {
-    weight_share.load(weights, p.w_dtype, vector_weights, weight_offset, step * block_k, depth);
+    if (shares_factors(p.w_dtype)) {
+      weight_share.load_groups(w, p.w_dtype, vector_weights, weight_offset, scale_offset, step * block_k, depth);
+    } else {
+      weight_share.load(w.data, p.w_dtype, vector_weights, weight_offset, step * block_k, depth);
+    }
     token_share.load(tokens, token_dtype, vector_tokens, token_offset, step * block_k, depth);
   };
 

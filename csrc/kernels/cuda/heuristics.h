@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "base/dtype.h"
+#include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 
 namespace sida::cuda {
@@ -29,6 +30,7 @@ struct Choice {
 // The choice depends on the layer's shape and the device alone, never on the slots of a wave: rows computed in
 // different waves, or under another budget, get the same sums in the same order.
 Choice choose(const MoeFfnArgs& args, const Architecture& architecture);
+Choice choose(const LinearArgs& args, const Architecture& architecture);
 
 // Tiles that `rows` rows over `experts` experts can need at the most.
 int64_t max_tiles(int64_t rows, int64_t experts, int block_t);

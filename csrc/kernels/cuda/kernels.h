@@ -25,6 +25,10 @@ LayerKernels bf16_kernels(int block_t);
 LayerKernels bf16_int8_kernels(int block_t);
 LayerKernels f16_kernels(int block_t);
 LayerKernels f16_int8_kernels(int block_t);
+LayerKernels bf16_int4_kernels(int block_t);
+LayerKernels bf16_mxfp4_kernels(int block_t);
+LayerKernels f16_int4_kernels(int block_t);
+LayerKernels f16_mxfp4_kernels(int block_t);
 LayerKernels f32_kernels(int block_t);
 
 struct SimtShape {

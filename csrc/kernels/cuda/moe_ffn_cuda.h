@@ -1,4 +1,5 @@
-// The CUDA backend's host interface: the layer of moe_ffn.h over device pointers, on the caller's stream.
+// The CUDA backend's host interface: the layer of moe_ffn.h and the matrix of linear.h over device pointers, on the
+// caller's stream.
 //
 // A layer, or one wave of it, is three launches for any top_k: plan, hidden, output. Nothing here allocates,
 // synchronises or touches another stream; memory comes from the caller.
@@ -9,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/heuristics.h"
+#include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 
 namespace sida::cuda {
@@ -25,6 +27,11 @@ int64_t workspace_bytes(const MoeFfnArgs& args, const Architecture& architecture
 // once. Throws Error(invalid) for sizes that the kernels do not take and Error(internal) if a launch fails.
 void moe_ffn(const MoeFfnArgs& args, const Architecture& architecture, void* workspace, int32_t* error_rows,
              cudaStream_t stream);
+
+// One matrix times tokens, as cpu::linear: a plan of one expert and the output phase of a layer, two launches. Scratch
+// and errors as above.
+int64_t workspace_bytes(const LinearArgs& args, const Architecture& architecture);
+void linear(const LinearArgs& args, const Architecture& architecture, void* workspace, cudaStream_t stream);
 
 struct RouteArgs {
   int64_t sequences, length, experts;

@@ -1,4 +1,5 @@
-// The 16-bit element types as plain bits, so that the kernels need no toolkit header beyond the runtime's.
+// The 16-bit and the 4-bit element types as plain bits, so that the kernels need no toolkit header beyond the
+// runtime's.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,15 @@ struct bf16 {
 
 struct f16 {
   uint16_t bits;
+};
+
+// Pairs of 4-bit weights, as base/dtype.h lays them out.
+struct int4_pair {
+  uint8_t pair;
+};
+
+struct mxfp4_pair {
+  uint8_t pair;
 };
 
 template <class Element>
@@ -32,6 +42,14 @@ struct ElementOf<f16> {
 template <>
 struct ElementOf<int8_t> {
   static constexpr DType dtype = DType::i8;
+};
+template <>
+struct ElementOf<int4_pair> {
+  static constexpr DType dtype = DType::int4;
+};
+template <>
+struct ElementOf<mxfp4_pair> {
+  static constexpr DType dtype = DType::mxfp4;
 };
 
 }  // namespace sida::cuda

@@ -25,8 +25,8 @@ struct Plan {
 
 // Which slot each row's expert has in this wave.
 struct Routing {
-  const int32_t* expert_index;    // [rows]
-  const int32_t* slot_of_expert;  // [num_experts]
+  const int32_t* expert_index;    // [rows]; null: every row goes to expert 0
+  const int32_t* slot_of_expert;  // [num_experts]; null if and only if expert_index is: slot 0
   int32_t num_experts, num_slots;
 };
 
@@ -43,22 +43,25 @@ struct PlanParams {
 
 enum class Phase { hidden, output };
 
-// Both products of a layer: hidden = activation(wi x), out = gate * (wo hidden).
+// Both products of a layer: hidden = activation(wi x + wi_bias), out = gate * (wo hidden + wo_bias). A linear is the
+// output phase alone, with its x as `hidden`.
 struct LayerParams {
   int32_t top_k, d_model, d_ff;
   bool gated;
   Activation activation;
-  DType x_dtype, w_dtype;
-  // 16-byte accesses are aligned (only the fp32 path and the epilogues of the output phase ask).
-  bool vector_x, vector_wi, vector_wo, vector_out, vector_partials;
+  DType x_dtype, w_dtype, hidden_dtype;
+  // 16-byte accesses (4 bytes of 4-bit weights) are aligned; only the fp32 path and the epilogues of the output phase
+  // ask.
+  bool vector_x, vector_wi, vector_wo, vector_hidden, vector_out, vector_partials;
   Routing routing;
   const void* x;
   int64_t x_row_stride;
-  const float* gate;  // [rows]
+  const float* gate;  // [rows]; null: 1
   ExpertMatrix wi, wo;
   Plan plan;
-  void* hidden;               // [positions, hidden_row_stride], x's type on tensor cores, else fp32
-  int64_t hidden_row_stride;  // d_ff rounded up to 8
+  void* hidden;               // [positions, hidden_row_stride] of hidden_dtype: where the hidden phase writes
+  const void* hidden_values;  // the same: where the output phase reads, also a linear's x
+  int64_t hidden_row_stride;  // of a layer: d_ff rounded up to 8
   int32_t splits;             // of d_ff in the output phase
   float* split_sums;          // [splits, positions, split_row_stride]; null if splits == 1
   int64_t split_row_stride;   // d_model rounded up to 8

@@ -16,5 +16,11 @@ int main() {
     print("f16", "f16", block_t, cuda::f16_kernels(block_t));
     print("f16", "int8", block_t, cuda::f16_int8_kernels(block_t));
   }
+  for (const int block_t : {16, 64}) {
+    print("bf16", "int4", block_t, cuda::bf16_int4_kernels(block_t));
+    print("bf16", "mxfp4", block_t, cuda::bf16_mxfp4_kernels(block_t));
+    print("f16", "int4", block_t, cuda::f16_int4_kernels(block_t));
+    print("f16", "mxfp4", block_t, cuda::f16_mxfp4_kernels(block_t));
+  }
   for (const int block_t : {16, 64}) print("f32", "any", block_t, cuda::f32_kernels(block_t));
 }

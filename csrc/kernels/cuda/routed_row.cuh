@@ -19,6 +19,7 @@ struct RoutedRow {
 };
 
 __device__ inline RoutedRow locate_expert(const Routing& routing, int row) {
+  if (routing.expert_index == nullptr) return {Found::resident, 0};
   const int expert = routing.expert_index[row];
   if (expert == -1) return {Found::none, -1};
   if (expert < -1 || expert >= routing.num_experts) return {Found::wrong, -1};

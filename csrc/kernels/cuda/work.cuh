@@ -60,7 +60,18 @@ __device__ inline int64_t activation_offset(const LayerParams& p, int position) 
   return p.plan.row_of_position[position] / p.top_k * p.x_row_stride;
 }
 
-// The tile's weight rows and token rows as offsets in elements, -1 where there is none.
+// The first factors of the tile's weight rows of 4 bits, as offsets; not set where there is no row.
+template <int block_w, Phase phase>
+__device__ inline void fill_scale_table(const LayerParams& p, const Work& work, int64_t* scale_offset) {
+  const ExpertMatrix& w = phase == Phase::hidden ? p.wi : p.wo;
+  for (int row = static_cast<int>(threadIdx.x); row < block_w; row += static_cast<int>(blockDim.x)) {
+    const int matrix_row = weight_row<block_w, phase>(p, work.weight_tile, row).matrix_row;
+    if (matrix_row < 0) continue;
+    scale_offset[row] = work.tokens.slot * w.group_scale_slot_stride + matrix_row * w.group_scale_row_stride;
+  }
+}
+
+// The tile's weight rows and token rows as offsets in elements (4 bits: in pairs), -1 where there is none.
 template <int block_w, int block_t, Phase phase>
 __device__ inline void fill_row_tables(const LayerParams& p, const Work& work, int64_t* weight_offset,
                                        int64_t* token_offset) {

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <functional>
 
 #include "harness/half.h"
 #include "kernels/cuda/numbers.h"
@@ -56,21 +57,27 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return result;
 }
 
-template <class Element, class Round>
-inline uint32_t add_pairs(uint32_t a, uint32_t b, Round round) {
-  uint32_t sum = 0;
+template <class Element, class Operation, class Round>
+inline uint32_t of_pairs(uint32_t a, uint32_t b, Operation operation, Round round) {
+  uint32_t result = 0;
   for (int i = 0; i < 2; ++i) {
     const float left = to_float(Element{static_cast<uint16_t>(a >> (i * 16))});
     const float right = to_float(Element{static_cast<uint16_t>(b >> (i * 16))});
-    sum |= static_cast<uint32_t>(round(left + right).bits) << (i * 16);
+    result |= static_cast<uint32_t>(round(operation(left, right)).bits) << (i * 16);
   }
-  return sum;
+  return result;
 }
 inline uint32_t add_bf16x2(uint32_t a, uint32_t b) {
-  return add_pairs<bf16>(a, b, to_bf16);
+  return of_pairs<bf16>(a, b, std::plus<float>(), to_bf16);
 }
 inline uint32_t add_f16x2(uint32_t a, uint32_t b) {
-  return add_pairs<f16>(a, b, to_f16);
+  return of_pairs<f16>(a, b, std::plus<float>(), to_f16);
+}
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  return of_pairs<bf16>(a, b, std::multiplies<float>(), to_bf16);
+}
+inline uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
+  return of_pairs<f16>(a, b, std::multiplies<float>(), to_f16);
 }
 
 }  // namespace sida::cuda

@@ -30,6 +30,19 @@ struct alignas(8) uint2 {
     return *this;
   }
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+  uint4() = default;
+  uint4& operator=(const uint4& other) {
+    sida::harness::vector_access(this, 16);
+    sida::harness::vector_access(&other, 16);
+    x = other.x;
+    y = other.y;
+    z = other.z;
+    w = other.w;
+    return *this;
+  }
+};
 struct alignas(16) float4 {
   float x, y, z, w;
   float4(float x_, float y_, float z_, float w_) : x(x_), y(y_), z(z_), w(w_) {}

@@ -1,0 +1,132 @@
+"""Whether what a predictor names of whole batches is worth reading ahead, judged while it runs.
+
+``stream`` and the prefill of ``generate`` ask before each batch; one is announced as a whole, or not at all. Two guards
+(:mod:`~sida_ext.prediction.lookahead_guard`) have to agree:
+
+- Of the experts that are *named*, at least half have to be wanted (a third where the disk rests most of the time).
+  Those that are not are read in vain or keep a place, and what is wanted is evicted for them.
+- Of the experts that are *read* ahead, likewise; and where the disk never rests, more. What is read ahead of a batch
+  has the time of a whole batch. Where what is read takes r times as long as what is computed meanwhile, one of r such
+  reads is hidden, and with the share p of useful ones p / r > 1 - p has to hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
+from sida_ext.prediction.pace import Pace
+
+__all__ = ["AnnounceStats", "AnnouncingState"]
+
+
+@dataclass(frozen=True)
+class AnnounceStats:
+    """How reading whole batches ahead goes at this moment.
+
+    Attributes:
+        state: of the guards: "open", "resting" (nothing is announced) or "probing" (a little is, to see).
+        named_share: experts that were wanted among the latest that were named; None while too few were judged.
+        read_share: experts that were wanted among the latest that were read ahead; None likewise.
+        pressure: what the disk takes for all that is read, over what is computed meanwhile; 0 while little was read.
+        admitted, refused: batches that were announced, and that were not since it rested.
+    """
+
+    state: str
+    named_share: float | None
+    read_share: float | None
+    pressure: float
+    admitted: int
+    refused: int
+
+
+class AnnouncingState:
+    """One model's and one predictor's: guards and counters. Thread-safe.
+
+    Args:
+        predictor: that is judged; another one has a state of its own.
+        options: of the guards.
+        lanes: reads that may be under way at once.
+        counts: tells (named experts that were wanted, named ones that were not, experts read ahead and then wanted,
+            experts read ahead and evicted unused, reads, seconds of reads, seconds of stalls), since any beginning.
+        now: seconds.
+    """
+
+    def __init__(
+        self,
+        predictor: Any,
+        options: GuardOptions,
+        lanes: int,
+        counts: Callable[[], tuple[int, int, int, int, int, float, float]],
+        now: Callable[[], float],
+    ) -> None:
+        self.predictor = predictor
+        self.names, self.reads = LookaheadGuard(1, 1, options), LookaheadGuard(1, 1, options)
+        self.pace = Pace(lanes)
+        self._counts, self._now = counts, now
+        self._last = counts()
+        self._at: float | None = None  # of the last look
+        self._lock = threading.Lock()
+        self._admitted = self._refused = 0
+
+    def begin(self, shared: bool) -> None:
+        """Batches follow one another from now on.
+
+        Args:
+            shared: somebody else reads ahead between batches, so that what was counted since the last one is not
+                theirs. Otherwise what they left behind is judged yet.
+        """
+        with self._lock:
+            self._last, self._at = self._counts() if shared else self._last, None
+
+    def room(self, most: int) -> int:
+        """How many experts of the next batch may be announced, after a look at what came of those before.
+
+        Args:
+            most: all that there are.
+
+        Returns:
+            ``most``; a window's worth while it tries again; 0 while it rests.
+        """
+        with self._lock:
+            self._look()
+            state = self._state()
+            self._admitted, self._refused = self._admitted + (state != "resting"), self._refused + (state == "resting")
+            return {"open": most, "probing": min(most, self.names.options.window), "resting": 0}[state]
+
+    def judge(self) -> None:
+        """A batch is done, and no other follows at once."""
+        with self._lock:
+            self._look(asked=0)
+
+    def _state(self) -> str:
+        states = {self.names.state, self.reads.state}
+        return next(state for state in ("resting", "probing", "open") if state in states)
+
+    def _look(self, asked: int = 1) -> None:
+        now, counts = self._now(), self._counts()
+        # Counters that were set back begin at 0 again.
+        fresh: list[Any] = [n - old if n >= old else n for n, old in zip(counts, self._last, strict=True)]
+        right, wrong, useful, wasted, loads, read, stall = fresh
+        self.pace.observe(loads, read, stall, None if self._at is None else now - self._at)
+        self._last, self._at = counts, now
+        pressure, each = self.pace.pressure, self.pace.read_seconds
+        # What was named in vain costs a read at the most: here, or where what was evicted for it is wanted.
+        self.names.observe(now, right, wrong, 0, min(pressure, 1.0), wrong * each)
+        # The guard takes one off, since a read one layer ahead may take that layer's time for nothing; here it may not.
+        slowness = pressure + 1 if pressure > 1 else pressure
+        self.reads.observe(now, useful, wasted, asked, slowness, wasted * each)
+
+    def stats(self) -> AnnounceStats:
+        with self._lock:
+            return AnnounceStats(
+                self._state(),
+                self.names.share,
+                self.reads.share,
+                self.pace.pressure,
+                self._admitted,
+                self._refused,
+            )
