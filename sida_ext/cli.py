@@ -180,6 +180,12 @@ def run(
     confidence: Annotated[
         float, typer.Option(min=0, help="With confident: probability from which the prediction decides.")
     ] = 0.9,
+    on_miss: Annotated[
+        str, typer.Option(help="wait, or low_bit: an expert that is not there is computed from a 4-bit copy.")
+    ] = "wait",
+    max_low_bit: Annotated[
+        float, typer.Option(min=0, max=1, help="With low_bit: share of the choices that copies serve at the most.")
+    ] = 0.05,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sentences in a batch; default: 1.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Form batches of similar length with this many tokens at the most.")
@@ -219,6 +225,8 @@ def run(
         "store": store,
         "routing": routing,
         "confidence": confidence,
+        "on_miss": on_miss,
+        "max_low_bit": max_low_bit,
     }
     if ray:
         _run_on_cluster(
@@ -457,6 +465,11 @@ def print_stats(runtime: Any, tokens: int, seconds: float) -> None:
         f"hit rate {stats.hit_rate:.1%}, expert memory {format_bytes(runtime.expert_memory)}, "
         f"read {format_bytes(stats.bytes_read)}, stalled {stats.stall_seconds:.3f} s"
     )
+    if runtime.low_bit_memory:
+        print(
+            f"4-bit copies ({format_bytes(runtime.low_bit_memory)}) served {stats.low_bit_choices} of {stats.choices} "
+            f"choices, {stats.low_bit_share:.1%}, at most {runtime.max_low_bit:.1%}: the output depends on timing"
+        )
 
 
 @app.command()

@@ -111,6 +111,20 @@ def sida_here(monkeypatch, capsys):
     return call
 
 
+def test_low_bit_copies_are_named_in_what_is_printed(folder, texts, sida_here):
+    options = ("run", folder, texts, "--expert-dtype", "float32", "--expert-memory", "30%")
+    done = sida_here(*options, "--on-miss", "low_bit", "--max-low-bit", "0.4")
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"4-bit copies \(64\.0 KiB\) served (\d+) of (\d+) choices, .*, at most 40\.0%", done.stdout)
+    assert found, done.stdout
+    assert 0 <= int(found[1]) <= 0.4 * int(found[2])
+    assert "int4 copies of all 16 experts stay in memory, 64.0 KiB beside expert_memory" in done.stderr
+    assert "4-bit copies" not in sida_here(*options).stdout
+    refused = sida_here(*options, "--on-miss", "drop")
+    assert refused.returncode == 1
+    assert "on_miss is 'drop', expected one of wait, low_bit" in refused.stderr
+
+
 @pytest.mark.parametrize(("dtype", "least", "most"), [("int4", 6.0, 9.5), ("mxfp4", 9.0, 13.0)])
 def test_pack_says_how_far_it_moved_the_weights(folder, tmp_path, sida_here, dtype, least, most):
     done = sida_here("pack", folder, "-o", tmp_path / "experts.sida", "--dtype", dtype)

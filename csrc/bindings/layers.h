@@ -18,7 +18,8 @@ struct Layer {
   int32_t index;  // among the store's MoE layers
   int32_t num_experts;
   Activation activation;
-  std::shared_ptr<cuda::CudaServing> cuda;  // null: experts are computed on the CPU
+  std::shared_ptr<cuda::CudaServing> cuda;            // null: experts are computed on the CPU
+  std::shared_ptr<TransferEngine> low_bit = nullptr;  // as cpu::LayerForward::low_bit
 };
 
 // Handles are never reused, so that a stale one is an error and not another model's layer.

@@ -246,6 +246,18 @@ Activation activation_of(const TransferEngine& engine, const std::string& activa
   return known->function;
 }
 
+// Kernels go by the sizes of whichever record they compute from.
+void check_low_bit(const TransferEngine& engine, const TransferEngine& low_bit) {
+  ExpertFormat expected = engine.format();
+  const ExpertFormat& found = low_bit.format();
+  expected.dtype = found.dtype;
+  if (!is_grouped(found.dtype) || found != expected || low_bit.capacity() != engine.capacity()) {
+    fail(ErrorKind::invalid, "the low-bit copies are ", low_bit.capacity(), " experts of ", found.d_model, " x ",
+         found.d_ff, " in ", dtype_name(found.dtype), ", expected ", engine.capacity(), " of ", expected.d_model, " x ",
+         expected.d_ff, " in int4 or mxfp4, with the same gate and biases");
+  }
+}
+
 #ifdef SIDA_WITH_CUDA
 void bind_cuda(py::module_& m) {
   using cuda::CudaServing;
@@ -415,6 +427,18 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("budget", py::cpp_function(&TransferEngine::budget, WithoutLock()))
       .def_property_readonly("capacity", &TransferEngine::capacity)
       .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
+      .def("set_max_low_bit", &TransferEngine::set_max_low_bit, py::arg("share"), WithoutLock())
+      .def("set_settled", &TransferEngine::set_settled, py::arg("settled"), WithoutLock())
+      .def("load_all",
+           [](TransferEngine& engine) {
+             try {
+               const py::gil_scoped_release reads;
+               engine.load_all(signal_raised);
+             } catch (const Error&) {
+               if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+               throw;
+             }
+           })
       .def("stats", &stats_of)
       .def("standings", &standings_of)
       .def("reset_stats", &TransferEngine::reset_stats, WithoutLock())
@@ -467,10 +491,13 @@ PYBIND11_MODULE(_C, m) {
       .def("finish", &Borrow::finish);
   m.def(
       "register_layer",
-      [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation) {
-        return register_layer({engine, index, num_experts, activation_of(*engine, activation), nullptr});
+      [](std::shared_ptr<TransferEngine> engine, int32_t index, int32_t num_experts, const std::string& activation,
+         std::shared_ptr<TransferEngine> low_bit) {
+        if (low_bit != nullptr) check_low_bit(*engine, *low_bit);
+        return register_layer({engine, index, num_experts, activation_of(*engine, activation), nullptr, low_bit});
       },
-      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"), WithoutLock());
+      py::arg("engine"), py::arg("index"), py::arg("num_experts"), py::arg("activation"),
+      py::arg("low_bit") = std::shared_ptr<TransferEngine>(), WithoutLock());
 #ifdef SIDA_WITH_CUDA
   m.attr("cuda_built") = true;
   bind_cuda(m);

@@ -162,6 +162,7 @@ Tensor moe_layer_cpu(const Tensor& x, const Tensor& expert_index, const Tensor& 
     forward.args.activation = layer->activation;
     forward.layer = layer->index;
     forward.batch = current_batch();
+    forward.low_bit = layer->low_bit.get();
     forward.threads = torch_threads();
     forward.interrupted = signal_raised;
     forward.profiled = profiled;

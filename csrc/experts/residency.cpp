@@ -13,6 +13,8 @@ UseTime use_time(BatchId batch, size_t position) {
   return batch << position_bits | position;
 }
 
+constexpr int64_t millionths = 1'000'000;  // of one choice
+
 template <class... Parts>
 void must_hold(bool condition, const Parts&... parts) {
   if (!condition) fail(ErrorKind::internal, "residency's invariant is broken: ", parts...);
@@ -119,8 +121,28 @@ void Residency::pass_layers(BatchId number, Batch& batch, size_t until) {
   }
 }
 
-DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, BatchId batch) {
+void Residency::count_choices(Demand& demand, std::span<const int32_t> experts, std::span<const int64_t> choices) {
+  int64_t sum = 0;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    sum += choices[i];
+    if (low_bit_millionths_ > 0) demand.choices.emplace_back(id(demand.layer, experts[i]), choices[i]);
+  }
+  counters_[demand.layer].choices += sum;
+  low_bit_earned_ += low_bit_millionths_ * sum;
+  low_bit_credit_ =
+      std::min(low_bit_credit_ + low_bit_millionths_ * sum, low_bit_millionths_ * std::max(sum, low_bit_window));
+}
+
+DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, BatchId batch,
+                           std::span<const int64_t> choices) {
   check_experts("demand", layer, experts);
+  if (!choices.empty() && choices.size() != experts.size()) {
+    fail(ErrorKind::invalid, "demand: ", choices.size(), " numbers of choices stand beside ", experts.size(),
+         " experts");
+  }
+  for (const int64_t chosen : choices) {
+    if (chosen < 1) fail(ErrorKind::invalid, "demand: an expert has ", chosen, " choices, expected 1 or more");
+  }
   if (batch > last_batch_) {
     fail(ErrorKind::invalid, "demand: batch ", batch, " was not announced; the latest is ", last_batch_);
   }
@@ -129,6 +151,7 @@ DemandId Residency::demand(int32_t layer, std::span<const int32_t> experts, Batc
   counters.unique += static_cast<int64_t>(experts.size());
   Demand demand;
   demand.layer = layer;
+  count_choices(demand, experts, choices);
   clock_.run(layer, static_cast<double>(experts.size()) / options_.experts);
   demand.batch = batch;
   for (const int32_t index : experts) {
@@ -206,6 +229,44 @@ Wave Residency::take_ready(DemandId number) {
     reindex(*at);
   }
   demand.wanted.erase(taken, demand.wanted.end());
+  end_event();
+  return wave;
+}
+
+Wave Residency::take_low_bit(DemandId number) {
+  Demand& demand = find(number);
+  Wave wave;
+  wave.low_bit = true;
+  if (demand.failure || demand.choices.empty()) return wave;
+  struct Candidate {
+    bool loading;
+    int64_t choices;
+    int32_t expert;
+  };
+  std::vector<Candidate> candidates;  // in the demand's order, and sorted below
+  for (const int32_t expert : demand.wanted) {
+    const Expert& state = experts_[expert];
+    const auto found = std::find_if(demand.choices.begin(), demand.choices.end(),
+                                    [&](const auto& chosen) { return chosen.first == expert; });
+    if (state.state == State::ready || state.failed || found == demand.choices.end()) continue;
+    candidates.push_back({state.state == State::loading, found->second, expert});
+  }
+  std::stable_sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return std::tie(a.loading, a.choices) < std::tie(b.loading, b.choices);
+  });
+  for (const Candidate& candidate : candidates) {
+    const int64_t price = candidate.choices * millionths;
+    if (price > low_bit_credit_) continue;
+    low_bit_credit_ -= price;
+    counters_[demand.layer].low_bit_choices += candidate.choices;
+    Expert& state = experts_[candidate.expert];
+    --state.wanted;
+    if (demand.waiting) --state.awaited;
+    std::erase(demand.wanted, candidate.expert);
+    if (state.state == State::absent && state.owed == 0) state.owed = ++last_owed_;
+    wave.experts.push_back(key(candidate.expert).index);
+    reindex(candidate.expert);
+  }
   end_event();
   return wave;
 }
@@ -297,6 +358,16 @@ void Residency::set_budget(int64_t slots) {
   budget_ = slots;
 }
 
+void Residency::set_low_bit(int64_t share) {
+  if (share < 0 || share > millionths) {
+    fail(ErrorKind::invalid, "the share of choices for low-bit copies is ", share, " millionths, expected 0 to ",
+         millionths);
+  }
+  low_bit_millionths_ = share;
+  low_bit_credit_ = 0;
+  end_event();
+}
+
 void Residency::leave_slot(int32_t expert) {
   Expert& state = experts_[expert];
   expert_in_slot_[state.slot] = -1;
@@ -327,6 +398,9 @@ void Residency::reindex(int32_t expert) {
     case Standing::last_resort:
       last_resort_.erase(state.resident);
       break;
+    case Standing::to_fetch:
+      to_fetch_.erase({state.owed, expert});
+      break;
     case Standing::to_prefetch:
       to_prefetch_.erase({state.prefetch.time, state.prefetch.rank, expert});
       break;
@@ -342,6 +416,9 @@ void Residency::reindex(int32_t expert) {
                       .loaded = state.loaded};
     state.standing = state.wanted == 0 ? Standing::evictable : Standing::last_resort;
     (state.wanted == 0 ? evictable_ : last_resort_).insert(state.resident);
+  } else if (state.state == State::absent && state.owed > 0 && state.wanted == 0) {
+    state.standing = Standing::to_fetch;
+    to_fetch_.emplace(state.owed, expert);
   } else if (state.state == State::absent && state.wanted == 0 && !state.uses.empty() && !state.failed) {
     state.prefetch = state.uses.front();
     state.standing = Standing::to_prefetch;
@@ -395,6 +472,7 @@ Command Residency::start(int32_t expert, int32_t slot, bool prefetch) {
   ++in_flight_;
   SIDA_ASSERT(in_flight_ <= options_.lanes, in_flight_, " copies are under way, lanes are ", options_.lanes);
   reindex(expert);
+  state.owed = 0;
   return {.kind = Command::Kind::start_copy, .slot = slot, .expert = key(expert), .prefetch = prefetch};
 }
 
@@ -484,6 +562,11 @@ std::optional<Command> Residency::next_command() {
     if (!slot) return std::nullopt;  // what comes after it must not take what it waits for
     return start(*expert, *slot, /*prefetch=*/false);
   }
+  if (!to_fetch_.empty()) {
+    const std::optional<int32_t> slot = slot_for_demand(/*waiting=*/false);
+    if (slot) return start(to_fetch_.begin()->second, *slot, /*prefetch=*/false);
+    return std::nullopt;
+  }
   return prefetch();
 }
 
@@ -544,6 +627,7 @@ std::vector<ExpertStanding> Residency::standings() const {
 void Residency::reset_counters() {
   std::fill(counters_.begin(), counters_.end(), LayerCounters{});
   peak_committed_ = committed_;
+  low_bit_credit_ = low_bit_earned_ = 0;  // the counters' share holds from here on
 }
 
 void Residency::end_event() const {
@@ -553,6 +637,7 @@ void Residency::end_event() const {
 void Residency::check_invariants() const {
   check_slots();
   check_counts();
+  check_owed();
   check_orders();
 }
 
@@ -612,6 +697,24 @@ void Residency::check_counts() const {
   must_hold(pinned_ == pins, "pinned is ", pinned_, ", counted are ", pins);
   must_hold(in_flight_ == loading && loading <= options_.lanes, "in flight are ", in_flight_, ", loading ", loading,
             ", lanes are ", options_.lanes);
+}
+
+void Residency::check_owed() const {
+  int64_t to_fetch = 0, low_bit = 0;
+  for (size_t expert = 0; expert < experts_.size(); ++expert) {
+    const Expert& state = experts_[expert];
+    must_hold(state.owed == 0 || (state.state == State::absent && !state.failed), "expert ", expert,
+              " is owed and is there, arriving or broken");
+    must_hold((state.standing == Standing::to_fetch) == (state.owed > 0 && state.wanted == 0), "expert ", expert,
+              " is in the wrong order");
+    to_fetch += state.standing == Standing::to_fetch;
+  }
+  must_hold(static_cast<int64_t>(to_fetch_.size()) == to_fetch, to_fetch_.size(), " experts are to be fetched, ",
+            to_fetch, " should be");
+  for (const LayerCounters& layer : counters_) low_bit += layer.low_bit_choices;
+  must_hold(low_bit_credit_ >= 0 && low_bit * millionths + low_bit_credit_ <= low_bit_earned_, low_bit,
+            " choices were served by low-bit copies and ", low_bit_credit_, " millionths of one are left; earned were ",
+            low_bit_earned_);
 }
 
 void Residency::check_orders() const {

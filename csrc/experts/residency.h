@@ -7,6 +7,9 @@
 // Demands come before prefetches, demands that a caller waits for before the others, older before newer. An expert that
 // arrived for a waiting caller stays until it is handed out, one that was handed out stays until it is released: so
 // the oldest waiting demand always gets on, with one slot and any number of demands.
+//
+// Where every expert has a low-bit copy at hand, a demand may be given copies in place of experts that are not there,
+// for a bounded share of all choices. Their records are still fetched: after what demands want, before prefetches.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +19,7 @@
 #include <span>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -41,6 +45,7 @@ using DemandId = uint64_t;
 struct Wave {
   std::vector<int32_t> experts;
   std::vector<int32_t> slots;  // parallel to experts
+  bool low_bit = false;        // to be computed from their low-bit copies: no slots, nothing to release
 };
 
 struct Command {
@@ -82,7 +87,10 @@ class Residency {
   BatchId announce(AnnouncedBatch batch);
   void retire(BatchId batch);  // twice is once
   // `batch` tells how far it has come: its layers up to this one are no longer announced.
-  [[nodiscard]] DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0);
+  // `choices`, parallel to `experts`: how many of the layer's tokens chose each; may be left out, and is then 0 for the
+  // counters and keeps the demand's experts from being served by low-bit copies.
+  [[nodiscard]] DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0,
+                                std::span<const int64_t> choices = {});
   void set_waiting(DemandId demand, bool waiting);  // a caller waits for the demand, or has stopped waiting
   void release(DemandId demand, const Wave& wave);
   void finish(DemandId demand);  // twice is once
@@ -90,11 +98,20 @@ class Residency {
   void copy_failed(int32_t slot, const Failure& failure);
   void given_back(int32_t slot, int32_t count);
   void set_budget(int64_t slots);
+  // Share of all choices that low-bit copies may serve from now on, in millionths: 0, as at the start, is never.
+  void set_low_bit(int64_t millionths);
 
   [[nodiscard]] std::optional<Command> next_command();
 
   // What the demand can compute now and has not been given; pins it. Empty if nothing is ready (or left).
   [[nodiscard]] Wave take_ready(DemandId demand);
+  // Hands out, to be computed from their low-bit copies, what is not there now and fits the share that is left: experts
+  // that no copy is under way for before the others, those with few choices before those with many. Not one whose last
+  // read failed: it is read again, and who wants it is told. Every demand with choices earns its share of credit; of
+  // what is not used at once, that of the latest `low_bit_window` choices is kept. So since the last reset the share
+  // is never exceeded, and a long run of hits does not pay for a burst of misses.
+  [[nodiscard]] Wave take_low_bit(DemandId demand);
+  static constexpr int64_t low_bit_window = 8192;
   bool is_under_way(DemandId demand) const { return demands_.count(demand) > 0; }
   bool exhausted(DemandId demand) const;          // everything was handed out
   const Failure* failure(DemandId demand) const;  // why an expert that it wants cannot come; null if none
@@ -119,7 +136,8 @@ class Residency {
 
  private:
   enum class State : uint8_t { absent, loading, ready };
-  enum class Standing : uint8_t { none, evictable, last_resort, to_prefetch };  // which order it stands in
+  // Which order it stands in.
+  enum class Standing : uint8_t { none, evictable, last_resort, to_fetch, to_prefetch };
 
   struct Use {
     UseTime time;
@@ -134,6 +152,7 @@ class Residency {
     int32_t awaited = 0;      // those of them that a caller waits for
     bool prefetched = false;  // brought in by a prefetch and not demanded since
     bool failed = false;      // its latest copy failed: only a demand tries again
+    int64_t owed = 0;         // since when, of take_low_bit's calls, its record is to be fetched; 0: it is not
     int64_t frequency = 0, last_use = 0, loaded = 0;
     UseWeight weight = never_used;
     std::vector<Use> uses;  // announced, in order
@@ -147,8 +166,9 @@ class Residency {
     int32_t layer;
     BatchId batch;
     bool waiting = false;
-    std::vector<int32_t> wanted;  // not handed out
-    std::vector<int32_t> pinned;  // handed out and not released
+    std::vector<int32_t> wanted;                       // not handed out
+    std::vector<int32_t> pinned;                       // handed out and not released
+    std::vector<std::pair<int32_t, int64_t>> choices;  // expert, its choices; where low-bit copies may serve
     std::optional<Failure> failure;
   };
 
@@ -175,12 +195,14 @@ class Residency {
   void unpin(int32_t expert);
   void leave_slot(int32_t expert);
   Command start(int32_t expert, int32_t slot, bool prefetch);
+  void count_choices(Demand& demand, std::span<const int32_t> experts, std::span<const int64_t> choices);
   std::optional<int32_t> slot_for_demand(bool waiting);
   std::optional<int32_t> prefetch_victim(UseTime time) const;
   std::optional<Command> prefetch();
   void end_event() const;
   void check_slots() const;
   void check_counts() const;
+  void check_owed() const;
   void check_orders() const;
   Demand& find(DemandId demand);
   const Demand& find(DemandId demand) const;
@@ -190,6 +212,9 @@ class Residency {
   int64_t committed_ = 0, peak_committed_ = 0, returning_ = 0, pinned_ = 0;
   int in_flight_ = 0;
   int64_t tick_ = 0;
+  int64_t low_bit_millionths_ = 0;
+  int64_t low_bit_credit_ = 0, low_bit_earned_ = 0;  // millionths of a choice; earned: since the last reset
+  int64_t last_owed_ = 0;
   LayerClock clock_;
   BatchId last_batch_ = 0;
   DemandId last_demand_ = 0;
@@ -200,6 +225,7 @@ class Residency {
   std::set<int32_t> to_give_back_;
   EvictionOrder evictable_;
   EvictionOrder last_resort_;  // wanted by demands that nobody waits for: they go before a waiting caller starves
+  std::set<std::pair<int64_t, int32_t>> to_fetch_;  // (owed, expert): served by a low-bit copy, absent, not demanded
   std::set<std::tuple<UseTime, int32_t, int32_t>> to_prefetch_;  // (time, rank, expert): announced and absent
   std::map<BatchId, Batch> batches_;
   std::map<DemandId, Demand> demands_;

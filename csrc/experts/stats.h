@@ -20,6 +20,8 @@ struct LayerCounters {
   int64_t useful_prefetches = 0;
   int64_t wasted_prefetches = 0;
   int64_t cancelled_prefetches = 0;
+  int64_t choices = 0;
+  int64_t low_bit_choices = 0;
   int64_t named = 0;
   int64_t named_wanted = 0;
   double stall_seconds = 0;
@@ -55,6 +57,9 @@ inline constexpr std::tuple layer_counters{
     Counter{"useful_prefetches", "Experts read ahead and then wanted", &LayerCounters::useful_prefetches},
     Counter{"wasted_prefetches", "Experts read ahead and evicted unused", &LayerCounters::wasted_prefetches},
     Counter{"cancelled_prefetches", "Predicted experts whose read never began", &LayerCounters::cancelled_prefetches},
+    Counter{"choices", "Choices of an expert by a token, computed on the CPU", &LayerCounters::choices},
+    Counter{"low_bit_choices", "Those of them that a low-bit copy served, for the expert was not there",
+            &LayerCounters::low_bit_choices},
     Counter{"named", "Experts that a batch's table had named of a layer that ran", &LayerCounters::named},
     Counter{"named_wanted", "Named experts that the layer wanted", &LayerCounters::named_wanted},
     Counter{"stall_seconds", "Seconds in which the computation waited with nothing to do",

@@ -3,12 +3,15 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "base/at_end.h"
 #include "base/error.h"
 #include "device/host_device.h"
 
@@ -95,6 +98,7 @@ struct TransferEngine::Impl {
   double lane_seconds = 0;
   int64_t restarts_before = 0;  // the last reset: what device and store count, they count from their start
   double verified_before = 0;
+  bool settled = false;
   bool closing = false;
   std::string broken;  // why the engine cannot go on; empty while it can
 
@@ -165,6 +169,19 @@ struct TransferEngine::Impl {
       broken = error.what();
     }
     progress.notify_all();
+  }
+
+  // Until no read is under way: then none is queued for which there is a slot.
+  void wait_settled(std::unique_lock<std::mutex>& lock) {
+    const auto end = Clock::now() + options.wait_deadline;
+    while (residency.in_flight() > 0) {
+      if (Clock::now() >= end) {
+        fail(ErrorKind::timeout, "waited ", options.wait_deadline.count(), " ms for ", residency.in_flight(),
+             " reads to end before a layer begins; a slower disk needs a longer wait_deadline");
+      }
+      progress.wait_for(lock, poll_interval);
+      check_usable("demand");
+    }
   }
 
   void count_stall(DemandId demand, Clock::time_point begin) {
@@ -278,13 +295,46 @@ void TransferEngine::retire(BatchId batch) {
   impl_->run_commands();
 }
 
-DemandId TransferEngine::demand(int32_t layer, std::span<const int32_t> experts, BatchId batch) {
+DemandId TransferEngine::demand(int32_t layer, std::span<const int32_t> experts, BatchId batch,
+                                std::span<const int64_t> choices) {
+  impl_->check_process();
+  std::unique_lock lock(impl_->mutex);
+  impl_->check_usable("demand");
+  if (impl_->settled) impl_->wait_settled(lock);
+  const DemandId demand = impl_->residency.demand(layer, experts, batch, choices);
+  if (!impl_->settled) impl_->run_commands();  // else next_wave begins the reads, when it has said what came too late
+  return demand;
+}
+
+void TransferEngine::set_max_low_bit(double share) {
+  if (!(share >= 0 && share <= 1)) fail(ErrorKind::invalid, "max_low_bit is ", share, ", expected a share of 0 to 1");
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);
-  impl_->check_usable("demand");
-  const DemandId demand = impl_->residency.demand(layer, experts, batch);
-  impl_->run_commands();
-  return demand;
+  impl_->check_usable("set_max_low_bit");
+  impl_->residency.set_low_bit(std::llround(share * 1e6));
+}
+
+void TransferEngine::set_settled(bool settled) {
+  impl_->check_process();
+  const std::lock_guard lock(impl_->mutex);
+  impl_->check_usable("set_settled");
+  impl_->settled = settled;
+}
+
+void TransferEngine::load_all(const std::function<bool()>& interrupted) {
+  const StoreLayout& layout = impl_->store->layout();
+  if (budget() != capacity()) {
+    fail(ErrorKind::invalid, "load_all: the budget is ", budget(), " slots, expected one for each of the ", capacity(),
+         " experts");
+  }
+  std::vector<int32_t> experts(static_cast<size_t>(layout.experts));
+  std::iota(experts.begin(), experts.end(), 0);
+  for (int32_t layer = 0; layer < layout.layers; ++layer) {
+    const DemandId all = demand(layer, experts);
+    const AtEnd finished([&] { finish(all); });
+    while (!next_wave(all, interrupted).experts.empty()) {
+    }
+  }
 }
 
 Wave TransferEngine::next_wave(DemandId demand, const std::function<bool()>& interrupted) {
@@ -311,8 +361,17 @@ Wave TransferEngine::next_wave(DemandId demand, const std::function<bool()>& int
   while (true) {
     impl_->check_usable("next_wave");
     if (const Failure* failure = residency.failure(demand)) throw Error(failure->kind, failure->why);
+    if (impl_->settled) {
+      Wave late = residency.take_low_bit(demand);
+      impl_->run_commands();
+      if (!late.experts.empty()) return late;
+    }
     Wave wave = residency.take_ready(demand);
     if (!wave.experts.empty() || residency.exhausted(demand)) return wave;
+    if (Wave late = residency.take_low_bit(demand); !late.experts.empty()) {
+      impl_->run_commands();
+      return late;
+    }
     const auto now = Clock::now();
     if (!begin) {
       begin = now;

@@ -60,9 +60,12 @@ class TransferEngine {
   void retire(BatchId batch);
 
   // Starts a demand for distinct experts of a layer; returns at once. Every demand is ended by finish().
-  [[nodiscard]] DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0);
-  // Waits for experts of the demand that are ready and not yet handed out. `interrupted` is polled about every
-  // 50 ms, with no lock held; when it returns true the wait throws Error(closed, "interrupted ...").
+  // `choices` as in Residency::demand.
+  [[nodiscard]] DemandId demand(int32_t layer, std::span<const int32_t> experts, BatchId batch = 0,
+                                std::span<const int64_t> choices = {});
+  // Waits for experts of the demand that are ready and not yet handed out. Where it would wait, and the share allows
+  // it, it hands out experts that are to be computed from their low-bit copies instead. `interrupted` is polled about
+  // every 50 ms, with no lock held; when it returns true the wait throws Error(closed, "interrupted ...").
   [[nodiscard]] Wave next_wave(DemandId demand, const std::function<bool()>& interrupted = {});
   void release(DemandId demand, const Wave& wave);
   void finish(DemandId demand) noexcept;  // releases what is left, cancels what is not needed by others
@@ -74,6 +77,14 @@ class TransferEngine {
   int64_t budget() const;                       // slots
   // Grows at once; shrinks as soon as pinned slots are released, giving memory back to the system.
   void set_budget(int64_t slots);
+
+  // Share of the choices that low-bit copies may serve from now on; 0, as at the start: none, every layer waits.
+  void set_max_low_bit(double share);
+  // For tests and measurements, one caller at a time: a demand begins when no read is under way, and what is not there
+  // then counts as not there in time. With one lane, which experts low-bit copies serve depends on the demands alone.
+  void set_settled(bool settled);
+  // Reads every expert, where all have a slot. `interrupted` as in next_wave.
+  void load_all(const std::function<bool()>& interrupted = {});
 
   EngineStats stats() const;
   void reset_stats();

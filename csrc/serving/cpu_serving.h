@@ -13,6 +13,9 @@ namespace sida::cpu {
 struct LayerForward {
   int32_t layer = 0;  // among the store's MoE layers
   BatchId batch = 0;  // that was announced; 0: none
+  // All experts of the same model in 4 bits, in memory: what computes those that the engine hands out as too late.
+  // Null: the engine's max_low_bit must be 0.
+  TransferEngine* low_bit = nullptr;
   // Without what set_slots() and the waves set. Indices are checked by the caller, as for moe_ffn.
   MoeFfnArgs args{};
   ParallelFor threads{};

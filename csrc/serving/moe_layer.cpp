@@ -45,4 +45,15 @@ std::vector<int32_t> distinct_experts(std::span<const int32_t> expert_index, int
   return experts;
 }
 
+std::vector<int64_t> choices_of(std::span<const int32_t> experts, std::span<const int32_t> expert_index,
+                                int64_t num_experts) {
+  std::vector<int64_t> of_all(static_cast<size_t>(num_experts), 0);
+  for (const int32_t expert : expert_index) {
+    if (expert >= 0) ++of_all[static_cast<size_t>(expert)];
+  }
+  std::vector<int64_t> choices;
+  for (const int32_t expert : experts) choices.push_back(of_all[static_cast<size_t>(expert)]);
+  return choices;
+}
+
 }  // namespace sida

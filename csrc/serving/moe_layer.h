@@ -18,4 +18,8 @@ void set_slots(MoeFfnArgs& args, const TransferEngine& engine);
 // below `num_experts`.
 [[nodiscard]] std::vector<int32_t> distinct_experts(std::span<const int32_t> expert_index, int64_t num_experts);
 
+// How many of the rows name each of `experts`, which are all that any of them names.
+[[nodiscard]] std::vector<int64_t> choices_of(std::span<const int32_t> experts, std::span<const int32_t> expert_index,
+                                              int64_t num_experts);
+
 }  // namespace sida

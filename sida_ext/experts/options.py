@@ -14,13 +14,25 @@ import torch
 
 from sida_ext._load import _C
 
-__all__ = ["DENSE_DTYPES", "DTYPES", "EVICTIONS", "PINS", "ROUTINGS", "Options", "options_from"]
+__all__ = [
+    "DENSE_DTYPES",
+    "DTYPES",
+    "EVICTIONS",
+    "LOW_BIT_DTYPES",
+    "MISSES",
+    "PINS",
+    "ROUTINGS",
+    "Options",
+    "options_from",
+]
 
 DTYPES = ("float32", "float16", "bfloat16", "int8", "int4", "mxfp4")
 DENSE_DTYPES = (None, "bfloat16", "int8", "int4")
 EVICTIONS = ("next_use", "lru", "lfu", "fifo")
 ROUTINGS = ("router", "predicted", "confident")
 PINS = ("require", "try")
+MISSES = ("wait", "low_bit")
+LOW_BIT_DTYPES = ("int4", "mxfp4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,14 @@ class Options:
             None: 2.
         read_bytes: largest single read, a multiple of 4096; 0: an expert at once; None: measured.
         eviction: next_use, lru, lfu or fifo.
+        on_miss: what a layer does with an expert that is not in expert memory when nothing else is left to compute:
+            ``"wait"``, which is exact; or ``"low_bit"``: compute it from an int4 copy, and read its record for the next
+            time. The copies of all experts stay in memory beside ``expert_memory``. The output then depends on timing.
+        max_low_bit: with ``on_miss="low_bit"``, share of the choices (an expert by a token) that copies serve at the
+            most, to the nearest millionth; a layer waits for the others. It holds at every moment since the start or
+            the last ``reset_stats()``, and what is left of it is saved up for 8192 choices at the most.
+        low_bit_store: with ``on_miss="low_bit"``, an int4 or mxfp4 store of the same checkpoint; None: packed at first
+            use as int4, into the cache.
         wait_deadline: seconds after which a wait for an expert raises TimeoutError.
         pin: ``"require"``: an error, with the limits, if the pool of a GPU machine cannot be pinned; ``"try"``: then it
             goes on with memory that is not, and slower copies.
@@ -81,6 +101,9 @@ class Options:
     lanes: int | None = None
     read_bytes: int | None = None
     eviction: str = "next_use"
+    on_miss: str = "wait"
+    max_low_bit: float = 0.05
+    low_bit_store: str | os.PathLike[str] | None = None
     wait_deadline: float = 60.0
     pin: str = "require"
     populate: bool = True
@@ -94,6 +117,7 @@ class Options:
             ("routing", ROUTINGS),
             ("eviction", EVICTIONS),
             ("pin", PINS),
+            ("on_miss", MISSES),
         )
         for name, allowed in checked:
             value = getattr(self, name)
@@ -110,9 +134,30 @@ class Options:
             raise ValueError(f"lanes is {self.lanes!r}, expected a number of reads of at least 1, or None")
         if self.read_bytes is not None and (not _is_whole(self.read_bytes) or self.read_bytes < 0):
             raise ValueError(f"read_bytes is {self.read_bytes!r}, expected a multiple of 4096, 0 or None")
+        if not _is_number(self.max_low_bit) or not 0 <= self.max_low_bit <= 1:
+            raise ValueError(f"max_low_bit is {self.max_low_bit!r}, expected a share of the choices, 0 to 1")
+        self._check_on_miss()
         for name in ("allow_pickle", "populate", "read_ahead"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected True or False")
+
+    def _check_on_miss(self) -> None:
+        if self.on_miss == "wait":
+            if self.low_bit_store is not None:
+                raise ValueError(
+                    f"low_bit_store is {os.fspath(self.low_bit_store)!r}, expected None with on_miss='wait', which "
+                    "needs no copies"
+                )
+            return
+        if self.expert_dtype in LOW_BIT_DTYPES:
+            raise ValueError(
+                f"on_miss is 'low_bit', expected 'wait' with expert_dtype={self.expert_dtype!r}: the experts have "
+                "4 bits a weight already"
+            )
+        if str(self.device).partition(":")[0] != "cpu":
+            raise ValueError(
+                f"on_miss is 'low_bit', expected 'wait' on {str(self.device)!r}: copies serve the CPU alone"
+            )
 
 
 def _is_whole(value: Any) -> bool:

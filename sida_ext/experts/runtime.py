@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ import torch
 from sida_ext._load import _C
 from sida_ext.experts.budget import format_bytes, parse_memory
 from sida_ext.experts.cuda import cuda_blocking, host_slots, resolve_device
+from sida_ext.experts.low_bit import LowBitCopies
 from sida_ext.experts.options import Options, options_from
 from sida_ext.experts.read_plan import ReadPlan, read_plan
 from sida_ext.experts.record import stored_expert
@@ -40,14 +41,18 @@ class _Batch:
     entered: bool = False
 
 
-def _shut_down(engine: _C.TransferEngine | _C.CudaServing, handles: dict[str, int], folder: Any, process: int) -> None:
+def _shut_down(
+    engines: list[_C.TransferEngine | _C.CudaServing], handles: dict[str, int], folder: Any, process: int
+) -> None:
     if os.getpid() != process:  # a fork has neither the lanes nor a right to the folder
         return
     for handle in handles.values():
         _C.unregister_layer(handle)
     handles.clear()
     try:
-        engine.close()
+        with ExitStack() as closing:
+            for engine in reversed(engines):
+                closing.callback(engine.close)
     finally:
         if folder is not None:
             folder.cleanup()
@@ -112,8 +117,14 @@ class Runtime(ServingState):
         self.device = resolve_device(options.device, options.host_memory)
         expert_store, self.header = open_store(store)
         self.read_plan = self._read_plan(options.lanes, options.read_bytes)
-        slots = self._slots(options.expert_memory, reserved)
         deadline = round(options.wait_deadline * 1000)
+        self._low_bit = self._low_bit_copies()
+        slots = self._slots(options.expert_memory, reserved + self.low_bit_memory)
+        if self._low_bit is not None:
+            self._low_bit.check_room(slots * self.header.record_bytes)
+            self._low_bit.load(
+                lanes=self.read_plan.lanes, read_bytes=self.read_plan.read_bytes, wait_deadline_ms=deadline, say=_say
+            )
         faults = options.faults if options.faults is not None else _C.Faults()
         self._tiers: _C.CudaServing | None = None
         if self.device.type == "cuda":
@@ -145,17 +156,65 @@ class Runtime(ServingState):
                 faults=faults,
                 populate=options.populate,
             )
+        engines: list[_C.TransferEngine | _C.CudaServing] = [self._tiers or self._engine]
+        if self._low_bit is not None and self._low_bit.engine is not None:
+            engines.append(self._low_bit.engine)
+            self._engine.set_max_low_bit(options.max_low_bit)
+        self.max_low_bit = 0.0 if self._low_bit is None else options.max_low_bit
         self.eviction = options.eviction
         self._handles: dict[str, int] = {}
         self._thread = threading.local()
         self._tracing = False
         self._predictions: list[Event] = []
-        self._finalizer = weakref.finalize(
-            self, _shut_down, self._tiers or self._engine, self._handles, folder, os.getpid()
-        )
+        self._finalizer = weakref.finalize(self, _shut_down, engines, self._handles, folder, os.getpid())
 
     header: StoreHeader
     read_plan: ReadPlan  # how the lanes read, and why so
+    max_low_bit: float  # share of the choices that low-bit copies may serve now
+
+    def _low_bit_copies(self) -> LowBitCopies | None:
+        if self.options.on_miss == "wait":
+            return None
+        if self.options.low_bit_store is None:
+            raise ValueError(
+                "on_miss is 'low_bit', expected low_bit_store= with it, an int4 or mxfp4 store of what "
+                f"{self.store_path} holds"
+            )
+        return LowBitCopies(self.options.low_bit_store, self.header)
+
+    @property
+    def low_bit_memory(self) -> int:
+        """Bytes of the low-bit copies of all experts, beside :attr:`expert_memory`; 0 with ``on_miss="wait"``."""
+        return 0 if self._low_bit is None else self._low_bit.bytes
+
+    def set_max_low_bit(self, share: float) -> None:
+        """Change the share of the choices that low-bit copies may serve, from now on; nothing is saved up.
+
+        Raises:
+            ValueError: not 0 to 1, or the model was not loaded with ``on_miss="low_bit"``.
+        """
+        if self._low_bit is None:
+            raise ValueError(f"max_low_bit is {share!r}, expected on_miss='low_bit' when the model is loaded")
+        self._engine.set_max_low_bit(share)
+        self.max_low_bit = share
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Inside the block every layer waits for its experts, whatever ``on_miss`` is."""
+        before = self.max_low_bit
+        if before:
+            self.set_max_low_bit(0.0)
+        try:
+            yield
+        finally:
+            if before and not self.closed:
+                self.set_max_low_bit(before)
+
+    def set_settled(self, settled: bool) -> None:
+        """For tests and measurements, of one thread: each layer begins when no read is under way, and what is not there
+        then counts as not there in time. With ``lanes=1`` the experts that low-bit copies serve, and so the output, are
+        then the same in every run. Not on a GPU."""
+        self._engine.set_settled(settled)
 
     def _read_plan(self, lanes: int | None, read_bytes: int | None) -> ReadPlan:
         if lanes is not None and read_bytes is not None:
@@ -192,7 +251,8 @@ class Runtime(ServingState):
             if self._tiers is not None:
                 self._handles[name] = _C.register_cuda_layer(self._tiers, index, experts, activation)
             else:
-                self._handles[name] = _C.register_layer(self._engine, index, experts, activation)
+                copies = None if self._low_bit is None else self._low_bit.engine
+                self._handles[name] = _C.register_layer(self._engine, index, experts, activation, copies)
         return self._handles[name]
 
     def borrow(self, name: str, experts: Sequence[int]) -> Iterator[tuple[int, ExpertWeights]]:

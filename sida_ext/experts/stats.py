@@ -44,6 +44,8 @@ class Counters:
     useful_prefetches: int
     wasted_prefetches: int
     cancelled_prefetches: int
+    choices: int
+    low_bit_choices: int
     named: int
     named_wanted: int
     stall_seconds: float
@@ -52,6 +54,11 @@ class Counters:
     def hit_rate(self) -> float:
         """Share of the wanted experts that were in memory; 1 if none was wanted."""
         return self.hits / self.unique if self.unique else 1.0
+
+    @property
+    def low_bit_share(self) -> float:
+        """Share of the choices that low-bit copies served; 0 if there was none."""
+        return self.low_bit_choices / self.choices if self.choices else 0.0
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,8 @@ class SeamFamily:
         if runtime.device.type != "cpu":  # whose slots Python cannot read
             return
         kinds = {(type(layer), cast(ServedExperts, layer).formula): cast(ServedExperts, layer) for layer in layers}
-        for layer in kinds.values():
-            if layer.formula is not None:
-                _verify(layer)
+        with runtime.exact():
+            for layer in kinds.values():
+                if layer.formula is not None:
+                    _verify(layer)
         runtime.reset_stats()

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sida_ext.experts.cache import check_source, ensure_store
 from sida_ext.experts.cuda import resolve_device
 from sida_ext.experts.folders import scratch_folder
-from sida_ext.experts.options import Options, options_from
+from sida_ext.experts.options import LOW_BIT_DTYPES, Options, options_from
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import open_store
 from sida_ext.experts.store_writer import write_store
@@ -32,6 +32,8 @@ from sida_ext.models.quantized import dequantised
 from sida_ext.models.router_asking import find_routers
 from sida_ext.models.router_lookahead import attach_lookahead
 from sida_ext.models.seam import SeamFamily
+from sida_ext.models.seam_source import SeamCheckpoint
+from sida_ext.models.switch_source import SwitchCheckpoint
 from sida_ext.prediction.protocol import split_predictors
 from sida_ext.prediction.router_lookahead import RouterLookahead, split_lookahead
 
@@ -165,6 +167,7 @@ def _connect(
     predictor, _ = split_lookahead(predictor)
     for layer in layers:
         layer.connect(runtime, family.activation(model, layer))
+    _say_waits(model, layers, runtime)
     model.to(runtime.device)  # type: ignore[arg-type]
     guard_model(model, list(family.layers(model)))
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
@@ -285,6 +288,7 @@ def from_pretrained(
                     f"expert_dtype is {options.expert_dtype!r}, expected {header.dtype!r}, what store={str(path)!r} "
                     "holds; leave it out, or pack a store of the type that you want"
                 )
+        options = _with_copies(options, source, progress)
         # The widest type that the other parameters can get here: what is not float32 leaves a little more free.
         other_bytes = source.other_bytes(itemsize=4)
         if options.dense_dtype is not None:
@@ -312,6 +316,34 @@ def from_pretrained(
     finally:
         stripped.clear()  # a class is freed by the cycle collector alone, and the one made here would keep the layers
     return model
+
+
+def _with_copies(
+    options: Options, source: SwitchCheckpoint | SeamCheckpoint, progress: Callable[[int, int], None] | None
+) -> Options:
+    """The options with the store of low-bit copies that they ask for, packed now if it is not there yet."""
+    if options.on_miss == "wait":
+        return options
+    if options.low_bit_store is None:
+        path = ensure_store(source, LOW_BIT_DTYPES[0], options.store_cache, say=logger.warning, progress=progress)
+        return replace(options, low_bit_store=path)
+    _, header = open_store(options.low_bit_store)
+    check_source(header, source, os.fspath(options.low_bit_store))
+    return options
+
+
+def _say_waits(model: nn.Module, layers: list[ServedLayer], runtime: Runtime) -> None:
+    """One sentence on layers that wait for their experts all the same."""
+    names = [layer.name for layer in layers if getattr(layer, "formula", "") is None]
+    if runtime.low_bit_memory and names:
+        logger.warning(
+            "on_miss='low_bit': %d of %d MoE layers of %s, the first of them %s, wait for their experts all the same: "
+            "their gate is computed by the module's own function, which computes from exact records alone",
+            len(names),
+            len(layers),
+            type(model).__name__,
+            names[0],
+        )
 
 
 def _say_rounding(config: PreTrainedConfig, expert_dtype: str) -> None:
@@ -382,6 +414,11 @@ def swap_experts(
     resolved = resolve_device(options.device, options.host_memory)
     _check_predictors(predictor, resolved)
     _check_dense(options, resolved)
+    if options.low_bit_store is not None:
+        raise ValueError(
+            f"low_bit_store is {os.fspath(options.low_bit_store)!r}, expected None: the copies of a model in memory "
+            "are packed beside its store"
+        )
     family = _family_in_memory(model)
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
@@ -392,7 +429,12 @@ def swap_experts(
         folder = scratch_folder()
     try:
         path = Path(options.store) if options.store is not None else folder.path / "experts.sida"  # type: ignore[union-attr]
-        write_store(family.source(model), path, options.expert_dtype)
+        source = family.source(model)
+        write_store(source, path, options.expert_dtype)
+        if options.on_miss == "low_bit":
+            copies = path.with_name(f"{path.stem}.{LOW_BIT_DTYPES[0]}{path.suffix}")
+            write_store(source, copies, LOW_BIT_DTYPES[0])
+            options = replace(options, low_bit_store=copies)
         runtime = Runtime(path, options, folder=folder)
         # What the model asks of the kernels is checked before it is touched.
         try:

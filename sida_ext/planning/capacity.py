@@ -10,6 +10,8 @@ from sida_ext.planning.counting import ExpertShape, ModelFacts
 __all__ = [
     "DENSE_DTYPES",
     "EXPERT_DTYPES",
+    "LOW_BIT_DTYPES",
+    "MISSES",
     "Capacity",
     "experts_bytes",
     "kv_cache_bytes",
@@ -21,6 +23,8 @@ __all__ = [
 # Bits of a weight; 4-bit formats with the scale of each group of 32 (float16, or the one byte of MX).
 EXPERT_DTYPES = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.0, "int4": 4.5, "mxfp4": 4.25}
 DENSE_DTYPES = ("bfloat16", "int8", "int4")
+LOW_BIT_DTYPES = ("int4", "mxfp4")
+MISSES = ("wait", "low_bit")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # The record of csrc/experts/expert.h: wi, wo, scales, biases, each part and the whole aligned.
 PART, RECORD = 64, 4096

@@ -53,6 +53,9 @@ def plan(
     expert_memory: Annotated[
         str | None, typer.Option(help="Budget: 2GiB, 25%, auto or bytes; default: what fits.")
     ] = None,
+    on_miss: Annotated[
+        str, typer.Option(help="wait, or low_bit: 4-bit copies of all experts stay in memory beside the budget.")
+    ] = "wait",
     memory: Annotated[str | None, typer.Option(help="Of the machine, 16GiB; default: what is free here.")] = None,
     disk: Annotated[str | None, typer.Option(help="Its read rate, 2GB/s; default: measured here.")] = None,
     bandwidth: Annotated[str | None, typer.Option(help="Of its memory, 40GB/s; default: measured here.")] = None,
@@ -94,6 +97,7 @@ def plan(
         "dtype": dtype,
         "dense_dtype": dense_dtype,
         "expert_memory": expert_memory,
+        "on_miss": on_miss,
         "context": context,
         "prompt_tokens": prompt,
         "revision": revision,
@@ -245,6 +249,7 @@ def show(found: Plan) -> None:
         ),
         (f"KV cache at {found.context} tokens", format_bytes(found.kv_bytes)),
         ("the process itself", format_bytes(found.process_bytes)),
+        *([("4-bit copies of all experts", format_bytes(found.low_bit_bytes))] if found.low_bit_bytes else []),
         ("smallest expert memory", f"{format_bytes(found.smallest_budget)}, one expert"),
         ("expert memory", f"{format_bytes(found.expert_memory)}, {found.resident_share:.0%} of the experts"),
         ("memory taken, of", f"{format_bytes(found.memory_needed)}, {format_bytes(found.memory)}"),

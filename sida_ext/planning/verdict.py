@@ -16,6 +16,8 @@ from sida_ext.experts.budget import available_memory, format_bytes, parse_bytes,
 from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import (
     EXPERT_DTYPES,
+    LOW_BIT_DTYPES,
+    MISSES,
     Capacity,
     experts_bytes,
     kv_cache_bytes,
@@ -63,7 +65,8 @@ class Plan:
         moe_layers, experts, top_k: of the model; experts in each layer.
         experts_bytes: of all experts in ``dtype``; the store has this size. by_dtype: in every type.
         other_bytes: of everything else; kv_bytes: of the cache at ``context`` tokens.
-        process_bytes: of the process beside weights and cache.
+        process_bytes: of the process beside weights and cache; low_bit_bytes: with ``on_miss="low_bit"``, of the 4-bit
+            copies of all experts.
         smallest_budget: of expert memory; expert_memory: what is planned; resident_share: of the experts.
         memory: that the machine has for this process; memory_needed: of it, with ``expert_memory``.
         decode_tokens_per_s: None for a model that does not decode, or a type that this engine cannot compute.
@@ -90,6 +93,7 @@ class Plan:
     other_bytes: int
     kv_bytes: int
     process_bytes: int
+    low_bit_bytes: int
     context: int
     prompt_tokens: int
     smallest_budget: int
@@ -171,7 +175,9 @@ def _size(count: int) -> str:
     return str(count)
 
 
-def _command(name: str, facts: ModelFacts, dtype: str, budget: Capacity, dense_dtype: str | None, gpu: bool) -> str:
+def _command(
+    name: str, facts: ModelFacts, dtype: str, budget: Capacity, dense_dtype: str | None, gpu: bool, on_miss: str
+) -> str:
     memory = "100%" if budget.resident_share >= 1 else _size(budget.budget)
     if budget.budget < budget.smallest_budget + (budget.smallest_budget >> 5):
         memory = str(budget.budget)  # rounding down would take the last slot
@@ -183,6 +189,8 @@ def _command(name: str, facts: ModelFacts, dtype: str, budget: Capacity, dense_d
         words += ["--dense-dtype", dense_dtype]
     if gpu:
         words += ["--device", "cuda"]
+    if on_miss != "wait":
+        words += ["--on-miss", on_miss]
     return shlex.join(words)
 
 
@@ -199,6 +207,20 @@ def _verdict(name: str, facts: ModelFacts, dtype: str, found: Capacity, memory: 
         f"{name} runs: {found.resident_share:.0%} of its {dtype} experts stay in {format_bytes(found.budget)} of "
         f"memory, the others are read from disk when a token wants them"
     )
+
+
+def _low_bit_bytes(facts: ModelFacts, dtype: str, on_miss: str, gpu: str | None) -> int:
+    """Of the copies that ``on_miss`` keeps of all experts."""
+    if on_miss not in MISSES:
+        raise ValueError(f"on_miss is {on_miss!r}, expected one of {', '.join(MISSES)}")
+    if on_miss == "wait":
+        return 0
+    if dtype in LOW_BIT_DTYPES or gpu is not None:
+        raise ValueError(
+            f"on_miss is 'low_bit', expected 'wait' with dtype={dtype!r} and gpu={gpu!r}: copies stand in for experts "
+            "of more than 4 bits, on the CPU"
+        )
+    return experts_bytes(facts, LOW_BIT_DTYPES[0])
 
 
 def _notes(facts: ModelFacts, dtype: str, found: Capacity, rows: Sequence[DtypeRow], store_here: bool) -> list[str]:
@@ -250,6 +272,7 @@ def plan(
     dtype: str = "bfloat16",
     dense_dtype: str | None = None,
     expert_memory: str | int | None = None,
+    on_miss: str = "wait",
     context: int = 4096,
     prompt_tokens: int | None = None,
     recorded: dict[str, Recorded] | None = None,
@@ -269,6 +292,8 @@ def plan(
         dense_dtype: of every other large matrix: bfloat16, int8 or int4; None: as the checkpoint has it.
         expert_memory: a budget to plan with, as ``from_pretrained`` takes it: bytes, ``"2GiB"``, ``"25%"`` of the
             experts; None or ``"auto"``: as much as fits.
+        on_miss: as ``from_pretrained`` takes it: ``"low_bit"`` keeps a 4-bit copy of every expert in memory too. The
+            speeds are those of waiting.
         context: tokens in the cache; prompt_tokens: of a prompt, None: 512, or 32 for an encoder.
         recorded: routing of a real run for ``"decode"``, ``"prompt"`` or both; where there is none, two synthetic ones
             are the ends of the range (:mod:`sida_ext.planning.routing`).
@@ -300,7 +325,8 @@ def plan(
             f"dense_dtype is {dense_dtype!r}, expected None with gpu={gpu!r}: the kernels that compute from it are the "
             "CPU's"
         )
-    options: dict[str, Any] = {"kv": kv, "dense_dtype": dense_dtype}
+    copies = _low_bit_bytes(facts, dtype, on_miss, gpu)
+    options: dict[str, Any] = {"kv": kv + copies, "dense_dtype": dense_dtype}
     if process is not None:
         options["process"] = process
     found = room(facts, dtype, place, budget=asked, **options)
@@ -314,7 +340,8 @@ def plan(
         rates = _adjusted(rates, disk_rate, memory_rate)
     rows = []
     for name in EXPERT_DTYPES:
-        one = room(facts, name, place, **options)
+        # 4-bit experts need no copies.
+        one = room(facts, name, place, **options | ({"kv": kv} if name in LOW_BIT_DTYPES else {}))
         seconds = _pack_seconds(facts, name, disk_rate or (rates.store if rates else 0.0))
         share = one.resident_share if one.fits else 0.0
         rows.append(
@@ -352,7 +379,8 @@ def plan(
         experts_bytes=experts_bytes(facts, dtype),
         other_bytes=other_bytes(facts, dense_dtype),
         kv_bytes=kv,
-        process_bytes=found.needed - other_bytes(facts, dense_dtype) - kv,
+        process_bytes=found.needed - other_bytes(facts, dense_dtype) - kv - copies,
+        low_bit_bytes=copies,
         context=context,
         prompt_tokens=prompt,
         smallest_budget=found.smallest_budget,
@@ -371,7 +399,9 @@ def plan(
         by_dtype=tuple(rows),
         rates=dict(rates.said) if rates else {},
         notes=tuple(notes),
-        command=_command(headers.name, facts, dtype, found, dense_dtype, card is not None) if found.fits else "",
+        command=_command(headers.name, facts, dtype, found, dense_dtype, card is not None, on_miss)
+        if found.fits
+        else "",
     )
 
 

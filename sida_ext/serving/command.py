@@ -47,6 +47,12 @@ def serve(
     predictor: Annotated[str | None, typer.Option(help="Folder made by sida train, or an entry point.")] = None,
     routing: Annotated[str, typer.Option(help="router, predicted or confident.")] = "router",
     confidence: Annotated[float, typer.Option(min=0, help="With confident: where the prediction decides.")] = 0.9,
+    on_miss: Annotated[
+        str, typer.Option(help="wait, or low_bit: an expert that is not there is computed from a 4-bit copy.")
+    ] = "wait",
+    max_low_bit: Annotated[
+        float, typer.Option(min=0, max=1, help="With low_bit: share of the choices that copies serve at the most.")
+    ] = 0.05,
     rows: Annotated[int, typer.Option(min=1, help="Rows that run at once.")] = 16,
     queue: Annotated[int, typer.Option(min=1, help="Rows that wait at the most; then 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all running rows together.")] = 65_536,
@@ -90,6 +96,8 @@ def serve(
         "store": store,
         "routing": routing,
         "confidence": confidence,
+        "on_miss": on_miss,
+        "max_low_bit": max_low_bit,
         **({"dtype": dtype} if dtype is not None else {}),
     }
     if host not in ("127.0.0.1", "::1", "localhost") and not settings.keys:

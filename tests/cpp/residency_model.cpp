@@ -52,8 +52,16 @@ void ResidencyModel::retire(BatchId id) {
   batches.erase(found);
 }
 
-void ResidencyModel::demand(DemandId number, int32_t layer, const std::vector<int32_t>& experts, BatchId batch) {
-  Demand demand{layer, {}, {}};
+void ResidencyModel::demand(DemandId number, int32_t layer, const std::vector<int32_t>& experts, BatchId batch,
+                            const std::vector<int64_t>& choices) {
+  Demand demand{layer, {}, {}, {}};
+  int64_t sum = 0;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    sum += choices[i];
+    if (low_bit_ > 0) demand.choices[id(layer, experts[i])] = choices[i];
+  }
+  counters_[layer].choices += sum;
+  credit_ = std::min(credit_ + sum * low_bit_, low_bit_ * std::max<int64_t>(sum, 8192));
   ++counters_[layer].requested;
   layer_clock_.run(layer, static_cast<double>(experts.size()) / options.experts);
   for (const int32_t index : experts) {
@@ -117,6 +125,40 @@ void ResidencyModel::take(DemandId number, const Wave& wave) {
     demand.wanted.erase(at);
     demand.pinned.insert(expert);
   }
+}
+
+void ResidencyModel::set_low_bit(int64_t millionths) {
+  low_bit_ = millionths;
+  credit_ = 0;
+}
+
+void ResidencyModel::take_low_bit(DemandId number, const Wave& wave) {
+  Demand& demand = demands.at(number);
+  require(wave.low_bit && wave.slots.empty(), "a low-bit wave has slots");
+  std::vector<int32_t> expected;
+  // The cheapest that nobody reads, one after the other, then the cheapest of those under way.
+  for (const bool loading : {false, true}) {
+    std::set<int32_t> seen;
+    while (!demand.failed) {
+      int32_t cheapest = -1;
+      for (const int32_t expert : demand.wanted) {
+        if (seen.count(expert) > 0 || is_ready(expert) || history[expert].failed) continue;
+        if (demand.choices.count(expert) == 0 || (slot_of(expert) >= 0) != loading) continue;
+        if (cheapest < 0 || demand.choices.at(expert) < demand.choices.at(cheapest)) cheapest = expert;
+      }
+      if (cheapest < 0) break;
+      seen.insert(cheapest);
+      const int64_t price = demand.choices.at(cheapest) * 1'000'000;
+      if (price > credit_) continue;
+      credit_ -= price;
+      expected.push_back(cheapest % options.experts);
+      counters_[demand.layer].low_bit_choices += demand.choices.at(cheapest);
+      if (!loading && std::count(owed_.begin(), owed_.end(), cheapest) == 0) owed_.push_back(cheapest);
+    }
+  }
+  require(wave.experts == expected, "low-bit copies serve ", wave.experts.size(), " experts, expected ",
+          expected.size());
+  for (const int32_t index : expected) std::erase(demand.wanted, id(demand.layer, index));
 }
 
 void ResidencyModel::release(DemandId number, const Wave& wave) {
@@ -342,6 +384,9 @@ std::optional<ResidencyModel::Choice> ResidencyModel::choose() const {
     }
   }
   Time use_of_prefetch{};
+  for (const int32_t expert : owed_) {
+    if (choice.expert < 0 && !wanted(expert)) choice.expert = expert;
+  }
   if (choice.expert < 0) {
     std::optional<Use> best;
     for (int32_t expert = 0; expert < static_cast<int32_t>(slots.size()); ++expert) {
@@ -397,8 +442,9 @@ void ResidencyModel::command(const Command& command) {
             target.expert, " that is used no later");
   }
   require(count(Content::loading) < options.lanes, "more than ", options.lanes, " copies are under way");
-  require(command.prefetch ? next_use(expert).has_value() : wanted(expert), "nobody asked for a copy of expert ",
-          expert);
+  const bool owed = std::count(owed_.begin(), owed_.end(), expert) > 0;
+  require(command.prefetch ? next_use(expert).has_value() : wanted(expert) || owed,
+          "nobody asked for a copy of expert ", expert);
   // And what this very policy must do.
   const auto choice = choose();
   require(choice.has_value(), "a copy of expert ", expert, " starts that should not");
@@ -407,6 +453,7 @@ void ResidencyModel::command(const Command& command) {
           " starts, expected ", choice->expert, " into ", choice->slot, " prefetch ", choice->prefetch);
   if (choice->victim >= 0) evict(choice->victim, Content::warm);
   slots[command.slot] = {Content::loading, expert};
+  std::erase(owed_, expert);
   history[expert].prefetched = command.prefetch;
 }
 

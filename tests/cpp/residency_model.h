@@ -24,15 +24,18 @@ class ResidencyModel {
 
   void announce(BatchId id, const AnnouncedBatch& batch);
   void retire(BatchId id);
-  void demand(DemandId id, int32_t layer, const std::vector<int32_t>& experts, BatchId batch);
+  void demand(DemandId id, int32_t layer, const std::vector<int32_t>& experts, BatchId batch,
+              const std::vector<int64_t>& choices);
   void set_waiting(DemandId id, bool waiting) { demands.at(id).waiting = waiting; }
   void take(DemandId id, const Wave& wave);
+  void take_low_bit(DemandId id, const Wave& wave);
   void release(DemandId id, const Wave& wave);
   void finish(DemandId id) { demands.erase(id); }
   void copy_done(int32_t slot);
   void copy_failed(int32_t slot);
   void given_back(int32_t slot, int32_t count);
   void set_budget(int64_t slots) { budget = slots; }
+  void set_low_bit(int64_t millionths);
 
   void begin_commands();                 // before the commands that follow an event
   void command(const Command& command);  // each of them
@@ -48,6 +51,7 @@ class ResidencyModel {
     int32_t layer;
     std::vector<int32_t> wanted;
     std::multiset<int32_t> pinned;
+    std::map<int32_t, int64_t> choices;
     bool waiting = false, failed = false;
   };
   struct Batch {
@@ -99,6 +103,8 @@ class ResidencyModel {
   };
   std::optional<Choice> choose() const;
 
+  int64_t low_bit_ = 0, credit_ = 0;  // millionths
+  std::vector<int32_t> owed_;         // experts that low-bit copies served and that no copy was started for since
   int64_t clock_ = 0;
   LayerClock layer_clock_;
   int64_t committed_before_ = 0;

@@ -19,6 +19,7 @@ constexpr std::pair<Kind, const char*> kind_names[] = {
     {Kind::wait, "wait"},
     {Kind::stop_waiting, "stop_waiting"},
     {Kind::take, "take"},
+    {Kind::take_low_bit, "take_low_bit"},
     {Kind::release, "release"},
     {Kind::finish, "finish"},
     {Kind::copy_done, "copy_done"},
@@ -57,7 +58,10 @@ std::vector<int32_t> draw_experts(Dice& dice, int32_t experts) {
 
 class Run {
  public:
-  explicit Run(const Scenario& scenario) : options_(scenario.options), real_(options_), model_(options_) { pump(); }
+  explicit Run(const Scenario& scenario) : options_(scenario.options), real_(options_), model_(options_) {
+    set_low_bit(scenario.low_bit_millionths);
+    pump();
+  }
 
   void step(const Step& step) {
     switch (step.kind) {
@@ -78,6 +82,9 @@ class Run {
         break;
       case Kind::take:
         take(step);
+        break;
+      case Kind::take_low_bit:
+        take_low_bit(step);
         break;
       case Kind::release:
         release(step);
@@ -187,8 +194,12 @@ class Run {
     }
     if (experts.empty()) experts = draw_experts(dice, options_.experts);  // it was wrong, or there was none
     if (dice.one_in(30)) experts.clear();
-    const DemandId number = real_.demand(layer, experts, batch);
-    model_.demand(number, layer, experts, batch);
+    std::vector<int64_t> choices;
+    if (!dice.one_in(5)) {
+      for (size_t i = 0; i < experts.size(); ++i) choices.push_back(1 + dice.below(dice.one_in(8) ? 9000 : 4));
+    }
+    const DemandId number = real_.demand(layer, experts, batch, choices);
+    model_.demand(number, layer, experts, batch, choices);
     demands_[number];
     if (!dice.one_in(4)) set_waiting(number, true);
   }
@@ -222,6 +233,19 @@ class Run {
       take_wave(*number);
       if (step.b % 2 == 0) set_waiting(*number, false);
     }
+  }
+
+  void take_low_bit(const Step& step) {
+    if (step.b % 64 == 0) return set_low_bit(step.a % 3 == 0 ? 0 : step.a % 1'000'001);
+    const auto number = pick(step.a);
+    if (!number) return;
+    model_.take_low_bit(*number, real_.take_low_bit(*number));
+    if (real_.exhausted(*number) != model_.demands.at(*number).wanted.empty()) throw Violation("exhausted() is wrong");
+  }
+
+  void set_low_bit(int64_t millionths) {
+    real_.set_low_bit(millionths);
+    model_.set_low_bit(millionths);
   }
 
   void release_wave(DemandId number, const Wave& wave) {
@@ -292,7 +316,7 @@ class Run {
 
   void wrong_call(const Step& step) {
     const std::vector<int32_t> twice{0, 0}, beyond{options_.experts};
-    switch (step.a % 8) {
+    switch (step.a % 11) {
       case 0:
         must_throw("demand of a layer beyond the last", [&] { (void)real_.demand(options_.layers, {}, 0); });
         break;
@@ -310,6 +334,17 @@ class Run {
         break;
       case 5:
         must_throw("announcing an expert beyond the last", [&] { real_.announce({{{0, beyond}}}); });
+        break;
+      case 7:
+        must_throw("choices that are not as many as experts",
+                   [&] { (void)real_.demand(0, std::vector<int32_t>{0}, 0, std::vector<int64_t>{1, 1}); });
+        break;
+      case 8:
+        must_throw("an expert that nobody chose",
+                   [&] { (void)real_.demand(0, std::vector<int32_t>{0}, 0, std::vector<int64_t>{0}); });
+        break;
+      case 9:
+        must_throw("a share above 1", [&] { real_.set_low_bit(1'000'001); });
         break;
       case 6:
         if (const auto number = pick(step.b); number && demands_[*number].empty()) {
@@ -354,7 +389,7 @@ class Run {
 
 Scenario make_scenario(uint64_t seed) {
   Dice dice(seed * 0x9E3779B97F4A7C15u + 1);
-  Scenario scenario{seed, {}, {}};
+  Scenario scenario{seed, {}, 0, {}};
   ResidencyOptions& options = scenario.options;
   options.layers = static_cast<int32_t>(1 + dice.below(4));
   options.experts = static_cast<int32_t>(1 + dice.below(8));
@@ -367,6 +402,7 @@ Scenario make_scenario(uint64_t seed) {
   // Each scenario has habits of its own: few or many faults, a fast or a slow disk, a steady or a moving budget.
   const uint32_t faults = dice.one_in(2) ? 0 : 1 + dice.below(10), disk = 5 + dice.below(60);
   const uint32_t budgets = dice.one_in(2) ? 0 : 1 + dice.below(8), stops = dice.below(6);
+  if (dice.one_in(2)) scenario.low_bit_millionths = 1 + dice.below(1'000'000);
   const std::pair<Kind, uint32_t> weights[] = {
       {Kind::announce, dice.one_in(4) ? 0 : 8},
       {Kind::retire, 7},
@@ -381,6 +417,7 @@ Scenario make_scenario(uint64_t seed) {
       {Kind::given_back, 6},
       {Kind::set_budget, budgets},
       {Kind::wrong_call, 1},
+      {Kind::take_low_bit, scenario.low_bit_millionths == 0 ? 0 : 3 + dice.below(20)},
   };
   uint32_t total = 0;
   for (const auto& [kind, weight] : weights) total += weight;
@@ -437,7 +474,8 @@ std::string describe(const Scenario& scenario) {
   std::ostringstream text;
   text << "seed " << scenario.seed << ": layers " << options.layers << " experts " << options.experts << " slots "
        << options.slots << " lanes " << options.lanes << " eviction " << static_cast<int>(options.eviction)
-       << " prefetch_layers " << options.prefetch_layers << " populated " << options.populated << "\n";
+       << " prefetch_layers " << options.prefetch_layers << " populated " << options.populated << " low_bit "
+       << scenario.low_bit_millionths << "\n";
   for (const Step& step : scenario.steps) {
     for (const auto& [kind, name] : kind_names) {
       if (kind == step.kind) text << "  " << name << " " << step.a << " " << step.b << "\n";

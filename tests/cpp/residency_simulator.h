@@ -21,6 +21,7 @@ struct Step {
     wait,
     stop_waiting,
     take,
+    take_low_bit,
     release,
     finish,
     copy_done,
@@ -36,6 +37,7 @@ struct Step {
 struct Scenario {
   uint64_t seed;
   ResidencyOptions options;
+  int64_t low_bit_millionths = 0;
   std::vector<Step> steps;
 };
 

@@ -2,6 +2,7 @@
 // call of the kernels with every expert in memory; whatever ends it, nothing stays pinned.
 #include "serving/cpu_serving.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -85,7 +87,7 @@ struct Tokens {
     args.gate = gate.data();
     args.activation = activation;
     args.out = out.data();
-    args.partials = partials.data();
+    args.partials = top_k > 1 ? partials.data() : nullptr;
     return args;
   }
 };
@@ -143,7 +145,7 @@ std::vector<float> at_once(const ExpertFormat& format, int32_t layer, Tokens tok
   args.wi = matrix(format.wi_offset(), format.wi_scale_offset(), format.wi_bias_offset(), format.d_model);
   args.wo = matrix(format.wo_offset(), format.wo_scale_offset(), format.wo_bias_offset(), format.d_ff);
   cpu::moe_ffn(args, serial());
-  cpu::moe_ffn_combine(args, serial());
+  if (args.top_k > 1) cpu::moe_ffn_combine(args, serial());
   return tokens.out;
 }
 
@@ -204,6 +206,107 @@ SIDA_TEST(waits_and_waves_are_named_for_a_profiler) {
   const auto wanted = static_cast<int>(distinct_experts(tokens.expert_index, experts).size());
   CHECK_EQ(seen["sida::moe_ffn"], wanted);  // one slot: a wave each
   CHECK_EQ(seen["sida::demand"], wanted + 1);
+}
+
+// Weights that are read when somebody opens them, but for those of one expert.
+class ShutWeights final : public RecordSource {
+ public:
+  ShutWeights(const ExpertFormat& format, int64_t open) : weights_(format), open_(open) {}
+  void read(int64_t record, void* into) override {
+    while (record != open_ && shut_ && !interrupted_) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (interrupted_) fail(ErrorKind::closed, "interrupted while shut");
+    weights_.read(record, into);
+  }
+  void interrupt() override { interrupted_ = true; }
+  void open() { shut_ = false; }
+
+ private:
+  Weights weights_;
+  const int64_t open_;
+  std::atomic<bool> shut_{true}, interrupted_{false};
+};
+
+// Tokens whose choices of one expert, or of all others, are left out.
+Tokens only(Tokens tokens, bool of_it, int32_t expert) {
+  for (int32_t& chosen : tokens.expert_index) {
+    if ((chosen == expert) != of_it) chosen = -1;
+  }
+  return tokens;
+}
+
+std::vector<float> sum(std::vector<float> a, const std::vector<float>& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
+// A layer of which one expert is there and the others are not: those are computed from their copies, of another type,
+// and read meanwhile; the next time all are exact. With one choice a token and with two.
+SIDA_TEST(copies_serve_what_is_not_there_and_the_rest_is_exact) {
+  const ExpertFormat exact{64, 40, DType::f32, true}, low{64, 40, DType::i8, true};
+  constexpr int32_t there = 3;
+  const StoreFile file(layers, experts, exact), copies_file(layers, experts, low);
+  for (const int64_t top_k : {1, 2}) {
+    auto weights = std::make_shared<ShutWeights>(exact, there);
+    EngineOptions options{};
+    options.slots = experts;
+    options.lanes = 1;
+    TransferEngine engine(file.open(), std::make_shared<HostDevice>(weights, layers * experts, exact.record_bytes()),
+                          options);
+    options.slots = layers * experts;
+    TransferEngine copies(
+        copies_file.open(),
+        std::make_shared<HostDevice>(std::make_shared<Weights>(low), layers * experts, low.record_bytes()), options);
+    copies.load_all();
+    Tokens tokens(64, 5);
+    if (top_k == 1) {
+      tokens.top_k = 1;
+      tokens.expert_index.resize(static_cast<size_t>(tokens.count));
+      tokens.expert_index[0] = there;
+    }
+    const auto forward_of = [&](Tokens& given) {
+      cpu::LayerForward forward{};
+      forward.args = given.args(64, Activation::silu);
+      forward.threads = serial();
+      forward.low_bit = &copies;
+      return forward;
+    };
+    Tokens first = only(tokens, true, there);
+    cpu::forward(engine, forward_of(first));
+    CHECK_EQ(total(engine.stats()).low_bit_choices, 0);
+    engine.set_max_low_bit(1);
+    Tokens mixed = tokens;
+    cpu::forward(engine, forward_of(mixed));
+    const auto low_choices =
+        static_cast<int64_t>(std::count_if(tokens.expert_index.begin(), tokens.expert_index.end(),
+                                           [](int32_t expert) { return expert >= 0 && expert != there; }));
+    CHECK_EQ(total(engine.stats()).low_bit_choices, low_choices);
+    const std::vector<float> expected = sum(at_once(exact, 0, only(tokens, true, there), Activation::silu),
+                                            at_once(low, 0, only(tokens, false, there), Activation::silu));
+    CHECK(same_bits(mixed.out, expected));
+    CHECK_EQ(total(copies.stats()).hits,
+             static_cast<int64_t>(distinct_experts(tokens.expert_index, experts).size()) - 1);
+    weights->open();
+    const auto wanted = static_cast<int64_t>(distinct_experts(tokens.expert_index, experts).size());
+    CHECK(eventually([&] { return total(engine.stats()).loads == wanted; }));
+    Tokens later = tokens;
+    cpu::forward(engine, forward_of(later));
+    CHECK(same_bits(later.out, at_once(exact, 0, tokens, Activation::silu)));
+    CHECK_EQ(total(engine.stats()).low_bit_choices, low_choices);
+    CHECK(!same_bits(later.out, mixed.out));
+  }
+}
+
+// Copies are never there by chance: an engine that may hand them out without any is told.
+SIDA_TEST(without_copies_nothing_is_served_in_their_place) {
+  const StoreFile file(layers, experts);
+  const auto engine = engine_over(file, 1);
+  engine->set_max_low_bit(1);
+  engine->set_settled(true);
+  const Tokens tokens(32);
+  CHECK_THROWS(served(*engine, 0, tokens, Activation::relu), Error, "and there are none");
+  engine->set_max_low_bit(0);
+  CHECK(same_bits(served(*engine, 0, tokens, Activation::relu),
+                  at_once(file.layout().format, 0, tokens, Activation::relu)));
 }
 
 // An interrupted wait, and a kernel's error, leave no demand and no pin behind: a single slot serves the next layer.

@@ -32,6 +32,9 @@ int main() {
       {"an evicted slot stays in the index",
        "does not hold: state.state == State::absent && expert_in_slot_[slot] < 0"},
       {"experts that others compute from are handed over twice", "invariant is broken: expert"},
+      {"low-bit copies cost nothing", "millionths of one are left"},
+      {"what a low-bit copy served is fetched twice", "invariant is broken: expert"},
+      {"what a low-bit copy served is still waited for", "invariant is broken: expert"},
   };
   int passed = 0, failed = 0;
   for (mutation = 0; mutation <= mutations; ++mutation) {

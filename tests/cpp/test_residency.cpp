@@ -44,8 +44,8 @@ struct Driver {
       pump();
     }
   }
-  DemandId demand(int32_t layer, std::vector<int32_t> experts, BatchId batch = 0) {
-    const DemandId id = residency.demand(layer, experts, batch);
+  DemandId demand(int32_t layer, std::vector<int32_t> experts, BatchId batch = 0, std::vector<int64_t> choices = {}) {
+    const DemandId id = residency.demand(layer, experts, batch, choices);
     residency.set_waiting(id, true);
     return id;
   }
@@ -220,6 +220,90 @@ SIDA_TEST(counters_tell_hits_late_and_misses) {
   CHECK_EQ(count.late, 1);
   CHECK_EQ(count.misses, 1);
   CHECK_EQ(count.useful_prefetches, 2);
+}
+
+SIDA_TEST(low_bit_copies_serve_the_cheapest_that_nobody_reads_and_their_records_are_still_fetched) {
+  Driver driver(12, 1);
+  driver.residency.set_low_bit(500'000);
+  const DemandId id = driver.demand(0, {0, 1, 2, 3}, 0, {2, 3, 1, 6});
+  CHECK_EQ(driver.started(), "0.0");
+  const Wave late = driver.residency.take_low_bit(id);  // six of twelve: not expert 3, which wants all six
+  CHECK(late.low_bit && late.slots.empty());
+  CHECK(late.experts == (std::vector<int32_t>{2, 1, 0}));
+  CHECK(driver.residency.missing(id) == (std::vector<int32_t>{3}));
+  CHECK(driver.residency.take_low_bit(id).experts.empty());
+  CHECK_EQ(driver.residency.counters()[0].choices, 12);
+  CHECK_EQ(driver.residency.counters()[0].low_bit_choices, 6);
+  driver.finish_copies();  // what is waited for first, then what was served meanwhile, in that order
+  CHECK_EQ(driver.residency.take_ready(id).experts.size(), 1u);
+  driver.residency.finish(id);
+  CHECK_EQ(driver.residency.counters()[0].loads, 4);
+  driver.demand(0, {0, 1, 2, 3});
+  CHECK_EQ(driver.residency.counters()[0].hits, 4);
+}
+
+SIDA_TEST(what_low_bit_copies_served_is_fetched_after_demands_and_before_prefetches) {
+  Driver driver(12, 1);
+  driver.residency.set_low_bit(1'000'000);
+  driver.residency.announce({{{2, {0}}}});
+  CHECK_EQ(driver.started(), "2.0p");
+  driver.residency.announce({{{2, {1}}}});
+  const DemandId first = driver.demand(0, {0, 1}, 0, {1, 1});
+  CHECK_EQ(driver.residency.take_low_bit(first).experts.size(), 2u);
+  const DemandId second = driver.demand(1, {3});
+  driver.finish_copies();
+  CHECK_EQ(driver.residency.take_ready(second).experts.size(), 1u);
+  CHECK_EQ(driver.residency.counters()[0].loads, 2);
+  Driver order(12, 1);
+  order.residency.set_low_bit(1'000'000);
+  const DemandId late = order.demand(0, {0, 1}, 0, {1, 1});
+  CHECK_EQ(order.residency.take_low_bit(late).experts.size(), 2u);
+  order.demand(1, {3});
+  order.residency.announce({{{2, {1}}}});
+  std::string all = order.started();
+  for (int i = 0; i < 3; ++i) {
+    order.residency.copy_done(order.copies.back().slot);
+    all += " " + order.started();
+  }
+  CHECK_EQ(all, "1.3 0.0 0.1 2.1p");
+}
+
+SIDA_TEST(without_choices_or_a_share_nothing_is_served_by_low_bit_copies) {
+  Driver driver(12, 1);
+  CHECK(driver.residency.take_low_bit(driver.demand(0, {0, 1}, 0, {1, 1})).experts.empty());
+  driver.residency.set_low_bit(1'000'000);
+  CHECK(driver.residency.take_low_bit(driver.demand(0, {0, 1})).experts.empty());
+  CHECK_THROWS(driver.residency.set_low_bit(-1), Error, "-1 millionths, expected 0 to 1000000");
+  CHECK_THROWS(driver.residency.demand(0, std::vector<int32_t>{0}, 0, std::vector<int64_t>{0}), Error, "0 choices");
+}
+
+SIDA_TEST(an_expert_whose_read_failed_is_waited_for) {
+  Driver driver(12, 1);
+  driver.residency.set_low_bit(1'000'000);
+  const DemandId first = driver.demand(0, {0}, 0, {1});
+  CHECK_EQ(driver.started(), "0.0");
+  CHECK_EQ(driver.residency.take_low_bit(first).experts.size(), 1u);
+  driver.residency.copy_failed(driver.copies[0].slot, {ErrorKind::io, "gone"});
+  const DemandId second = driver.demand(0, {0}, 0, {1});
+  CHECK(driver.residency.take_low_bit(second).experts.empty());
+  driver.pump();
+  driver.residency.copy_failed(driver.copies[1].slot, {ErrorKind::io, "gone"});
+  CHECK(driver.residency.failure(second) != nullptr);
+}
+
+// A twentieth of the choices, of at most 8192 of them saved up: 409 choices after any number of hits.
+SIDA_TEST(hits_save_up_for_a_bounded_number_of_misses) {
+  Driver driver(12, 1);
+  driver.residency.set_low_bit(50'000);
+  driver.serve(0, {0});
+  for (int i = 0; i < 100; ++i) {
+    const DemandId hit = driver.demand(0, {0}, 0, {1000});
+    CHECK_EQ(driver.residency.take_ready(hit).experts.size(), 1u);
+    driver.residency.finish(hit);
+  }
+  const DemandId miss = driver.demand(1, {0, 1, 2}, 0, {200, 209, 1});
+  CHECK(driver.residency.take_low_bit(miss).experts == (std::vector<int32_t>{2, 0}));
+  CHECK_EQ(driver.residency.counters()[1].low_bit_choices, 201);
 }
 
 SIDA_TEST(neighbouring_slots_are_given_back_together) {

@@ -366,6 +366,76 @@ SIDA_TEST(two_tiers_run_on_the_same_engine) {
   pool->close();
 }
 
+SIDA_TEST(a_layer_that_would_wait_is_served_by_low_bit_copies) {
+  const StoreFile file;
+  GatedEngine gated(file, options(24, 1));
+  TransferEngine& engine = gated.engine;
+  engine.set_max_low_bit(0.5);
+  gated.gate->let(1);
+  serve(engine, file, 0, {0});
+  const std::vector<int32_t> experts{0, 1, 2, 3};
+  const std::vector<int64_t> choices{10, 1, 9, 5};
+  const DemandId demand = engine.demand(0, experts, 0, choices);
+  const Wave first = engine.next_wave(demand);
+  CHECK(!first.low_bit && first.experts == (std::vector<int32_t>{0}));
+  engine.release(demand, first);
+  const Wave late = engine.next_wave(demand);  // 12 of 25: not expert 2, and 1 is being read
+  CHECK(late.low_bit && late.slots.empty() && late.experts == (std::vector<int32_t>{3, 1}));
+  gated.gate->open();
+  const Wave last = engine.next_wave(demand);
+  CHECK(!last.low_bit && last.experts == (std::vector<int32_t>{2}));
+  CHECK(engine.next_wave(demand).experts.empty());
+  engine.finish(demand);
+  CHECK(eventually([&] { return total(engine.stats()).loads == 4; }));  // what copies served is read all the same
+  CHECK_EQ(total(engine.stats()).choices, 25);
+  CHECK_EQ(total(engine.stats()).low_bit_choices, 6);
+  CHECK_EQ(serve(engine, file, 0, experts), 1);
+  CHECK_THROWS(engine.set_max_low_bit(1.5), Error, "max_low_bit is 1.5, expected a share of 0 to 1");
+  CHECK_THROWS(engine.set_max_low_bit(-0.5), Error, "max_low_bit is -0.5");
+}
+
+// Whatever the reads take: what is not there when a layer begins is late, and is there for the next layer.
+SIDA_TEST(a_settled_engine_decides_by_the_demands_alone) {
+  std::string expected;
+  for (const int64_t delay_us : {0, 300, 3000}) {
+    const StoreFile file;
+    EngineOptions slow = options(3, 1);
+    slow.faults = {.seed = 1, .delay_us_max = delay_us, .delay_us_min = delay_us / 2};
+    TransferEngine engine(file.open(), slow);
+    engine.set_settled(true);
+    engine.set_max_low_bit(0.4);
+    std::string order;
+    std::mt19937 random(5);
+    for (int step = 0; step < 60; ++step) {
+      const auto layer = static_cast<int32_t>(random() % 3), expert = static_cast<int32_t>(random() % 4);
+      const std::vector<int32_t> experts{expert, expert + 1};
+      const DemandId demand = engine.demand(layer, experts, 0, std::vector<int64_t>{1, 2});
+      while (true) {
+        const Wave wave = engine.next_wave(demand);
+        if (wave.experts.empty()) break;
+        // The two arrive one by one or together, with time; which of them are late does not change.
+        if (wave.low_bit) order += std::to_string(step) + ":" + std::to_string(wave.experts.size()) + " ";
+        if (!wave.low_bit) engine.release(demand, wave);
+      }
+      engine.finish(demand);
+    }
+    if (expected.empty()) expected = order;
+    CHECK(!order.empty() && order == expected);
+    CHECK(total(engine.stats()).low_bit_choices <= total(engine.stats()).choices * 4 / 10);
+  }
+}
+
+SIDA_TEST(all_experts_are_loaded_where_all_have_a_slot) {
+  const StoreFile file;
+  TransferEngine engine(file.open(), options(24));
+  engine.load_all();
+  CHECK_EQ(total(engine.stats()).loads, 24);
+  for (int32_t layer = 0; layer < 3; ++layer) CHECK_EQ(serve(engine, file, layer, range(0, 8)), 1);
+  CHECK_EQ(total(engine.stats()).hits, 24);
+  TransferEngine small(file.open(), options(23));
+  CHECK_THROWS(small.load_all(), Error, "23 slots, expected one for each of the 24 experts");
+}
+
 SIDA_TEST(stalls_are_counted_by_layer) {
   const StoreFile file;
   GatedEngine gated(file, options(24, 1));

@@ -100,12 +100,8 @@ sida_mutation(epilogue_no_column_guard ${epilogue} [=[max(0, min(8, columns - co
 # The gate is looked up by sorted position instead of by row.
 sida_mutation(epilogue_gate_by_position ${epilogue} [=[p.gate[row]]=] [=[p.gate[MUTANT ? position : row]]=])
 # int8 scales are looked up within the tile instead of within the matrix.
-sida_mutation(epilogue_scale_of_tile ${epilogue}
-  [=[scaled_sums(own, p.wi, work.tokens.slot, unit.column,]=]
-  [=[scaled_sums(own, p.wi, work.tokens.slot, MUTANT ? unit.tile_row : unit.column,]=])
-sida_mutation(epilogue_scale_of_tile ${epilogue}
-  [=[scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column,]=]
-  [=[scaled_sums(own + 16, p.wi, work.tokens.slot, MUTANT ? unit.tile_row + 16 : p.d_ff + unit.column,]=])
+sida_mutation(epilogue_scale_of_tile ${epilogue} [=[w.scale_slot_stride + matrix_row];]=]
+  [=[w.scale_slot_stride + (MUTANT ? matrix_row % 64 : matrix_row)];]=])
 sida_mutation(epilogue_scale_of_tile ${epilogue}
   [=[unit.tile_row, p.wo, work.tokens.slot, unit.column,]=]
   [=[unit.tile_row, p.wo, work.tokens.slot, MUTANT ? unit.tile_row : unit.column,]=])
@@ -114,8 +110,8 @@ sida_mutation(epilogue_bias_of_every_slice ${epilogue} [=[if (p.splits == 1) {]=
   [=[if (MUTANT && p.splits > 1) add_bias(p.wo, work.tokens.slot, unit.column, unit.count, value);
     if (p.splits == 1) {]=])
 # The up rows get the gate rows' biases.
-sida_mutation(epilogue_bias_of_gate ${epilogue} [=[add_bias(p.wi, work.tokens.slot, p.d_ff + unit.column,]=]
-  [=[add_bias(p.wi, work.tokens.slot, (MUTANT ? 0 : p.d_ff) + unit.column,]=])
+sida_mutation(epilogue_bias_of_gate ${epilogue} [=[p.wi, work.tokens.slot, p.d_ff + unit.column + j)]=]
+  [=[p.wi, work.tokens.slot, (MUTANT ? 0 : p.d_ff) + unit.column + j)]=])
 # 16-byte stores begin one element late.
 sida_mutation(epilogue_misaligned_store ${epilogue} [=[* p.hidden_row_stride + unit.column, hidden_dtype]=]
   [=[* p.hidden_row_stride + unit.column + (MUTANT ? 1 : 0), hidden_dtype]=])

@@ -153,6 +153,21 @@ def test_the_command_is_one(tiny, tmp_path, dense_dtype):
     group.commands[words[1]].make_context(words[1], words[2:])
 
 
+def test_low_bit_copies_take_their_bytes(tiny):
+    waits, copies = (plan(tiny, memory="1GiB", dtype="float32", on_miss=way) for way in ("wait", "low_bit"))
+    assert waits.low_bit_bytes == 0
+    assert copies.low_bit_bytes == plan(tiny, memory="1GiB", dtype="int4").experts_bytes == 8 * 4096
+    assert copies.memory_needed == waits.memory_needed + copies.low_bit_bytes
+    assert (copies.process_bytes, copies.kv_bytes) == (waits.process_bytes, waits.kv_bytes)
+    assert "--on-miss low_bit" in copies.command
+    assert "--on-miss" not in waits.command
+    words = copies.command.split()
+    typer.main.get_command(app).commands[words[1]].make_context(words[1], words[2:])
+    tight = waits.memory_needed + copies.low_bit_bytes - waits.expert_memory + waits.smallest_budget - 1
+    assert plan(tiny, memory=tight, dtype="float32").fits
+    assert not plan(tiny, memory=tight, dtype="float32", on_miss="low_bit").fits
+
+
 def test_what_does_not_fit_is_said_with_the_number_that_would_do(tiny):
     found = plan(tiny, memory="100MiB")
     assert not found.fits
@@ -214,6 +229,9 @@ def test_rates_are_parsed():
         ({"memory": "much"}, "memory is 'much'"),
         ({"context": -1}, "context is -1"),
         ({"prompt_tokens": 0}, "prompt_tokens is 0"),
+        ({"on_miss": "drop"}, "on_miss is 'drop', expected one of wait, low_bit"),
+        ({"on_miss": "low_bit", "dtype": "int4"}, "on_miss is 'low_bit', expected 'wait' with dtype='int4'"),
+        ({"on_miss": "low_bit", "gpu": "8GiB"}, "and gpu='8GiB'"),
         ({"expert_memory": 5}, "smallest that works is one expert, 4096 bytes"),
         ({"gpu": "none"}, "gpu is 'none'"),
     ],

@@ -61,17 +61,17 @@ __device__ inline float activate(float value, Activation activation) {
       return value < -20.0f ? expf(0.5f * value) : sqrtf(softplus(value));
     case Activation::linear:
       return value;
-    case Activation::swiglu_oai:
-      break;  // of two values: gated_activation
+    case Activation::swiglu_oai: {
+      const float low = value > 7.0f ? 7.0f : value;
+      return low * sigmoid(1.702f * low);
+    }
   }
   return value;
 }
 
-// A hidden value of a gated layer: the gate's sum and the other half's.
-__device__ inline float gated_activation(float gate, float up, Activation activation) {
-  if (activation != Activation::swiglu_oai) return activate(gate, activation) * up;
-  const float clamped = gate > 7.0f ? 7.0f : gate;
-  return (clamp(up, -7.0f, 7.0f) + 1.0f) * (clamped * sigmoid(1.702f * clamped));
+// What a gated layer multiplies the activation with.
+__device__ inline float other_half(float up, Activation activation) {
+  return activation == Activation::swiglu_oai ? clamp(up, -7.0f, 7.0f) + 1.0f : up;
 }
 
 }  // namespace sida::cuda

@@ -48,31 +48,38 @@ __device__ inline void add_bias(const ExpertMatrix& w, int slot, int matrix_row,
   }
 }
 
+// A finished sum: times its row's scale, plus its row's bias.
+__device__ inline float finished(float sum, const ExpertMatrix& w, int slot, int matrix_row) {
+  if (w.scale != nullptr) sum *= w.scale[slot * w.scale_slot_stride + matrix_row];
+  if (w.bias != nullptr) sum += w.bias[slot * w.bias_slot_stride + matrix_row];
+  return sum;
+}
+
 template <int block_w, int block_t, int row_floats>
-__device__ inline void store_hidden(const LayerParams& p, const Work& work, const float* sums, DType hidden_dtype) {
+__device__ inline void store_hidden(const LayerParams& p, const Work& work, float* sums, DType hidden_dtype) {
   const int units = block_t * columns_of_tile<block_w, Phase::hidden>(p.gated) / 8;
   for (int i = static_cast<int>(threadIdx.x); i < units; i += static_cast<int>(blockDim.x)) {
     const Unit unit = locate_unit<block_w, Phase::hidden>(p, work, i);
     if (unit.token >= work.tokens.count || unit.column >= p.hidden_row_stride) continue;
-    const float* own = sums + unit.token * row_floats + unit.tile_row;
-    float value[8];
-    scaled_sums(own, p.wi, work.tokens.slot, unit.column, unit.count, value);
-    add_bias(p.wi, work.tokens.slot, unit.column, unit.count, value);
-    if (p.gated) {
-      float up[8];
-      scaled_sums(own + 16, p.wi, work.tokens.slot, p.d_ff + unit.column, unit.count, up);
-      add_bias(p.wi, work.tokens.slot, p.d_ff + unit.column, unit.count, up);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] = gated_activation(value[j], up[j], p.activation);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) value[j] = activate(value[j], p.activation);
-    }
-    // Rows are padded to whole units, and the padding is zero: the second phase may read whole units too.
-#pragma unroll
+    float* own = sums + unit.token * row_floats + unit.tile_row;
+    // One after the other, in their place in shared memory: the activations are long, and eight copies of them take the
+    // compiler longer than the rest of the kernel. Rows are padded to whole units, and the padding is zero: the second
+    // phase may read whole units too.
+#pragma unroll 1
     for (int j = 0; j < 8; ++j) {
-      if (j >= unit.count) value[j] = 0.0f;
+      float value = 0.0f;
+      if (j < unit.count) {
+        value = activate(finished(own[j], p.wi, work.tokens.slot, unit.column + j), p.activation);
+        if (p.gated) {
+          const float up = finished(own[16 + j], p.wi, work.tokens.slot, p.d_ff + unit.column + j);
+          value *= other_half(up, p.activation);
+        }
+      }
+      own[j] = value;
     }
+    float value[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) value[j] = own[j];
     store_eight(p.hidden, (work.tokens.first + unit.token) * p.hidden_row_stride + unit.column, hidden_dtype, 8, true,
                 value);
   }

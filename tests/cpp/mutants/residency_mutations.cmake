@@ -71,5 +71,26 @@ sida_mutation("a useless prefetch is not counted" experts/residency.cpp
               [=[if (state.prefetched) ++count(expert).wasted_prefetches;]=] [=[]=])
 sida_mutation("experts that others compute from are handed over twice" experts/residency.cpp
               [=[demand.wanted.erase(taken, demand.wanted.end());]=] [=[]=])
+sida_mutation("low-bit copies cost nothing" experts/residency.cpp
+              [=[low_bit_credit_ -= price;]=] [=[]=])
+sida_mutation("unused credit for low-bit copies is kept for ever" experts/residency.cpp
+              [=[std::max(sum, low_bit_window)]=]
+              [=[std::max(sum, (MUTANT ? 1000 : 1) * low_bit_window)]=])
+sida_mutation("what a low-bit copy served is not fetched" experts/residency.cpp
+              [=[if (state.state == State::absent && state.owed == 0) state.owed = ++last_owed_;]=] [=[]=])
+sida_mutation("what a low-bit copy served is fetched twice" experts/residency.cpp
+              [=[reindex(expert);
+  state.owed = 0;]=] [=[reindex(expert);]=])
+sida_mutation("a low-bit copy hides that reads fail" experts/residency.cpp
+              [=[if (state.state == State::ready || state.failed || found == demand.choices.end()) continue;]=]
+              [=[if (state.state == State::ready || found == demand.choices.end()) continue;]=])
+sida_mutation("what a low-bit copy served is still waited for" experts/residency.cpp
+              [=[if (demand.waiting) --state.awaited;
+    std::erase(demand.wanted, candidate.expert);]=]
+              [=[std::erase(demand.wanted, candidate.expert);]=])
+sida_mutation("prefetches come before what low-bit copies served" experts/residency.cpp
+              [=[if (slot) return start(to_fetch_.begin()->second, *slot, /*prefetch=*/false);]=]
+              [=[if (auto command = prefetch()) return command;
+                 if (slot) return start(to_fetch_.begin()->second, *slot, /*prefetch=*/false);]=])
 
 sida_write_mutants()
