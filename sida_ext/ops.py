@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sida_ext._load import _C  # noqa: F401  (registers the ops)
 
-__all__ = ["linear", "moe_ffn", "moe_layer", "route_top1"]
+__all__ = ["attention", "linear", "moe_ffn", "moe_layer", "route_top1"]
 
 
 class _NoBackward(torch.autograd.Function):
@@ -179,6 +179,44 @@ def _linear_fake(x, weight, scale=None, bias=None):
     torch._check(x.dim() >= 1, lambda: "linear: x must have a dimension at least")
     torch._check(weight.dim() == 2, lambda: "linear: weight must have 2 dimensions")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """``softmax(scale * query @ key.T + bias) @ value`` of many sequences, each over its own keys: in fp32, rounded
+    once.
+
+    Args:
+        query: [B, H, M, D] float32, bfloat16 or float16, the last dimension contiguous, as in all others.
+        key: [S, H_kv, N, D] of the same dtype; query head h reads head ``h // (H / H_kv)``.
+        value: [S, H_kv, N, D_v].
+        spans: int64 [B, 4]: for each sequence the slot (of S) of its keys, the first of them, one past the last, and
+            the column of ``bias`` that belongs to the first.
+        bias: [1 or B, 1 or H, 1 or M, columns] of the dtype of ``query``.
+        causal: the last query sees all keys of its span, each one before it one key less.
+
+    Returns:
+        [B, M, H, D_v]; 0 where a query sees no key. A sequence's bits depend on its own queries, keys, values and bias
+        alone: not on other sequences, padding outside of its span, or the number of threads.
+
+    Raises:
+        ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
+        NotImplementedError: a backward. There is no kernel for CUDA.
+    """
+    return _call(torch.ops.sida.attention, query, key, value, spans, scale, bias, causal)
+
+
+@torch.library.register_fake("sida::attention")
+def _attention_fake(query, key, value, spans, scale, bias=None, causal=False):
+    torch._check(query.dim() == 4 and value.dim() == 4, lambda: "attention: query and value must have 4 dimensions")
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))
 
 
 def route_top1(

@@ -1,5 +1,6 @@
 """What the HTTP server costs and gains: latency beside a direct call, throughput at 16 clients beside one by one and
-beside transformers' own batch of 16. ``python -m bench.serving.front [MODEL ...] [--requests N] [--json FILE]``.
+beside transformers' own batch of 16. ``python -m bench.serving.front
+[MODEL ...] [--requests N] [--shared] [--json FILE]``.
 
 All rows of one model are measured in one process, one after the other; clients run in a process of their own
 (:mod:`bench.serving.client`), so that what they cost is not counted as the server's.
@@ -52,12 +53,14 @@ def drive(port: int, path: str, bodies: Sequence[dict[str, Any]], clients: int) 
     return found["seconds"], found["latencies"], found["written"]
 
 
-def classifier(folder: str, requests: int, rounds: int) -> dict[str, Any]:
+def classifier(folder: str, requests: int, rounds: int, shared: bool) -> dict[str, Any]:
     """Classification: the front's cost at the median, and texts a second."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = sida_ext.from_pretrained(folder, expert_memory="auto")
+    # The library's batch is that of a model as it was loaded: --shared changes the one that is served.
+    untouched = sida_ext.from_pretrained(folder, expert_memory="auto") if shared else model
     texts = [text for text in corpus(4 * requests) if len(tokenizer(text)["input_ids"]) <= 64][:requests]
-    with served_here(model, tokenizer, name="bench", limits=Limits(queue=1024)) as server:
+    with served_here(model, tokenizer, name="bench", limits=Limits(queue=1024, shared=shared)) as server:
         port = int(server.url.rsplit(":", 1)[1])
         served = server.service.model
         ids = [tokenizer(text)["input_ids"] for text in texts]
@@ -85,7 +88,7 @@ def classifier(folder: str, requests: int, rounds: int) -> dict[str, Any]:
             for start in range(0, len(texts), 16):
                 batch = tokenizer(texts[start : start + 16], return_tensors="pt", padding=True)
                 with torch.no_grad():
-                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                    untouched(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             library = min(library, time.perf_counter() - begin)
     return {
         "direct_ms": 1e3 * statistics.median(direct),
@@ -111,13 +114,16 @@ def _decode_alone(served: Any, ids: Sequence[int]) -> float:
     return time.perf_counter() - begin
 
 
-def generator(folder: str, requests: int, rounds: int) -> dict[str, Any]:
+def generator(folder: str, requests: int, rounds: int, shared: bool) -> dict[str, Any]:
     """Generation: tokens a second, and what the server adds to a step of the model's own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = sida_ext.from_pretrained(folder, expert_memory="auto")
+    # The library's batch is that of a model as it was loaded: --shared changes the one that is served.
+    untouched = sida_ext.from_pretrained(folder, expert_memory="auto") if shared else model
     texts = [" ".join(text.split()[:12]) for text in corpus(requests)]
-    model.generation_config.eos_token_id = None  # every row writes as many tokens
-    with served_here(model, tokenizer, name="bench", limits=Limits(queue=1024)) as server:
+    for each in (model, untouched):
+        each.generation_config.eos_token_id = None  # every row writes as many tokens
+    with served_here(model, tokenizer, name="bench", limits=Limits(queue=1024, shared=shared)) as server:
         port = int(server.url.rsplit(":", 1)[1])
         served = server.service.model
         bodies = [{"prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0} for text in texts]
@@ -142,7 +148,7 @@ def generator(folder: str, requests: int, rounds: int) -> dict[str, Any]:
             for start in range(0, len(texts), 16):
                 batch = tokenizer(texts[start : start + 16], return_tensors="pt", padding=True)
                 ids, mask = batch["input_ids"], batch["attention_mask"]
-                model.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+                untouched.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
             library = min(library, time.perf_counter() - begin)
     rate = {"one": written / alone, "sixteen": all_written / together, "library": len(texts) * NEW_TOKENS / library}
     step, over_http = (1e3 * statistics.median(part) / NEW_TOKENS for part in (direct, latencies))
@@ -164,6 +170,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["demo_model", "demo_denoiser"], help="folders of examples/")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shared", action="store_true", help="as sida serve --shared")
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
     found = {}
@@ -171,10 +178,12 @@ def main() -> None:
         folder = str(ROOT / "examples" / name)
         kind = json.loads((ROOT / "examples" / name / "config.json").read_text())["architectures"][0]
         measure = classifier if kind.endswith("Classification") else generator
-        found[name] = measure(folder, given.requests, given.rounds)
+        found[name] = measure(folder, given.requests, given.rounds, given.shared)
         print(name, json.dumps({key: round(value, 3) for key, value in found[name].items()}, indent=1))
     if given.json is not None:
-        given.json.write_text(json.dumps({"threads": torch.get_num_threads(), "models": found}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({"threads": torch.get_num_threads(), "shared": given.shared, "models": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

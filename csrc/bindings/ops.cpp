@@ -15,6 +15,7 @@
 #include "base/at_end.h"
 #include "bindings/layers.h"
 #include "bindings/op_checks.h"
+#include "kernels/attention.h"
 #include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
 #include "kernels/route.h"
@@ -140,6 +141,74 @@ Tensor linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Ten
   });
 }
 
+// [sequences, heads, tokens, dim] with contiguous rows; a dimension of size 1 in `bias` stands for all.
+HeadStrides head_strides(const Tensor& tensor, bool broadcast = false) {
+  const auto stride = [&](int64_t dim) { return broadcast && tensor.size(dim) == 1 ? 0 : tensor.stride(dim); };
+  return {stride(0), stride(1), stride(2)};
+}
+
+Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& spans, double scale,
+                     const std::optional<Tensor>& bias, bool causal) {
+  constexpr const char* op = "attention";
+  AttentionArgs args{};
+  args.dtype = dtype_of(query, op, "query", /*weights=*/false);
+  const auto check = [&](const Tensor& tensor, const char* name) {
+    check_device(tensor, query, op, name);
+    CHECK_TYPE(type_of(tensor) == type_of(query), op, ": ", name, " has dtype ", type_of(tensor), ", expected ",
+               type_of(query), ", that of query");
+    check_dims(tensor, 4, op, name, "[sequences, heads, tokens, dim]");
+    check_rows(tensor, op, name);
+  };
+  check(query, "query");
+  check(key, "key");
+  check(value, "value");
+  args.sequences = query.size(0), args.heads = query.size(1), args.queries = query.size(2), args.dim = query.size(3);
+  args.kv_heads = key.size(1), args.value_dim = value.size(3);
+  check_size(key, 3, args.dim, op, "key", "dim of query");
+  CHECK_VALUE(args.kv_heads > 0 && args.heads % args.kv_heads == 0, op, ": query has ", args.heads,
+              " heads, expected a multiple of the ", args.kv_heads, " of key");
+  for (int dim = 0; dim < 3; ++dim) check_size(value, dim, key.size(dim), op, "value", "as in key");
+  check_dims(spans, 2, op, "spans", "[sequences, 4]");
+  check_size(spans, 0, args.sequences, op, "spans", "sequences of query");
+  check_size(spans, 1, 4, op, "spans", "slot, first key, one past the last, column of the first in bias");
+  CHECK_TYPE(type_of(spans) == ScalarType::Long, op, ": spans has dtype ", type_of(spans), ", expected int64");
+  check_device(spans, query, op, "spans");
+  if (bias) {
+    check(*bias, "bias");
+    for (int dim = 0; dim < 3; ++dim) {
+      CHECK_VALUE(bias->size(dim) == 1 || bias->size(dim) == query.size(dim), op, ": bias has shape ", Text(*bias),
+                  ", expected 1 or ", query.size(dim), " in dimension ", dim);
+    }
+  }
+  const Tensor given = contiguous(spans);
+  const int64_t* numbers = given.const_data_ptr<int64_t>();
+  std::vector<KeySpan> checked(args.sequences);
+  for (int64_t b = 0; b < args.sequences; ++b, numbers += 4) {
+    const KeySpan span{numbers[0], numbers[1], numbers[2], numbers[3]};
+    const bool inside = span.slot >= 0 && span.slot < key.size(0) && span.first >= 0 && span.first <= span.last &&
+                        span.last <= key.size(2);
+    CHECK_INDEX(inside, op, ": spans[", b, "] is slot ", span.slot, ", keys ", span.first, " to ", span.last,
+                ", expected a slot below ", key.size(0), " and keys within 0 to ", key.size(2));
+    CHECK_INDEX(!bias || (span.bias_column >= 0 && span.bias_column + span.last - span.first <= bias->size(3)), op,
+                ": spans[", b, "] takes columns ", span.bias_column, " to ", span.bias_column + span.last - span.first,
+                " of bias, which has ", bias ? bias->size(3) : 0);
+    checked[b] = span;
+  }
+  args.spans = checked.data();
+  args.query = query.const_data_ptr(), args.query_strides = head_strides(query);
+  args.key = key.const_data_ptr(), args.key_strides = head_strides(key);
+  args.value = value.const_data_ptr(), args.value_strides = head_strides(value);
+  if (bias) args.bias = bias->const_data_ptr(), args.bias_strides = head_strides(*bias, /*broadcast=*/true);
+  args.scale = static_cast<float>(scale);
+  args.causal = causal;
+  const Tensor out = empty({args.sequences, args.queries, args.heads, args.value_dim}, type_of(query), query);
+  args.out = out.mutable_data_ptr();
+  return with_python_errors([&] {
+    cpu::attention(args, torch_threads());
+    return out;
+  });
+}
+
 // Runs `body` as a named range of torch's profiler.
 void profiled(const char* name, const std::function<void()>& body) {
   AtenRecordFunctionHandle range = nullptr;
@@ -182,6 +251,9 @@ STABLE_TORCH_LIBRARY(sida, m) {
       "Tensor? wo_bias=None, str missing=\"error\") -> Tensor");
   m.def("route_top1(Tensor router_logits, int capacity, *, ScalarType? probs_dtype=None) -> (Tensor, Tensor)");
   m.def("linear(Tensor x, Tensor weight, Tensor? scale=None, Tensor? bias=None) -> Tensor");
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, Tensor? bias=None, "
+      "bool causal=False) -> Tensor");
   m.def("moe_layer(Tensor x, Tensor expert_index, Tensor gate, int handle) -> Tensor");
 }
 
@@ -189,5 +261,6 @@ STABLE_TORCH_LIBRARY_IMPL(sida, CPU, m) {
   m.impl("moe_ffn", TORCH_BOX(&sida::moe_ffn_cpu));
   m.impl("route_top1", TORCH_BOX(&sida::route_top1_cpu));
   m.impl("linear", TORCH_BOX(&sida::linear_cpu));
+  m.impl("attention", TORCH_BOX(&sida::attention_cpu));
   m.impl("moe_layer", TORCH_BOX(&sida::moe_layer_cpu));
 }

@@ -64,7 +64,7 @@ class ServingState:
     Attributes:
         predictor: what ``stream`` takes when it is given none.
         decoder_predictor: what each step of a decoder is predicted by; may be changed at any time.
-        drift: a predictor and the watch over its hits.
+        drift, step_drift: a predictor and the watch over its hits, of batches and of a decoder-only model's steps.
         lookahead: what the latest ``stream(lookahead="auto")`` picked, and why.
         ahead: what the layers announce of those that follow them (a ``LookaheadState``); None: nothing.
         announcing: whether whole batches are announced (an ``AnnouncingState``); None: none was yet.
@@ -73,6 +73,7 @@ class ServingState:
     predictor: Any = None
     decoder_predictor: Any = None
     drift: tuple[Any, Any] | None = None
+    step_drift: tuple[Any, Any] | None = None
     lookahead: Any = None
     ahead: Any = None
     announcing: Any = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from sida_ext.models.guards import BoundMethod
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import check_table, is_decoder_predictor
 
-__all__ = ["DecoderSteps", "PredictedCache", "predict_decoder"]
+__all__ = ["DecoderSteps", "PredictedCache", "hand_over", "predict_decoder", "steps_of"]
 
 # The order of the stack's arguments; its callers in transformers pass all by name.
 _ARGUMENTS = (
@@ -33,13 +34,15 @@ _ARGUMENTS = (
     "inputs_embeds",
     "cache",
 )
+KEPT = 256  # tokens whose experts a state can be built from again: what lies further back has faded
 
 
 class DecoderSteps:
     """A DecoderPredictor's state over the steps of one generation, and the tokens that it has seen.
 
     The tokens serve to build the state again when it cannot be moved along: after ``crop``, which takes back tokens
-    that a speculation got wrong, and when the model is given another predictor between two steps.
+    that a speculation got wrong, and when the model is given another predictor between two steps. A predictor with
+    ``observe`` is told the experts of each step too, and of a state that is built again those of the latest tokens.
     """
 
     def __init__(self) -> None:
@@ -47,10 +50,17 @@ class DecoderSteps:
         self._state: Any = None
         self._seen: Tensor | None = None  # [B, n]
         self._unseen = 0  # tokens of the cache that came before the first seen one
+        self._chosen: Tensor | None = None  # [B, up to KEPT, layers, choices] of the latest tokens that were observed
 
     def step(
-        self, predictor: Any, input_ids: Tensor, encoder_output: Tensor | None, mask: Tensor | None, cached: int
-    ) -> HashTable:
+        self,
+        predictor: Any,
+        input_ids: Tensor,
+        encoder_output: Tensor | None,
+        mask: Tensor | None,
+        cached: int,
+        ask: Callable[[Any, Any, Tensor], tuple[Any, Any]] | None = None,
+    ) -> Any:
         """The predictor's table for this step's tokens.
 
         Args:
@@ -59,22 +69,45 @@ class DecoderSteps:
             encoder_output, mask: [B, S, d_model] and [B, S], of the rows as they now are.
             cached: tokens whose keys and values are in the cache. If they are not those that were seen here (the cache
                 was filled elsewhere), prediction begins anew with the new tokens.
+            ask: what is asked of the predictor, given it, its state and the tokens; gives an answer and the state after
+                it. None: its ``step``.
         """
-        length = 0 if self._seen is None else self._seen.shape[1]
-        if cached != self._unseen + length:
-            self._predictor, self._state, self._seen, self._unseen = None, None, None, cached
+        self._align(cached)
         state = self._state
         if self._predictor is not predictor:
             if encoder_output is None:
                 encoder_output = torch.zeros(input_ids.shape[0], 0, 0)
             state = predictor.start(encoder_output, mask)
-            if self._seen is not None and self._seen.shape[1]:
+            if self._seen is not None and self._seen.shape[1] and getattr(predictor, "state_of_tokens", True):
                 _, state = _take_step(predictor, state, self._seen)
-        table, state = _take_step(predictor, state, input_ids)
+            if self._chosen is not None and callable(getattr(predictor, "observe", None)):
+                state = predictor.observe(state, self._chosen)
+        answer, state = (ask or _take_step)(predictor, state, input_ids)
         # Kept only now: a step that failed has not been.
         self._predictor, self._state = predictor, state
+        self._see(input_ids)
+        return answer
+
+    def skip(self, input_ids: Tensor, cached: int) -> None:
+        """A step runs that nobody predicts; the state is built again when the next one is."""
+        self._align(cached)
+        self._predictor, self._state = None, None
+        self._see(input_ids)
+
+    def observe(self, chosen: Tensor) -> None:
+        """Take the experts of the step that has just run, [B, T, layers, choices]; -1: none."""
+        known = chosen if self._chosen is None else torch.cat([self._chosen, chosen], dim=1)
+        self._chosen = known[:, -KEPT:]
+        if self._predictor is not None and callable(getattr(self._predictor, "observe", None)):
+            self._state = self._predictor.observe(self._state, chosen)
+
+    def _align(self, cached: int) -> None:
+        length = 0 if self._seen is None else self._seen.shape[1]
+        if cached != self._unseen + length:
+            self._predictor, self._state, self._seen, self._chosen, self._unseen = None, None, None, None, cached
+
+    def _see(self, input_ids: Tensor) -> None:
         self._seen = input_ids if self._seen is None else torch.cat([self._seen, input_ids], dim=1)
-        return table
 
     def reorder(self, index: Tensor) -> None:
         """Row i goes on as row index[i] did; index [n]."""
@@ -83,6 +116,8 @@ class DecoderSteps:
                 self._state = self._predictor.reorder(self._state, index)
         if self._seen is not None:
             self._seen = self._seen.index_select(0, index.to(self._seen.device))
+        if self._chosen is not None:
+            self._chosen = self._chosen.index_select(0, index.to(self._chosen.device))
 
     def repeat(self, repeats: int) -> None:
         """Every row becomes ``repeats`` rows, one after the other."""
@@ -94,6 +129,8 @@ class DecoderSteps:
         if self._seen is not None:
             self._predictor, self._state = None, None
             self._seen = self._seen[:, : max(self._seen.shape[1] - tokens, 0)]
+        if self._chosen is not None:
+            self._chosen = self._chosen[:, : max(self._chosen.shape[1] - tokens, 0)]
 
     def reset(self) -> None:
         self.__init__()  # type: ignore[misc]
@@ -103,6 +140,7 @@ class DecoderSteps:
         twin = DecoderSteps()
         twin._predictor, twin._unseen = self._predictor, self._unseen
         twin._state, twin._seen = copy.deepcopy(self._state, memo), copy.deepcopy(self._seen, memo)
+        twin._chosen = copy.deepcopy(self._chosen, memo)
         return twin
 
 
@@ -154,7 +192,8 @@ def _with_steps(kind: type[Cache]) -> type[Cache]:
     return PredictedCache if kind is EncoderDecoderCache else type(f"Predicted{kind.__name__}", (_WithSteps, kind), {})
 
 
-def _steps_of(cache: Cache) -> DecoderSteps:
+def steps_of(cache: Cache) -> DecoderSteps:
+    """The state in a cache, which becomes one that has a state."""
     if not isinstance(cache, _WithSteps):
         cache.__class__ = _with_steps(type(cache))  # type: ignore[arg-type]
         cast(PredictedCache, cache).sida_steps = DecoderSteps()
@@ -180,7 +219,7 @@ def _forward(runtime: Runtime, layers: list[str], decoder: nn.Module, *args: Any
     if predictor is None or input_ids is None:  # embeddings of the caller's own are no tokens
         return type(decoder).forward(decoder, *args, **kwargs)
     cache = given.get("cache", given.get("past_key_values"))
-    steps = DecoderSteps() if cache is None else _steps_of(cache)
+    steps = DecoderSteps() if cache is None else steps_of(cache)
     table = _predict(runtime, predictor, layers, steps, given, 0 if cache is None else int(cache.get_seq_length()))
     # A predictor whose probabilities can be trusted says from which on an expert is worth reading ahead.
     least = getattr(predictor, "min_need", 0.0)
@@ -191,12 +230,17 @@ def _forward(runtime: Runtime, layers: list[str], decoder: nn.Module, *args: Any
             output = type(decoder).forward(decoder, *args, **kwargs)
     finally:
         runtime.retire(number)
+    hand_over(cache, output, steps)
+    return output
+
+
+def hand_over(cache: Cache | None, output: Any, steps: DecoderSteps) -> None:
+    """Put the state into a cache that the stack made itself, with which a caller may go on."""
     if cache is None and not isinstance(output, tuple):
         made = next((output[name] for name in ("cache", "past_key_values") if name in output), None)
-        if isinstance(made, Cache):  # the stack made a cache of its own, with which a caller may go on
-            _steps_of(made)
+        if isinstance(made, Cache):
+            steps_of(made)
             cast(PredictedCache, made).sida_steps = steps
-    return output
 
 
 def _predict(

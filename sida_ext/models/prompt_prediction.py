@@ -1,14 +1,12 @@
 """Prediction of a prompt: where a decoder-only model runs over several tokens, all layers' experts are named first.
 
 What a whole prompt wants is known before its first layer runs, as with a batch of ``stream``. So the prefill of
-``generate``, and a forward of the caller's own over a prompt, are announced as one batch. Single tokens are not: a
-predictor of prompts keeps no state from step to step.
+``generate``, and a forward of the caller's own over a prompt, are announced as one batch. Single tokens are for
+:mod:`sida_ext.models.causal_steps`.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import time
 from typing import Any
 
@@ -16,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
-from sida_ext.models.guards import BoundMethod
 from sida_ext.prediction.announcing import AnnouncingState
 from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.prefetch import PrefetchPolicy, candidates_of
 from sida_ext.prediction.protocol import check_table
 from sida_ext.prediction.router_lookahead import within_room
 
-__all__ = ["announcing_of", "predict_prompts"]
+__all__ = ["announcing_of", "forward_prompt"]
 
 
 def announcing_of(runtime: Runtime, predictor: Any) -> AnnouncingState:
@@ -35,20 +32,13 @@ def announcing_of(runtime: Runtime, predictor: Any) -> AnnouncingState:
     return runtime.announcing
 
 
-def predict_prompts(model: nn.Module, runtime: Runtime, layers: list[str]) -> None:
-    """Let each forward over more than one token be predicted by ``runtime.predictor``, while there is one.
+def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward; over more than one token predicted by ``runtime.predictor``, while there is one.
 
     Args:
         model: a decoder-only model with swapped experts.
         layers: names of its MoE layers, in the order of its hash tables.
     """
-    # transformers looks at the signature of a model's forward for what generate() may hand on.
-    signature = inspect.signature(model.forward)
-    model.forward = BoundMethod(model, functools.partial(_forward, runtime, layers), signature)
-
-
-def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Stands before the model's forward."""
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if runtime.predictor is None or not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 2:
         return type(model).forward(model, *args, **kwargs)
@@ -61,7 +51,7 @@ def _forward(runtime: Runtime, layers: list[str], model: nn.Module, *args: Any, 
         return type(model).forward(model, *args, **kwargs)
     number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
     try:
-        with runtime.batch(number, table):
+        with runtime.batch(number, table, runtime.current.chosen):
             return type(model).forward(model, *args, **kwargs)
     finally:
         runtime.retire(number)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.models.layers import ServedLayer
-from sida_ext.models.router_asking import AskedRouter
+from sida_ext.prediction.learned_steps import LearnedSteps, needed
+from sida_ext.prediction.router_asking import AskedRouter
 from sida_ext.prediction.router_lookahead import LookaheadState, RouterLookahead, in_time, most_wanted, within_room
 
-__all__ = ["LayerAhead", "attach_lookahead"]
+__all__ = ["LayerAhead", "StepOdds", "attach_lookahead", "attach_steps"]
 
 logger = logging.getLogger("sida_ext")
 
@@ -35,6 +36,7 @@ class _Standing:
         self.hidden: Tensor | None = None  # what the layer under way reads
         self.began: float | None = None  # when the layer before began, in this forward
         self.named: dict[tuple[str, int], list[int]] = {}  # (layer, distance) -> experts
+        self.step: StepOdds | None = None  # what is known of the step under way, where one was predicted
 
     def retire(self) -> None:
         number, self.number = self.number, 0
@@ -42,9 +44,10 @@ class _Standing:
             self.runtime.retire(number)
 
     def forget(self) -> None:
-        """What was named belongs to a forward that is over, or is not looked ahead in any more."""
+        """A forward is over, or has failed."""
+        self.retire()
         self.named.clear()
-        self.began = None
+        self.began = self.step = self.hidden = None
 
     def __del__(self) -> None:
         # A thread that ended between two layers: its forward raised.
@@ -82,18 +85,55 @@ class _Keep:
 
 
 @dataclass
+class StepOdds:
+    """What a predictor of steps says before the step runs.
+
+    Attributes:
+        odds: [tokens, layers, experts] log odds of each token's choosing each expert.
+        learned: joins them with what a router says ahead; None: a predictor that cannot, and the router alone counts.
+        least: probability from which on an expert is read ahead, where the predictor says it itself.
+    """
+
+    odds: Tensor
+    learned: LearnedSteps | None
+    least: float | None = None
+
+    def named(self, layer: int, distance: int, margin: Tensor | None, least: float) -> list[int]:
+        """Experts of a layer that the step needs with a probability of at least ``least``, most likely first."""
+        odds = self.odds[:, layer]
+        if self.learned is not None:
+            odds = self.learned.joined_odds(odds, layer, distance, margin)
+        return needed(odds, least)
+
+
+@dataclass
+class Target:
+    """A layer that follows.
+
+    Attributes:
+        name: of its experts, as in the store.
+        position: in its stack's hash tables.
+        router: to be asked; None: it is not.
+    """
+
+    name: str
+    position: int
+    router: AskedRouter | None = None
+
+
+@dataclass
 class LayerAhead:
     """What a served layer does before and after its experts run.
 
     Attributes:
         name: of the layer's experts, as in the store.
-        targets: name and router of the layers that follow, the next one first.
+        targets: the layers that follow, the next one first.
         normalised: what this layer keeps is a router's input rather than the residual stream.
         prompts_only: see :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`.
     """
 
     name: str
-    targets: list[tuple[str, AskedRouter]]
+    targets: list[Target]
     normalised: bool
     shared: _Shared
     prompts_only: bool = False
@@ -110,7 +150,7 @@ class LayerAhead:
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
             state.pass_by()
             return
-        if self.prompts_only and expert_index.numel() < runtime.header.num_experts:
+        if self.prompts_only and standing.step is None and expert_index.numel() < runtime.header.num_experts:
             standing.forget()
             return
         before, standing.began = standing.began, state.now()
@@ -123,27 +163,37 @@ class LayerAhead:
             state.compare(self.name, key[1], standing.named.pop(key), chosen)
         # What this layer computes from stays where it is: no more is named than there is room for beside it.
         room = runtime.slots - len(chosen)
-        if not level or hidden is None or room <= 0:
+        if not level or room <= 0:
             return
         wanted = []
-        for distance, (name, router) in enumerate(self.targets[:level], 1):
-            index, weights = router.ask(hidden, self.normalised)
-            experts = most_wanted(index, weights, runtime.header.num_experts)
-            standing.named[name, distance] = experts
-            if self.prompts_only:
-                experts = in_time(experts, runtime.held_of(name), state.pace.slowness)
-            wanted.append((name, experts))
+        for distance, target in enumerate(self.targets[:level], 1):
+            experts = self._named(target, distance, hidden, standing.step)
+            if experts is not None:
+                standing.named[target.name, distance] = experts
+                if self.prompts_only and standing.step is None:
+                    experts = in_time(experts, runtime.held_of(target.name), state.pace.slowness)
+                wanted.append((target.name, experts))
         kept = within_room(wanted, room)
         state.announced(sum(len(experts) for _, experts in kept))
         if kept:
             standing.number = runtime.announce(dict(kept), begin=False)
 
+    def _named(self, target: Target, distance: int, hidden: Tensor | None, step: StepOdds | None) -> list[int] | None:
+        """Experts of a layer ahead, most wanted first; None: nobody knows."""
+        experts = self.shared.runtime.header.num_experts
+        router = target.router if hidden is not None else None
+        if router is not None and (step is None or step.learned is None):
+            return most_wanted(*router.ask(hidden, self.normalised), experts)  # type: ignore[arg-type]
+        if step is None:
+            return None
+        margin = None if router is None else router.margin(hidden, self.normalised, experts)  # type: ignore[arg-type]
+        least = self.shared.state.least if step.least is None else step.least
+        return step.named(target.position, distance, margin, least)
+
     def after(self) -> None:
         """The layer has run, or has failed to."""
         if not self.targets:
-            standing = self.shared.standing
-            standing.retire()
-            standing.forget()
+            self.shared.standing.forget()
 
 
 def attach_lookahead(
@@ -156,7 +206,7 @@ def attach_lookahead(
 
     Args:
         layers: path of the experts module -> served layer.
-        routers: what :func:`sida_ext.models.router_asking.find_routers` has found.
+        routers: what :func:`sida_ext.prediction.router_asking.find_routers` has found.
     """
     order, found, obstacles = routers
     if obstacles:
@@ -171,11 +221,45 @@ def attach_lookahead(
     for at, name in enumerate(ran):
         if name not in found:
             continue
-        following = [later for later in ran[at + 1 :] if later in found][: lookahead.depth]
-        targets = [(layers[later].name, found[later]) for later in following]
+        following = [later for later in ran[at + 1 :] if later in found]
+        targets = [
+            Target(layers[later].name, _position(layers[later]), found[later] if distance <= lookahead.depth else None)
+            for distance, later in enumerate(following, 1)
+        ]
         layers[name].ahead = LayerAhead(
             layers[name].name, targets, found[name].norm is None, shared, lookahead.prompts_only
         )
         if targets:
             found[name].reads.register_forward_pre_hook(_Keep(shared))
     runtime.ahead = state
+
+
+def attach_steps(runtime: Runtime, layers: list[ServedLayer]) -> Any:
+    """Let a swapped model's layers announce what a predictor of steps says of those that follow, and what the routers
+    say that are asked; done once, when the first step is predicted.
+
+    Args:
+        layers: in the order in which they run.
+
+    Returns:
+        What the layers share: ``state`` and ``standing``.
+    """
+    if layers[0].ahead is None:
+        if runtime.ahead is None:
+            lookahead = RouterLookahead(len(layers))
+            record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
+            runtime.ahead = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked={})
+        shared = next((layer.ahead.shared for layer in layers if layer.ahead is not None), None)
+        shared = shared or _Shared(runtime, runtime.ahead)
+        for at, layer in enumerate(layers):
+            if layer.ahead is None:
+                targets = [Target(later.name, _position(later)) for later in layers[at + 1 :]]
+                layer.ahead = LayerAhead(layer.name, targets, False, shared)
+    shared = layers[0].ahead.shared
+    shared.state.deepen(len(layers))
+    return shared
+
+
+def _position(layer: ServedLayer) -> int:
+    assert layer.table_layer is not None  # for the type checker: layers of the experts seam stand in their tables
+    return layer.table_layer

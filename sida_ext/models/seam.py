@@ -21,10 +21,10 @@ from sida_ext import ops
 from sida_ext.experts.quantise import Quantised
 from sida_ext.experts.runtime import Runtime
 from sida_ext.experts.store import StoreHeader
+from sida_ext.models.causal_steps import predict_causal
 from sida_ext.models.gates import by_rows, gate_formula, own_gate
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.layouts import expert_parameters, experts_modules, shared_modules
-from sida_ext.models.prompt_prediction import predict_prompts
 from sida_ext.models.seam_source import SeamModules
 
 __all__ = ["ExpertsShape", "SeamFamily", "ServedExperts"]
@@ -242,8 +242,8 @@ class SeamFamily:
 
     @staticmethod
     def has_decoder(model: nn.Module) -> bool:
-        """Decoder-only models have no decoder of their own that is predicted step by step."""
-        return False
+        """A decoder-only model is one, and its steps may be predicted."""
+        return True
 
     @staticmethod
     def check_fit(model: PreTrainedModel, header: StoreHeader, layers: list[ServedLayer], path: str) -> None:
@@ -270,13 +270,13 @@ class SeamFamily:
 
     @staticmethod
     def enter(model: PreTrainedModel, runtime: Runtime, layers: list[ServedLayer]) -> None:
-        """Prompts are predicted while the runtime has a predictor. The kernel's result is held against the module's own
-        function, on a few random rows of one layer of each kind.
+        """Prompts and steps are predicted while the runtime has a predictor. The kernel's result is held against the
+        module's own function, on a few random rows of one layer of each kind.
 
         Raises:
             RuntimeError: they differ.
         """
-        predict_prompts(model, runtime, [layer.name for layer in layers])
+        predict_causal(model, runtime, [layer.name for layer in layers])
         if runtime.device.type != "cpu":  # whose slots Python cannot read
             return
         kinds = {(type(layer), cast(ServedExperts, layer).formula): cast(ServedExperts, layer) for layer in layers}

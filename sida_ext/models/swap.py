@@ -29,12 +29,12 @@ from sida_ext.models.guards import guard_model
 from sida_ext.models.layers import ServedLayer
 from sida_ext.models.packing import source_of
 from sida_ext.models.quantized import dequantised
-from sida_ext.models.router_asking import find_routers
 from sida_ext.models.router_lookahead import attach_lookahead
 from sida_ext.models.seam import SeamFamily
 from sida_ext.models.seam_source import SeamCheckpoint
 from sida_ext.models.switch_source import SwitchCheckpoint
 from sida_ext.prediction.protocol import split_predictors
+from sida_ext.prediction.router_asking import find_routers
 from sida_ext.prediction.router_lookahead import RouterLookahead, split_lookahead
 
 __all__ = ["from_pretrained", "swap_experts"]
@@ -148,6 +148,12 @@ def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: 
         raise ValueError(
             f"predictor holds {type(decoder).__name__}, which predicts a decoder, but {type(model).__name__} has no "
             "decoder with MoE layers"
+        )
+    device = resolve_device(options.device, options.host_memory)
+    if decoder is not None and isinstance(family, SeamFamily) and device.type != "cpu":
+        raise ValueError(
+            f"predictor holds {type(decoder).__name__}, which predicts steps, expected device='cpu' with it, not "
+            f"{str(device)!r}: a GPU machine's two tiers take no announcement between layers"
         )
 
 

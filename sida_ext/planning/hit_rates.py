@@ -139,7 +139,7 @@ class _Admission:
         self._state = AnnouncingState(None, options, lanes, lambda: self._counts, lambda: self._seconds)
 
     def __call__(self, seconds: float, *counts: Any) -> int:
-        self._seconds, self._counts = seconds, counts  # type: ignore[assignment]
+        self._seconds, self._counts = seconds, counts
         return self._state.room(self._experts)
 
 

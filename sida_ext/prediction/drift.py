@@ -67,7 +67,10 @@ class DriftWatch:
         tokens = int(judged.sum()) // layers
         if not tokens:
             return
-        hits = float(((first == chosen).any(-1, keepdim=True) & judged).sum()) / layers
+        self.count(float(((first == chosen).any(-1, keepdim=True) & judged).sum()) / layers, tokens)
+
+    def count(self, hits: float, tokens: int) -> None:
+        """Take that of so many tokens so many were hit, mean over the layers."""
         with self._lock:
             drifted = self._add(hits, tokens)
         if drifted is not None:
@@ -77,7 +80,7 @@ class DriftWatch:
                 f"{self.expected:.1%}. Was the model fine-tuned, or is the text of another kind? Train a predictor "
                 f"again: {self.retrain}",
                 DriftWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _add(self, hits: float, tokens: int) -> tuple[float, int] | None:

@@ -12,6 +12,7 @@ from sida_ext.prediction.calibration import fit_mixture
 from sida_ext.prediction.causal_net import CausalNet, causal_options, copy_causal
 from sida_ext.prediction.files import write_predictor
 from sida_ext.prediction.hash_table import HashTable
+from sida_ext.prediction.learned_steps import LearnedSteps, log_odds
 from sida_ext.prediction.moe_facts import check_tokens, check_top_k, predicted_stack, stack_facts
 from sida_ext.prediction.nets import PaperNet, pack_left
 from sida_ext.prediction.network_predictor import NetworkPredictor
@@ -55,6 +56,7 @@ class HashPredictor(NetworkPredictor):
         self.stack = CAUSAL if variant == CAUSAL else "encoder"
         self.table: TokenTablePredictor | None = None  # joined to the network
         self.mixture = torch.zeros(layers, 3)  # weights of the network's logit and the table's, and an offset
+        self.steps: LearnedSteps | None = None  # of the same model's single tokens
 
     @classmethod
     def for_model(cls, model: nn.Module, variant: str | None = None, seed: int = 0, **options: Any) -> Self:
@@ -136,7 +138,7 @@ class HashPredictor(NetworkPredictor):
                     part = trace.select(rows)
                     input_ids, mask = part.padded()
                     ours = self(input_ids, mask.long())[mask] / self.temperature[:, None]
-                    known = _log_odds(table.probabilities(part.input_ids))
+                    known = log_odds(table.probabilities(part.input_ids))
                     chosen = torch.zeros_like(ours).scatter(-1, part.chosen, 1.0) > 0
                     for layer in range(self.layers):
                         both = torch.stack([ours[:, layer], known[:, layer]], dim=-1).flatten(0, 1)
@@ -150,23 +152,30 @@ class HashPredictor(NetworkPredictor):
         if self.table is None or input_ids.numel() == 0:
             return logits
         tokens, place = torch.unique(input_ids.cpu().long(), return_inverse=True)
-        known = _log_odds(self.table.probabilities(tokens.clamp(min=0)))[place].to(logits.device)
+        known = log_odds(self.table.probabilities(tokens.clamp(min=0)))[place].to(logits.device)
         ours, theirs, offset = (self.mixture[:, n, None].to(logits.device) for n in range(3))
         # Calibrated as it is: the temperature is taken out again where it is put in.
         return (ours * logits / self.temperature[:, None] + theirs * known + offset) * self.temperature[:, None]
 
     def description(self) -> dict[str, Any]:
-        return super().description() | ({"table_backoff": self.table.backoff} if self.table is not None else {})
+        found = super().description()
+        if self.table is not None:
+            found["table_backoff"] = self.table.backoff
+        if self.steps is not None:
+            found["steps"] = {"held_out_top1": self.steps.held_out_top1}
+        return found
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         tensors = self._stored()
         if self.table is not None:
             tensors |= {f"table.{name}": t for name, t in self.table.tensors().items()} | {"mixture": self.mixture}
+        if self.steps is not None:
+            tensors |= {f"steps.{name}": t for name, t in self.steps.tensors().items()}
         write_predictor(path, self.description(), tensors)
 
     def _load(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         counted = {name.removeprefix("table."): t for name, t in tensors.items() if name.startswith("table.")}
-        own = {name: t for name, t in tensors.items() if not name.startswith("table.") and name != "mixture"}
+        own = {n: t for n, t in tensors.items() if not n.startswith(("table.", "steps.")) and n != "mixture"}
         super()._load(config, own)
         if counted:
             self.mixture = tensors["mixture"]
@@ -180,6 +189,9 @@ class HashPredictor(NetworkPredictor):
                 self.choices,
             )
             self.table.set_tensors(counted)
+            if "steps" in config:  # files of before have none
+                learned = (tensors["steps.weights"], tensors["steps.joined"], config["steps"]["held_out_top1"])
+                self.steps = LearnedSteps(self.table, *learned)
 
     def _padding_need(self, tempered: Tensor, real: Tensor) -> Tensor | None:
         """[layers, experts]: the largest probability that any padding position gives to an expert; None without any.
@@ -191,7 +203,3 @@ class HashPredictor(NetworkPredictor):
             return None
         chance = tempered[~real].sigmoid() if self.choices_apart else tempered[~real].softmax(dim=-1)
         return chance.amax(dim=0)
-
-
-def _log_odds(probability: Tensor) -> Tensor:
-    return probability.clamp(1e-4, 1 - 1e-4).logit()

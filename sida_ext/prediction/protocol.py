@@ -58,6 +58,11 @@ class DecoderPredictor(Predictor, Protocol):
     All three run in the model's thread, under ``torch.no_grad()``. A state is opaque to others; ``step`` and
     ``reorder`` give a new one and leave the old as it was. All that a table names is read ahead; a predictor with a
     number ``min_need`` leaves out what the step needs with less than that probability (``HashTable.need``).
+
+    Of a decoder-only model there is no encoder: ``start`` is given a result of [B, 0, 0]. There a predictor may have
+    two further things: ``observe(state, chosen)``, which gives the state after a step or prompt whose tokens went to
+    the experts ``chosen`` [B, T, layers, choices] int16 (-1: none), and ``state_of_tokens = False``, which says that
+    its state is made of that alone, so that no tokens have to be read again where it is built anew.
     """
 
     def start(self, encoder_output: Tensor, attention_mask: Tensor | None) -> Any:

@@ -2,7 +2,7 @@
 
 No training and no files: at MoE layer l the routers of the layers l+1, l+2, ... are asked on the hidden state that
 layer l sees. Between two layers the residual stream changes little, so that a router answers much as it will. This file
-knows tensors and numbers alone; ``sida_ext/models/router_asking.py`` knows where a model's routers are.
+knows tensors and numbers alone; ``sida_ext/prediction/router_asking.py`` knows where a model's routers are.
 """
 
 from __future__ import annotations
@@ -236,6 +236,16 @@ class LookaheadState:
             self.pace.observe(loads, read, stall, passed)
             record = self._record_bytes
             return self.guard.observe(self.now(), useful * record, wasted * record, asked, self.pace.slowness)
+
+    @property
+    def least(self) -> float:
+        """The probability from which on an expert is worth reading ahead, by what reads and layers take now."""
+        return self.guard.options.least_share(self.pace.slowness)
+
+    def deepen(self, depth: int) -> None:
+        """Let the guard go so many layers ahead, if it may not already."""
+        with self._lock:
+            self.guard.depth = max(self.guard.depth, depth)
 
     def pass_by(self) -> None:
         """A layer ran whose experts somebody else has announced: what came of that is not for this guard."""

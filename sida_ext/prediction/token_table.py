@@ -117,6 +117,11 @@ class TokenTablePredictor:
         """How often each token was counted; the shape of input_ids, int64."""
         return self._seen[input_ids.long()]
 
+    @property
+    def marginal(self) -> Tensor:
+        """p(expert) of any token, [layers, experts] float32."""
+        return self._marginal.float().clamp(0, 1)
+
     def probabilities(self, tokens: Tensor) -> Tensor:
         """p(expert) [n, layers, experts] float32 for token ids [n]."""
         return self._distribution(tokens.long())[0]

@@ -54,6 +54,10 @@ def serve(
         float, typer.Option(min=0, max=1, help="With low_bit: share of the choices that copies serve at the most.")
     ] = 0.05,
     rows: Annotated[int, typer.Option(min=1, help="Rows that run at once.")] = 16,
+    shared: Annotated[
+        bool,
+        typer.Option("--shared", help="Attention by kernels that rows share: faster, other bits than the model's own."),
+    ] = False,
     queue: Annotated[int, typer.Option(min=1, help="Rows that wait at the most; then 429.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of all running rows together.")] = 65_536,
     context: Annotated[
@@ -86,7 +90,7 @@ def serve(
         keys=read_keys(api_key_file) if api_key_file is not None else (),
         cors_origins=tuple(cors_origin or ()),
     )
-    limits = Limits(rows=rows, queue=queue, tokens=max_tokens, patience=patience)
+    limits = Limits(rows=rows, queue=queue, tokens=max_tokens, patience=patience, shared=shared)
     options: dict[str, Any] = {
         "device": device,
         "expert_memory": expert_memory,
@@ -126,13 +130,21 @@ def serve(
             context=context,
             rows=rows,
             predictor=predictor,
+            shared=shared,
             **options,
         )
         _run(served, limits, settings, listener, verbose)
 
 
 def load(
-    model: str, *, name: str | None, context: int | None, rows: int, predictor: str | None, **options: Any
+    model: str,
+    *,
+    name: str | None,
+    context: int | None,
+    rows: int,
+    predictor: str | None,
+    shared: bool = False,
+    **options: Any,
 ) -> ServedModel:
     """Load what is served; ``options`` go to :func:`sida_ext.from_pretrained`."""
     from sida_ext.experts.runtime import runtime_of
@@ -147,7 +159,7 @@ def load(
         runtime_of(loaded).predictor, runtime_of(loaded).decoder_predictor = split_predictors(
             find_predictor(predictor, loaded)
         )
-    served = ServedModel(loaded, tokenizer, name or served_name(model), context=context, rows=rows)
+    served = ServedModel(loaded, tokenizer, name or served_name(model), context=context, rows=rows, shared=shared)
     for note in served.notes:
         console.print(f"note: {note}", markup=False)
     return served

@@ -9,6 +9,7 @@ rows is computed row by row (:mod:`sida_ext.serving.row_exact`). Outside of such
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.modeling_outputs import MoEModelOutput
 from sida_ext.serving.attention import SwitchedAttention
 from sida_ext.serving.row_exact import RowExact, attention_joins
 from sida_ext.serving.rows import KvPool, Part, Place
+from sida_ext.serving.shared import attend_shared, is_long
 
 __all__ = ["JoinedModel", "Row", "joins"]
 
@@ -30,6 +32,9 @@ class Row:
 
     own: Place
     cross: Place | None = None
+
+
+Started = tuple[Tensor, Row]  # the last logits of a prompt, and the place of its row
 
 
 def joins(model: nn.Module) -> str | None:
@@ -59,10 +64,12 @@ class JoinedModel:
 
     Args:
         model: a causal language model or an encoder-decoder for which :func:`joins` is None.
+        shared: its rows share every call (:mod:`sida_ext.serving.shared`).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shared: bool = False) -> None:
         self.model = model
+        self.shared = shared
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self._own: KvPool | None = None
         self._cross: KvPool | None = None
@@ -90,10 +97,14 @@ class JoinedModel:
     @property
     def starts_together(self) -> bool:
         """Whether several prompts can be computed together: their causal attention needs no mask of its own."""
-        return not self.seq2seq and self.implementation == "sdpa"
+        return self.shared or (not self.seq2seq and self.implementation == "sdpa")
+
+    def _products(self, lengths: Sequence[int], left: bool = False) -> AbstractContextManager[RowExact | None]:
+        """What keeps the bits of matrix products in a step; nothing where the model's own kernels do."""
+        return nullcontext() if self.shared else RowExact(lengths, left)
 
     @torch.no_grad()
-    def start(self, prompts: Sequence[Sequence[int]], spare: Sequence[int]) -> list[tuple[Tensor, Row]]:
+    def start(self, prompts: Sequence[Sequence[int]], spare: Sequence[int]) -> list[Started]:
         """Compute prompts of similar length together, padded on the left; the last logits and the place of each."""
         lengths = list(map(len, prompts))
         longest = max(lengths)
@@ -103,12 +114,15 @@ class JoinedModel:
             given[row, longest - len(prompt) :] = torch.tensor(list(prompt))
             positions[row, longest - len(prompt) :] = torch.arange(len(prompt))
         attended = 0
+        spans = torch.tensor([(row, longest - length, longest, 0) for row, length in enumerate(lengths)])
 
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
         ) -> tuple[Tensor, None]:
             nonlocal attended
             attended += 1
+            if self.shared and not is_long(longest, longest):
+                return attend_shared(module, query, key, value, spans, longest > 1, options), None
             alone = self.attention.alone(module)
             output = query.new_zeros(query.shape[0], longest, query.shape[1], value.shape[3])
             for row, length in enumerate(lengths):
@@ -117,11 +131,11 @@ class JoinedModel:
                 output[row, longest - length :] = found[0]
             return output, None
 
-        with self.attention.switched(attend), RowExact(lengths, left=True) as exact:
+        with self.attention.switched(attend), self._products(lengths, left=True) as exact:
             output = self.model(input_ids=given, position_ids=positions, use_cache=True, logits_to_keep=1)
         states = _states(output.cache)
         _check_attended(attended, len(states))
-        self.split_products += exact.split
+        self.split_products += exact.split if exact is not None else 0
         self._own = self._own or KvPool(len(states))
         found = []
         for row, length in enumerate(lengths):
@@ -130,6 +144,55 @@ class JoinedModel:
                 for keys, values in states
             ]
             found.append((output.logits[row, -1].clone(), Row(self._own.put(own, spare[row]))))
+        return found
+
+    @torch.no_grad()
+    def start_encoded(self, prompts: Sequence[Sequence[int]], spare: Sequence[int], first: int) -> list[Started]:
+        """The same for an encoder-decoder whose rows share their calls: encode the prompts, padded on the right, and
+        compute the decoder's ``first`` token."""
+        lengths = list(map(len, prompts))
+        given = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        mask = torch.zeros_like(given)
+        for row, prompt in enumerate(prompts):
+            given[row, : len(prompt)] = torch.tensor(list(prompt))
+            mask[row, : len(prompt)] = 1
+        encoded = torch.tensor([(row, 0, length, 0) for row, length in enumerate(lengths)])
+        written = torch.tensor([(row, 0, 1, 0) for row in range(len(lengths))])
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+        ) -> tuple[Tensor, None]:
+            bias = options.pop("position_bias", None)
+            if not is_long(query.shape[2], key.shape[2]):
+                spans = written if key.shape[2] == 1 else encoded
+                return attend_shared(module, query, key, value, spans, False, options, bias), None
+            alone = self.attention.alone(module)
+            output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+            for row, length in enumerate(lengths):
+                own = (slice(row, row + 1), slice(None), slice(length))
+                if bias is not None:
+                    options["position_bias"] = bias[:, :, :length, :length]
+                output[row, :length] = alone(module, query[own], key[own], value[own], None, **options)[0][0]
+            return output, None
+
+        with self.attention.switched(attend):
+            states = self.model.get_encoder()(input_ids=given, attention_mask=mask, return_dict=True)
+            output = self.model(
+                encoder_outputs=states,
+                attention_mask=mask,
+                decoder_input_ids=torch.full((len(prompts), 1), first),
+                use_cache=True,
+            )
+        own, cross = _states(output.cache.self_attention_cache), _states(output.cache.cross_attention_cache)
+        self._own = self._own or KvPool(len(own))
+        self._cross = self._cross or KvPool(len(cross))
+        found = []
+        for row, length in enumerate(lengths):
+            kept = [(keys[row : row + 1], values[row : row + 1]) for keys, values in own]
+            seen = [(keys[row : row + 1, :, :length], values[row : row + 1, :, :length]) for keys, values in cross]
+            found.append(
+                (output.logits[row, -1].clone(), Row(self._own.put(kept, spare[row]), self._cross.put(seen, 0)))
+            )
         return found
 
     def drop(self, row: Row) -> None:
@@ -148,7 +211,7 @@ class JoinedModel:
             self._own.make_room(row.own)
         step = _Step(self, rows)
         given = torch.tensor(tokens)[:, None]
-        with self.attention.switched(step.attend), RowExact([1] * len(rows)) as exact:
+        with self.attention.switched(step.attend), self._products([1] * len(rows)) as exact:
             if self.seq2seq:
                 # Only its presence tells the decoder that there is an encoder: keys and values are in the pool.
                 encoded = torch.zeros(len(rows), 1, self.model.config.d_model, dtype=self.model.dtype)
@@ -162,7 +225,7 @@ class JoinedModel:
                 positions = torch.tensor([row.own.length for row in rows])[:, None]
                 output = self.model(input_ids=given, position_ids=positions, cache=step.cache, use_cache=True)
         _check_attended(step.attended, self._own.layers)
-        self.split_products += exact.split
+        self.split_products += exact.split if exact is not None else 0
         for row in rows:
             row.own.length += 1
         return output.logits[:, -1]
@@ -190,6 +253,13 @@ def _states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
             raise RuntimeError(f"a cache layer is {type(layer).__name__}, expected DynamicLayer; serve with --rows 1")
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
+
+
+def _spans(part: Part, new: int, columns: int) -> Tensor:
+    """All keys of the rows of a slab, ``new`` tokens among them; the last key's bias is in the last of the columns."""
+    ends = part.lengths + new
+    first = (columns - ends).clamp(min=0)
+    return torch.stack([part.slots, torch.zeros_like(ends), ends, first], dim=1)
 
 
 class _OwnCache(DynamicCache):
@@ -224,6 +294,8 @@ class _Step:
         self.rows = rows
         self.own: list[Part] = []
         self.cross: list[Part] = []
+        self.own_spans: list[Tensor] = []  # of each part; see sida_ext.ops.attention
+        self.cross_spans: list[Tensor] = []
         self.learned: Any = None  # the module that computes the position bias
         own = _OwnCache(self)
         self.cache: Any = own
@@ -260,10 +332,12 @@ class _Step:
         if pool is None or not parts:
             raise RuntimeError(f"{type(module).__name__}: attention without keys in a joined step")
         self.attended += own
-        alone = self.joined.attention.alone(module)
         bias = options.pop("position_bias", None)
         if bias is not None and getattr(module, "has_relative_attention_bias", False) and own:
             self.learned = module
+        if self.joined.shared:
+            return self._attend_shared(module, query, pool, own, bias is not None and own, options), None
+        alone = self.joined.attention.alone(module)
         if not parts[0].groups:
             together = self.count > 1 and self._together(module, alone, query, pool, bias is not None, options)
             for part in parts:
@@ -286,6 +360,29 @@ class _Step:
                 output[index] = found
         assert output is not None
         return output, None
+
+    def _attend_shared(
+        self, module: Any, query: Tensor, pool: KvPool, own: bool, biased: bool, options: dict[str, Any]
+    ) -> Tensor:
+        """One call for the rows of each slab. A row's bias is the end of that of the longest."""
+        bias = self.joined.position_bias(self.learned, self.longest + 1) if biased else None
+        if own and not self.own_spans:
+            self.own_spans = [_spans(part, 1, self.longest + 1 if biased else 0) for part in self.own]
+        if not own and not self.cross_spans:
+            self.cross_spans = [_spans(part, 0, 0) for part in self.cross]
+        parts, spans = (self.own, self.own_spans) if own else (self.cross, self.cross_spans)
+        if len(parts) == 1:
+            keys, values = pool.slab(parts[0], module.layer_idx)
+            return attend_shared(module, query, keys, values, spans[0], False, options, bias)
+        output: Tensor | None = None
+        for part, places in zip(parts, spans, strict=True):
+            keys, values = pool.slab(part, module.layer_idx)
+            found = attend_shared(module, query[part.rows], keys, values, places, False, options, bias)
+            if output is None:
+                output = found.new_empty((self.count, *found.shape[1:]))
+            output[part.rows] = found
+        assert output is not None
+        return output
 
     def _together(
         self, module: Any, alone: Callable[..., Any], query: Tensor, pool: KvPool, biased: bool, options: dict[str, Any]

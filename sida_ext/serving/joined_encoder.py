@@ -7,6 +7,7 @@ own tokens only, computed by the functions that the model uses for one text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification, masked_mean
 from sida_ext.serving.attention import SwitchedAttention
 from sida_ext.serving.row_exact import RowExact
+from sida_ext.serving.shared import attend_shared, is_long
 
-__all__ = ["JoinedEncoder"]
+__all__ = ["JoinedEncoder", "batches", "spare_tokens"]
 
 PADDING = 0.25  # the most padding, as a share of a batch's tokens
+SPARE_PRODUCTS = 5_000_000  # see spare_tokens
+MOST_SPARE = 512
 
 
 class JoinedEncoder:
@@ -26,10 +30,13 @@ class JoinedEncoder:
 
     Args:
         model: a model for which :meth:`fits` is true.
+        shared: its rows share every call (:mod:`sida_ext.serving.shared`).
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, shared: bool = False) -> None:
         self.model = model
+        self.shared = shared
+        self.spare = spare_tokens(model)
         self.attention = SwitchedAttention(model)
 
     @staticmethod
@@ -41,7 +48,7 @@ class JoinedEncoder:
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """The logits [labels] of each text, in the order of the texts."""
         found: list[Tensor | None] = [None] * len(prompts)
-        for batch in batches(list(map(len, prompts))):
+        for batch in batches(list(map(len, prompts)), self.spare):
             for place, logits in zip(batch, self._batch([prompts[place] for place in batch]), strict=True):
                 found[place] = logits
         return [logits for logits in found if logits is not None]
@@ -57,21 +64,25 @@ class JoinedEncoder:
         if len(prompts) == 1:
             return [self.model(input_ids=ids, attention_mask=mask).logits[0].float()]
 
+        spans = torch.tensor([(row, 0, length, 0) for row, length in enumerate(lengths)])
+
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
         ) -> tuple[Tensor, None]:
-            alone = self.attention.alone(module)
             bias = options.pop("position_bias", None)
+            if self.shared and not is_long(longest, longest):
+                return attend_shared(module, query, key, value, spans, False, options, bias), None
+            alone = self.attention.alone(module)
             output = query.new_zeros(query.shape[0], longest, query.shape[1], value.shape[3])
             for row, length in enumerate(lengths):
                 own = (slice(row, row + 1), slice(None), slice(length))
                 if bias is not None:
                     options["position_bias"] = bias[:, :, :length, :length]
-                row_mask = None if mask is None else mask[row : row + 1, ..., :length]
+                row_mask = None if mask is None or self.shared else mask[row : row + 1, ..., :length]
                 output[row, :length] = alone(module, query[own], key[own], value[own], row_mask, **options)[0][0]
             return output, None
 
-        with self.attention.switched(attend), RowExact(lengths):
+        with self.attention.switched(attend), nullcontext() if self.shared else RowExact(lengths):
             hidden = self.model.encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         pooled = [
             masked_mean(hidden[row : row + 1, :length], mask[row : row + 1, :length])
@@ -80,8 +91,23 @@ class JoinedEncoder:
         return [self.model.classifier(self.model.dropout(part))[0].float() for part in pooled]
 
 
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Positions of texts that run together: of similar length, so that little of a batch is padding."""
+def spare_tokens(model: nn.Module) -> int:
+    """How many tokens of padding cost no more than the calls of a batch of their own.
+
+    A matrix's call and what surrounds it is counted as :data:`SPARE_PRODUCTS` multiply-adds, some 0.2 ms: much beside
+    the products of a small model, nothing beside those of a large one.
+    """
+    matrices = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    products = sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    return min(MOST_SPARE, SPARE_PRODUCTS * len(matrices) // max(products, 1))
+
+
+def batches(lengths: Sequence[int], spare: int = 0) -> list[list[int]]:
+    """Positions of texts that run together: of similar length, so that little of a batch is padding.
+
+    Args:
+        spare: tokens of padding that a batch may have in any case.
+    """
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     found: list[list[int]] = []
     tokens = 0
@@ -89,7 +115,8 @@ def batches(lengths: Sequence[int]) -> list[list[int]]:
         batch = found[-1] if found else None
         if batch is not None:
             whole = lengths[batch[0]] * (len(batch) + 1)
-            if tokens + lengths[place] >= (1 - PADDING) * whole:
+            padding = whole - tokens - lengths[place]
+            if padding <= max(PADDING * whole, spare):
                 batch.append(place)
                 tokens += lengths[place]
                 continue

@@ -59,7 +59,7 @@ def likelihoods(
     def batches() -> Iterator[dict[str, Any]]:
         numbered = enumerate(torch.tensor(list(ids)) for ids in texts)
         parts: Iterator[list[tuple[int, Tensor]]] = windows(numbered, batch_size)
-        if overlap:
+        if overlap and batch_size > 1:  # texts that run alone are ordered by stream
             parts = _by_experts(numbered, experts_wanted(model, predictor), batch_size)
         for part in parts:
             formed.append(TokenBatch(part, pad_token_id))

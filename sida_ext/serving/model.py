@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.serving.joined import JoinedModel, Row, joins
-from sida_ext.serving.joined_encoder import JoinedEncoder, batches
+from sida_ext.serving.joined_encoder import JoinedEncoder, batches, spare_tokens
+from sida_ext.serving.shared import share_rows
 
 __all__ = ["Alone", "ModelFacts", "ServedModel"]
 
@@ -78,9 +79,19 @@ class ServedModel(ModelFacts):
         name: what clients call it.
         context: tokens of prompt and answer together at the most; None: the model's own limit.
         rows: rows that will run at once; with 1 nothing is joined.
+        shared: change the model so that its rows share every call; see :mod:`sida_ext.serving.shared`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, *, context: int | None = None, rows: int = 16) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        context: int | None = None,
+        rows: int = 16,
+        shared: bool = False,
+    ) -> None:
         config = model.config
         classifies = type(model).__name__.endswith("ForSequenceClassification")
         self.model = model
@@ -100,22 +111,32 @@ class ServedModel(ModelFacts):
             tokenizer=tokenizer,
         )
         self.notes: list[str] = []
+        if shared:
+            self._share()
         self.joined: JoinedModel | None = None
         self.encoder: JoinedEncoder | None = None
+        self._spare = spare_tokens(model)
         if self.generates:
             self.ends = _ends(model)
             self._note_settings()
             obstacle = joins(model)
             if rows > 1 and obstacle is None:
-                self.joined = JoinedModel(model)
+                self.joined = JoinedModel(model, shared)
             elif rows > 1:
                 self.notes.append(f"rows are computed one after the other: {obstacle}")
-            self._start = getattr(model.generation_config, "decoder_start_token_id", None)
+            self._start: Any = getattr(model.generation_config, "decoder_start_token_id", None)
             if self._start is None:
                 self._start = getattr(config, "decoder_start_token_id", None)
             self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if self.classifies and rows > 1 and JoinedEncoder.fits(model):
-            self.encoder = JoinedEncoder(model)
+            self.encoder = JoinedEncoder(model, shared)
+
+    def _share(self) -> None:
+        obstacle = None if JoinedEncoder.fits(self.model) else joins(self.model)
+        if obstacle is not None:
+            raise ValueError(f"the rows of this model cannot share its calls: {obstacle}; serve without --shared")
+        changed = share_rows(self.model)
+        self.notes.append(f"attention and {changed} matrices are computed by kernels that rows share")
 
     def _note_settings(self) -> None:
         settings = self.model.generation_config
@@ -165,13 +186,15 @@ class ServedModel(ModelFacts):
     ) -> list[tuple[Tensor, Row | Alone]]:
         """:meth:`start` of several prompts, those of similar length together."""
         found: list[Any] = [None] * len(prompts)
-        if self.joined is None or not self.joined.starts_together or not self._keeps_logits:
+        joined = self.joined
+        if joined is None or not joined.starts_together or not (self.seq2seq or self._keeps_logits):
             return [self.start(ids, new) for ids, new in zip(prompts, new_tokens, strict=True)]
-        for batch in batches(list(map(len, prompts))):
+        for batch in batches(list(map(len, prompts)), self._spare):
             if len(batch) == 1:
                 found[batch[0]] = self.start(prompts[batch[0]], new_tokens[batch[0]])
                 continue
-            started = self.joined.start([prompts[place] for place in batch], [new_tokens[place] for place in batch])
+            texts, new = [prompts[place] for place in batch], [new_tokens[place] for place in batch]
+            started = joined.start_encoded(texts, new, self._start) if self.seq2seq else joined.start(texts, new)
             for place, answer in zip(batch, started, strict=True):
                 found[place] = answer
         return found

@@ -59,6 +59,7 @@ class Replica:
             name=arguments.name,
             context=arguments.context,
             rows=arguments.limits.rows,
+            shared=arguments.limits.shared,
             predictor=arguments.predictor,
             **arguments.options,
         )

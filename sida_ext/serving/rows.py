@@ -163,6 +163,11 @@ class KvPool:
         slab.keys[layer][part.slots, :, part.lengths] = new_keys
         slab.values[layer][part.slots, :, part.lengths] = new_values
 
+    def slab(self, part: Part, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots of the part's slab, [slots, heads, capacity, dim]."""
+        slab = self._slabs[part.capacity]
+        return slab.keys[layer], slab.values[layer]
+
     def read(self, part: Part, group: Group, layer: int, length: int) -> tuple[Tensor, Tensor]:
         """The group's keys and values, [n, heads, length, dim]: a view where its slots lie side by side."""
         slab, slots = self._slabs[part.capacity], group.slots

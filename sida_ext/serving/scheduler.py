@@ -27,6 +27,7 @@ class Limits:
         prompt_tokens: of prompts that are started in one step, so that running rows wait no longer than for these; a
             longer prompt is started alone.
         patience: how often others may be admitted before a waiting row.
+        shared: whether rows share every call by kernels of ours; see :mod:`sida_ext.serving.shared`.
     """
 
     rows: int = 16
@@ -34,6 +35,7 @@ class Limits:
     tokens: int = 65_536
     prompt_tokens: int = 2048
     patience: int = 8
+    shared: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "queue", "tokens", "prompt_tokens"):

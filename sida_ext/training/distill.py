@@ -28,6 +28,7 @@ from sida_ext.training.objective import TrainingOptions, predictor_loss, truncat
 from sida_ext.training.report import write_report
 from sida_ext.training.routing_curve import routing_curve
 from sida_ext.training.split import HELD_OUT, TRAIN, VALIDATION, SplitPart
+from sida_ext.training.step_fit import fit_steps, judge_steps, trace_steps
 from sida_ext.training.traces import Trace, TraceStore, collect_traces
 from sida_ext.training.trainer import Trainer
 
@@ -92,6 +93,13 @@ def train_predictor(
         if not (work / "checkpoint.safetensors").is_file():
             fit_stand_ins(predictor, model, trained, progress=progress)
     table = TokenTablePredictor.for_model(model)
+
+    def learn_steps(validation: SplitPart, held_out: SplitPart) -> dict[str, Any]:
+        predictor.steps = fit_steps(table, trace_steps(model, validation))
+        judged = judge_steps(predictor.steps, trace_steps(model, held_out))
+        predictor.steps.held_out_top1 = judged["top1"]
+        return {"steps": judged}
+
     return train_on_store(
         predictor,
         table,
@@ -99,6 +107,7 @@ def train_predictor(
         options,
         out,
         compared_with=table,
+        further=learn_steps if stack == "causal" else None,
         details=lambda held_out: {
             **({"confident": routing_curve(predictor, model, held_out())} if stack == "encoder" else {}),
             "cost": cost_share(predictor, model),
@@ -149,6 +158,7 @@ def train_on_store(
     started: float,
     progress: bool,
     keep_traces: bool,
+    further: Callable[[SplitPart, SplitPart], dict[str, Any]] | None = None,
 ) -> P:
     """Train ``predictor`` and its rival on the traces, judge both, and write them and the report to folder ``out``.
 
@@ -156,6 +166,8 @@ def train_on_store(
         compared_with: ``table`` as a predictor of the same stack.
         details: the report's further entries, asked for when the predictor is trained; gets the held-out part.
         started: ``time.perf_counter()`` when the work began.
+        further: what else is learned before the predictor is written, from the validation part, and reported on of the
+            held-out part.
     """
     work = Path(out) / "training"
     trained, validation, held_out = (SplitPart(store, options, part) for part in (TRAIN, VALIDATION, HELD_OUT))
@@ -174,6 +186,7 @@ def train_on_store(
     predictor.join_table(table, validation())
     judged = evaluate(predictor, held_out())
     predictor.held_out_top1 = judged.summary()["mean_top1"]
+    learned = further(validation, held_out) if further is not None else {}
     report = {
         "model_fingerprint": predictor.model_fingerprint,
         "options": asdict(options),
@@ -188,6 +201,7 @@ def train_on_store(
         "held_out": {
             "predictor": judged.summary(),
             "token_table": evaluate(compared_with, held_out()).summary(),
+            **learned,
         },
     }
     # Before what may fail without harm to them: the details measure the model.

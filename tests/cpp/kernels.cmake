@@ -65,6 +65,7 @@ if(SIDA_SANITIZE STREQUAL "")  # kernels_bf16_emulated goes through the same cod
     sida_kernel_test(kernels_moe_ffn_emulated_${set} moe_ffn_emulated SIDA_TEST_SET=${set})
   endforeach()
   include(${CMAKE_CURRENT_LIST_DIR}/mutants/bf16_mutations.cmake)
+  include(${CMAKE_CURRENT_LIST_DIR}/mutants/bytes_mutations.cmake)
 endif()
 # The emulation itself, and where the CPU has the instructions, that both give the same bits. On one thread.
 if(NOT SIDA_SANITIZE STREQUAL "thread")

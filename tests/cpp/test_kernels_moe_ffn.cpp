@@ -179,6 +179,25 @@ SIDA_TEST(threads_do_not_change_bits) {
   }
 }
 
+SIDA_TEST(a_call_of_little_work_wakes_no_thread) {
+  static int handed_over;
+  const ParallelFor parallel{4, [](int64_t count, void (*body)(void*, int64_t), void* context) {
+                               ++handed_over;
+                               for (int64_t i = 0; i < count; ++i) body(context, i);
+                             }};
+  const auto times_handed_over = [&](int64_t d_ff) {
+    Call call({1, 8, 32, d_ff, 8, 8, DType::f32, DType::int4, Activation::silu, true}, 3);
+    handed_over = 0;
+    const MoeFfnArgs args = call.args();
+    cpu::moe_ffn_with(kernels_under_test(), args, parallel);
+    cpu::moe_ffn_combine_with(kernels_under_test(), args, parallel);
+    return handed_over;
+  };
+  // 8 experts of three matrices: 24,576 and 49,152 multiply-adds.
+  CHECK(times_handed_over(32) == 0);
+  CHECK(times_handed_over(64) == 1);
+}
+
 SIDA_TEST(waves_and_slots_do_not_change_bits) {
   for (int64_t seed = 0; seed < 40 / case_share(); ++seed) {
     std::mt19937_64 random(2000 + seed);

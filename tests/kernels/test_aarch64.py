@@ -23,6 +23,7 @@ RUNS = [
     ("test_kernels_moe_ffn", "scalar"),
     ("test_kernels_moe_ffn", "neon fast"),
     ("test_kernels_bf16", None),
+    ("test_bytes_mutants", None),
 ]
 
 pytestmark = pytest.mark.slow

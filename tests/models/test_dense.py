@@ -30,7 +30,7 @@ from sida_ext.experts.options import DENSE_DTYPES
 from sida_ext.models import dense, swap
 from sida_ext.models.dense import DenseLinear, Matrix, StoredWeight
 from sida_ext.models.families import family_of
-from sida_ext.models.router_asking import find_routers
+from sida_ext.prediction.router_asking import find_routers
 from tests.support.checkpoints import edit_weights
 from tests.support.reference import build, small_config
 from tests.support.tiny_models import tiny_causal

@@ -168,6 +168,20 @@ def test_scores_come_in_the_callers_order_whatever_batches_were_formed(model, fo
     assert [value for value, _ in found] == pytest.approx([value for value, _ in alone], abs=1e-3)
 
 
+@pytest.mark.parametrize(("batch_size", "calls"), [(1, 12), (4, 12 + 3)])
+def test_texts_that_run_alone_are_predicted_once(model, folder, batch_size, calls):
+    class Counting(Oracle):
+        calls = 0
+
+        def predict(self, input_ids, attention_mask=None, top_k=1):
+            self.calls += 1
+            return super().predict(input_ids, attention_mask, top_k)
+
+    oracle, given = Counting(folder), [ids[:8] for ids in prompts(12)]
+    assert len(list(likelihoods(model, given, oracle, batch_size=batch_size, order="overlap"))) == 12
+    assert oracle.calls == calls
+
+
 def test_a_wider_window_finds_more_that_are_alike(model, folder):
     given, oracle = [{"input_ids": torch.tensor([ids]), "use_cache": False} for ids in prompts(40)], Oracle(folder)
     bytes_read = {}

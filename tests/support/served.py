@@ -40,7 +40,8 @@ def served_here(
 ) -> Iterator[ServedHere]:
     """Serve on a free port of 127.0.0.1 until the block ends."""
     limits = limits or Limits()
-    service = Service(ServedModel(model, tokenizer, name, rows=limits.rows), limits, ServerSettings(**settings))
+    served = ServedModel(model, tokenizer, name, rows=limits.rows, shared=limits.shared)
+    service = Service(served, limits, ServerSettings(**settings))
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=5)
     )

@@ -45,6 +45,10 @@ struct ByteKernels {
   static constexpr int64_t segment = 32;                    // groups whose unfolded weights stay in the L1 cache
   static constexpr int64_t record = group_columns + 4 + 4;  // bytes of a token's group: q, scale, start
   static constexpr int units = 8;                           // of four columns
+  // Groups whose scales lie in 16 bytes of a row.
+  template <DType dtype>
+  static constexpr int64_t scales_together =
+      is_grouped(dtype) ? 16 / group_scale_bytes(is_grouped(dtype) ? dtype : DType::int4) : 1;
 
   static constexpr bool has_bytes(DType dtype) { return dtype == DType::i8 || is_grouped(dtype); }
   static constexpr int64_t group_bytes(DType dtype) { return dtype == DType::i8 ? group_columns : group_columns / 2; }
@@ -160,26 +164,31 @@ struct ByteKernels {
   // Up to S::lanes rows of a matrix, and the groups of them that are multiplied in one go.
   struct Rows {
     const char* w;
+    const char* next;  // of the rows after these, as many bytes on as these rows had before their groups
     int64_t row_bytes;
     const char* scales;
     int64_t scale_row_bytes;
-    int64_t rows, groups;
+    int64_t rows, groups, groups_before;
     bool has_next;  // as many rows after these will be wanted next
   };
 
-  // The scales as fp32, [groups][lanes].
+  // The scales as fp32, [groups][lanes], of 16 bytes of each row at a time. The last 16 end with the segment, and what
+  // comes of those before it is written before `out`: there is room for it.
   template <DType dtype>
   [[gnu::noinline]] static void unfold_scales(const Rows& at, float* out) {
-    constexpr int64_t bytes = group_scale_bytes(dtype), together = 16 / bytes;
-    for (int64_t g = 0; g < at.groups; g += together, out += together * lanes) {
-      const char* from = at.scales + g * bytes;
-      int64_t row_bytes = at.scale_row_bytes;
+    constexpr int64_t bytes = group_scale_bytes(dtype), together = scales_together<dtype>;
+    for (int64_t g = 0; g < at.groups; g += together) {
       const int64_t left = at.groups - g < together ? at.groups - g : together;
-      char tail[lanes * 16];
-      if (left < together || at.rows < lanes) {
-        __builtin_memset(tail, 0, sizeof(tail));
-        for (int64_t r = 0; r < at.rows; ++r) __builtin_memcpy(tail + r * 16, from + r * row_bytes, left * bytes);
-        from = tail;
+      const bool reaches_back = at.groups_before + at.groups >= together;
+      const int64_t first = reaches_back ? g + left - together : g;
+      const char* from = at.scales + first * bytes;
+      int64_t row_bytes = at.scale_row_bytes;
+      char copy[lanes * 16];
+      if (at.rows < lanes || !reaches_back) {
+        const int64_t copied = reaches_back ? 16 : left * bytes;
+        __builtin_memset(copy, 0, sizeof(copy));
+        for (int64_t r = 0; r < at.rows; ++r) copy_bytes(copy + r * 16, from + r * row_bytes, copied);
+        from = copy;
         row_bytes = 16;
       } else if (at.has_next) {
         const char* next = from + lanes * row_bytes;
@@ -187,8 +196,17 @@ struct ByteKernels {
       }
       F scale[together];
       S::template load_scales<dtype>(scale, from, row_bytes);
-      for (int64_t i = 0; i < left; ++i) store<S>(out + i * lanes, scale[i]);
+      for (int64_t i = 0; i < together; ++i) store<S>(out + (first + i) * lanes, scale[i]);
     }
+  }
+
+  // Up to 16 bytes, without a call.
+  [[gnu::always_inline]] static void copy_bytes(char* to, const char* from, int64_t count) {
+    if (count == 16) {
+      __builtin_memcpy(to, from, 16);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
 
   // The operands of all groups: [groups][units].
@@ -196,19 +214,20 @@ struct ByteKernels {
   [[gnu::noinline]] static void unfold(const Rows& at, B* out) {
     const char* w = at.w;
     for (int64_t g = 0; g < at.groups; ++g, w += group_bytes(dtype), out += units) {
-      ask_ahead<dtype>(at, w, g);
+      ask_ahead<dtype>(at, g);
       B parts[S::template parts<dtype>];
       S::template load_group<dtype>(parts, w, at.row_bytes);
       unroll<units>([&](auto i) SIDA_INLINE { out[i.value] = S::template weight<dtype, i.value>(parts); });
     }
   }
 
-  // Once for each cache line of a row: asks for the same line of the rows after these.
+  // Asks for the rows after these, which usually lie behind them, line after line: as much as a group of these rows.
   template <DType dtype>
-  [[gnu::always_inline]] static void ask_ahead(const Rows& at, const char* w, int64_t g) {
-    if (!at.has_next || g % (64 / group_bytes(dtype)) != 0) return;
-    const char* next = w + lanes * at.row_bytes;
-    for (int64_t r = 0; r < lanes; ++r, next += at.row_bytes) __builtin_prefetch(next, 0, 2);
+  [[gnu::always_inline]] static void ask_ahead(const Rows& at, int64_t g) {
+    if (!at.has_next) return;
+    constexpr int64_t bytes = lanes * group_bytes(dtype);
+    const char* next = at.next + g * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
   }
 
   // Adds one group's contribution to the sums of N tokens.
@@ -240,7 +259,7 @@ struct ByteKernels {
         add_group<dtype, N>(sum, [&](auto i) SIDA_INLINE { return unfolded[i.value]; }, scale, x);
         unfolded += units;
       } else {
-        ask_ahead<dtype>(at, w, g);
+        ask_ahead<dtype>(at, g);
         B parts[S::template parts<dtype>];
         S::template load_group<dtype>(parts, w, at.row_bytes);
         add_group<dtype, N>(
@@ -262,7 +281,8 @@ struct ByteKernels {
 
   template <DType dtype>
   static void multiply(const Project& args, const Cut& tiles, const Rows& at, int64_t row, int64_t group) {
-    alignas(64) float scale[is_grouped(dtype) ? segment * lanes : 1];
+    alignas(64) float unfolded_scales[is_grouped(dtype) ? (segment + scales_together<dtype>)*lanes : 1];
+    float* const scale = unfolded_scales + (is_grouped(dtype) ? scales_together<dtype> * lanes : 0);
     if constexpr (is_grouped(dtype)) unfold_scales<dtype>(at, scale);
     alignas(64) B unfolded[segment * units];
     const bool is_unfolded = tiles.count > 1;
@@ -315,11 +335,13 @@ struct ByteKernels {
         const int64_t count = end - group < segment ? end - group : segment;
         const Rows at{
             static_cast<const char*>(args.w) + row * args.row_bytes + group * bytes,
+            static_cast<const char*>(args.w) + (row + lanes) * args.row_bytes + group * bytes * lanes,
             args.row_bytes,
             static_cast<const char*>(args.group_scales) + row * args.scale_row_bytes + group * group_scale_bytes(dtype),
             args.scale_row_bytes,
             rows,
             count,
+            group,
             row + 2 * lanes <= args.rows + args.rows_after};
         if (rows == lanes && group < whole) {
           multiply<dtype>(args, tiles, at, row, group);

@@ -13,38 +13,41 @@
 
 namespace sida::cpu {
 
-// 2^(e - 127) for each e, 2^-127 denormal; NaN for 255.
-struct PowersOfTwo {
-  float value[256];
-  constexpr PowersOfTwo() : value() {
-    value[0] = 0x1p-127f;
-    for (int e = 1; e < 255; ++e) value[e] = __builtin_bit_cast(float, static_cast<uint32_t>(e) << 23);
-    value[255] = __builtin_nanf("");
-  }
-};
-static constexpr PowersOfTwo powers_of_two;
-
 template <class S, DType dtype>
 struct Group {
   using F = typename S::F;
   static constexpr int vectors = static_cast<int>(group_columns / S::lanes);
   static constexpr int64_t bytes = group_columns / 2, scale_bytes = group_scale_bytes(dtype);
 
-  // The scales of `groups` groups as fp32.
-  static void unfold_scales(float* out, const char* scales, int64_t groups) {
+  // A vector of scales as fp32: int4's, and 2^(e - 127) for each byte e of mxfp4's, NaN for 255. Integers make those,
+  // as 2^-127 is denormal.
+  [[gnu::always_inline]] static F load_scales(const char* at) {
     if constexpr (dtype == DType::int4) {
-      int64_t g = 0;
-      for (; g + S::lanes <= groups; g += S::lanes) store<S>(out + g, S::load_f16(scales + 2 * g));
-      if (g < groups) {
-        char tail[2 * S::lanes] = {};
-        alignas(64) float last[S::lanes];
-        __builtin_memcpy(tail, scales + 2 * g, 2 * (groups - g));
-        store<S>(last, S::load_f16(tail));
-        __builtin_memcpy(out + g, last, 4 * (groups - g));
-      }
+      return S::load_f16(at);
     } else {
-      for (int64_t g = 0; g < groups; ++g) out[g] = powers_of_two.value[static_cast<uint8_t>(scales[g])];
+      using U = typename S::Types::U;
+      const U exponent = S::load_u8(at) << 23;
+      const U lowest = U{} + 0x00400000u;
+      const U power = exponent > lowest ? exponent : lowest;
+      return bits_as<F>(power | (bits_as<U>(exponent == 0x7f800000u) & lowest));
     }
+  }
+
+  // The scales of `groups` groups as fp32. The last vector ends with them: what it shares with the one before is
+  // written twice.
+  [[gnu::always_inline]] static void unfold_scales(float* out, const char* scales, int64_t groups) {
+    if (groups < S::lanes) {
+      char some[scale_bytes * S::lanes] = {};
+      alignas(64) float values[S::lanes];
+      for (int64_t i = 0; i < scale_bytes * groups; ++i) some[i] = scales[i];
+      store<S>(values, load_scales(some));
+      for (int64_t g = 0; g < groups; ++g) out[g] = values[g];
+      return;
+    }
+    int64_t g = 0;
+    for (; g + S::lanes <= groups; g += S::lanes) store<S>(out + g, load_scales(scales + scale_bytes * g));
+    g = groups - S::lanes;
+    store<S>(out + g, load_scales(scales + scale_bytes * g));
   }
 
   [[gnu::always_inline]] static void unfold(F (&weight)[vectors], const char* at, float scale) {
@@ -59,9 +62,9 @@ struct GroupedRows {
   using T = Tile<S, DType::f32, R, N>;
   using F = typename S::F;
 
-  // One segment of `groups` groups. Meanwhile it asks for what lies `ahead` bytes on in each row; 0: nothing.
+  // One segment of `groups` groups. Meanwhile it asks for as many bytes at `next`; null: for nothing.
   [[gnu::noinline]] static void run_segment(const char* w, int64_t row_bytes, const char* scales,
-                                            int64_t scale_row_bytes, int64_t groups, const float* x, int64_t ahead,
+                                            int64_t scale_row_bytes, int64_t groups, const float* x, const char* next,
                                             float* out, int64_t stride, bool first) {
     // Converted once for the segment: a scale in a group's own turn would cost as much as its weights.
     alignas(64) float scale[R][S::segment / group_columns];
@@ -83,9 +86,8 @@ struct GroupedRows {
     };
     // A cache line holds four groups.
     for (int64_t g = 0; g < groups;) {
-      if (ahead != 0) {
-        const char* wanted = w + ahead;
-        for (int r = 0; r < R; ++r, wanted += row_bytes) __builtin_prefetch(wanted, 0, 2);
+      if (next != nullptr) {
+        for (int r = 0; r < R; ++r, next += 64) __builtin_prefetch(next, 0, 2);
       }
       for (const int64_t end = g + 4 < groups ? g + 4 : groups; g < end; ++g) step(g);
     }

@@ -23,6 +23,8 @@ namespace {
 constexpr int64_t max_block_tokens = 32;
 // Rows between two passes over their sums. A multiple of every set's group and tile rows.
 constexpr int64_t rows_at_once = 192;
+// Multiply-adds that one thread is through with before another would be awake.
+constexpr int64_t serial_work = 1 << 15;
 
 // Progress of one split block.
 struct Progress {
@@ -51,13 +53,16 @@ struct Layout {
 
 class Call {
  public:
-  Call(const Kernels& kernels, const MoeFfnArgs& args, const ParallelFor& parallel)
-      : args_(args), kernels_(kernels), plan_(make_dispatch_plan(request(args, parallel, kernels_))) {}
+  Call(const Kernels& kernels, const MoeFfnArgs& args, int threads)
+      : args_(args),
+        kernels_(kernels),
+        threads_(multiply_adds(args) <= serial_work ? 1 : threads),
+        plan_(make_dispatch_plan(request(args, threads_, kernels_))) {}
 
   void run(const ParallelFor& parallel) {
     if (plan_.tasks.empty()) return;
     const int64_t tasks = static_cast<int64_t>(plan_.tasks.size());
-    const int64_t workers = std::clamp<int64_t>(parallel.threads, 1, tasks);
+    const int64_t workers = std::clamp<int64_t>(threads_, 1, tasks);
     lay_out();
     const int64_t split_panels = std::min<int64_t>(plan_.split_blocks, DispatchPlan::split_buffers);
     memory_ = scratch_.floats(workers * layout_.worker + split_panels * layout_.split_panel);
@@ -67,16 +72,22 @@ class Call {
       progress_[i].up_left.store(plan_.up_tasks, std::memory_order_relaxed);
       progress_[i].down_left.store(plan_.down_tasks, std::memory_order_relaxed);
     }
+    if (workers == 1) return work(0);
     parallel.run(workers, [](void* call, int64_t worker) { static_cast<Call*>(call)->work(worker); }, this);
   }
 
  private:
-  static PlanRequest request(const MoeFfnArgs& args, const ParallelFor& parallel, const Kernels& kernels) {
+  // At most; choices of experts that are not there count too.
+  static int64_t multiply_adds(const MoeFfnArgs& args) {
+    return args.tokens * args.top_k * args.d_model * args.d_ff * (args.gated ? 3 : 2);
+  }
+
+  static PlanRequest request(const MoeFfnArgs& args, int threads, const Kernels& kernels) {
     // A hidden task ends at a panel's group and fills whole tiles.
     int64_t up = kernels.group;
     while (up % kernels.tile_rows != 0) up += kernels.group;
-    return {args.tokens,         args.top_k,       args.num_experts, args.d_model, args.d_ff,        args.expert_index,
-            args.slot_of_expert, parallel.threads, max_block_tokens, up,           kernels.tile_rows};
+    return {args.tokens,         args.top_k, args.num_experts, args.d_model, args.d_ff,        args.expert_index,
+            args.slot_of_expert, threads,    max_block_tokens, up,           kernels.tile_rows};
   }
 
   void lay_out() {
@@ -212,6 +223,7 @@ class Call {
 
   const MoeFfnArgs& args_;
   const Kernels& kernels_;
+  const int threads_;
   const DispatchPlan plan_;
   ScopedScratch scratch_;
   Layout layout_{};
@@ -232,7 +244,7 @@ void moe_ffn_with(const Kernels& kernels, const MoeFfnArgs& args, const Parallel
     fail(ErrorKind::invalid, "moe_ffn: activation swiglu_oai combines two halves, expected gated weights");
   }
   if (args.tokens == 0 || args.d_model == 0 || args.d_ff == 0) return;
-  Call(kernels, args, parallel).run(parallel);
+  Call(kernels, args, parallel.threads).run(parallel);
 }
 
 void moe_ffn(const MoeFfnArgs& args, const ParallelFor& parallel) {
@@ -252,17 +264,16 @@ void moe_ffn_combine_with(const Kernels& kernels, const MoeFfnArgs& args, const 
   const int64_t per_token = std::max<int64_t>(args.top_k * args.d_model, 1);
   Context context{args, kernels, std::max<int64_t>(floats_at_once / per_token, 1)};
   const int64_t chunks = (args.tokens + context.chunk - 1) / context.chunk;
-  parallel.run(
-      chunks,
-      [](void* of, int64_t index) {
-        const auto& [args, kernels, chunk] = *static_cast<const Context*>(of);
-        const int64_t end = std::min((index + 1) * chunk, args.tokens);
-        for (int64_t t = index * chunk; t < end; ++t) {
-          kernels.combine(args.partials + t * args.top_k * args.d_model, args.top_k, args.d_model, args.x_dtype,
-                          static_cast<char*>(args.out) + t * args.d_model * element_bytes(args.x_dtype));
-        }
-      },
-      &context);
+  const auto combine = [](void* of, int64_t index) {
+    const auto& [args, kernels, chunk] = *static_cast<const Context*>(of);
+    const int64_t end = std::min((index + 1) * chunk, args.tokens);
+    for (int64_t t = index * chunk; t < end; ++t) {
+      kernels.combine(args.partials + t * args.top_k * args.d_model, args.top_k, args.d_model, args.x_dtype,
+                      static_cast<char*>(args.out) + t * args.d_model * element_bytes(args.x_dtype));
+    }
+  };
+  if (chunks == 1) return combine(&context, 0);
+  parallel.run(chunks, combine, &context);
 }
 
 void moe_ffn_combine(const MoeFfnArgs& args, const ParallelFor& parallel) {

@@ -120,6 +120,14 @@ alignas(16) static constexpr int8_t raised_e2m1[16] = {12, 13, 14, 15, 16, 18, 2
 // The values of 4-bit integers in two's complement.
 static constexpr int8_t signed_nibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
+// Simd::load_u8 without instructions for it: bytes as integers.
+template <class S>
+[[gnu::always_inline]] static inline typename S::Types::U load_u8_plain(const void* from) {
+  typename S::Types::U value{};
+  for (int i = 0; i < S::lanes; ++i) value[i] = static_cast<const uint8_t*>(from)[i];
+  return value;
+}
+
 // Simd::unfold_group without instructions for it.
 template <class S, DType dtype>
 [[gnu::always_inline]] static inline void unfold_plain(typename S::F (&weight)[32 / S::lanes], const char* at,

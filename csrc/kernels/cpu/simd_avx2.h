@@ -8,6 +8,18 @@
 namespace sida::cpu {
 namespace {
 
+// The two upper bytes of the sixteen values of 4 bits in fp32, whose lower ones are zero.
+struct UpperBytes {
+  alignas(16) int8_t upper[16], lower[16];
+  constexpr UpperBytes(const int8_t (&codes)[16], float unit) : upper(), lower() {
+    for (int i = 0; i < 16; ++i) {
+      const auto bits = __builtin_bit_cast(uint32_t, codes[i] * unit);
+      upper[i] = static_cast<int8_t>(bits >> 24);
+      lower[i] = static_cast<int8_t>(bits >> 16 & 0xff);
+    }
+  }
+};
+
 struct Simd {
   static constexpr const char* name = "avx2";
   static constexpr int lanes = 8;
@@ -43,6 +55,9 @@ struct Simd {
                  : "x"(a), "x"(b), "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x)),
                    "m"(*reinterpret_cast<const Types::FloatAnywhere*>(x + lanes)));
   }
+  static Types::U load_u8(const void* from) {
+    return bits_as<Types::U>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+  }
   // The upper 16 bits of each lane. The mask is an operand in memory: a tile has no register left for it.
   static Types::U upper_halves(Types::U value) {
     asm("vpand %1, %0, %0" : "+x"(value) : "m"(upper_mask));
@@ -58,26 +73,39 @@ struct Simd {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
   }
   template <DType dtype>
+  static constexpr UpperBytes values =
+      dtype == DType::int4 ? UpperBytes(signed_nibbles, 1.0f) : UpperBytes(doubled_e2m1, 0.5f);
+
+  alignas(32) static constexpr int8_t spread[32] = {0, 1, 2, 3, 0, 1, 2, 3, 8,  9,  10, 11, 8,  9,  10, 11,
+                                                    4, 5, 6, 7, 4, 5, 6, 7, 12, 13, 14, 15, 12, 13, 14, 15};
+  alignas(32) static constexpr int32_t shifts[8] = {0, 4, 0, 4, 0, 4, 0, 4};
+  alignas(32) static constexpr uint32_t low_halves[8] = {0x0f0f0f0fu, 0x0f0f0f0fu, 0x0f0f0f0fu, 0x0f0f0f0fu,
+                                                         0x0f0f0f0fu, 0x0f0f0f0fu, 0x0f0f0f0fu, 0x0f0f0f0fu};
+
+  // A code's value is looked up as the two upper bytes of its fp32 form. Converting integers would take more
+  // instructions, and such as only the units for products execute.
+  //
+  //    spread   bytes 0 to 3 twice, bytes 8 to 11 twice | bytes 4 to 7 twice, bytes 12 to 15 twice
+  //    codes    the even columns of four bytes, then their odd ones
+  template <DType dtype>
   static void unfold_group(F (&weight)[4], const char* at, F scale) {
-    if constexpr (dtype == DType::int4) {
-      // The low half of a byte becomes the upper bits of a lane: its value times 2^28, taken off with the scale.
-      const F small = scale * 0x1p-28f;
-      for (int half = 0; half < 2; ++half) {
-        const __m256i pairs = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8 * half)));
-        weight[2 * half] = _mm256_cvtepi32_ps(_mm256_slli_epi32(pairs, 28)) * small;
-        weight[2 * half + 1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 4)) * scale;
-      }
-    } else {
-      const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), mask = _mm_set1_epi8(15);
-      const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(doubled_e2m1));
-      const __m128i even = _mm_shuffle_epi8(values, _mm_and_si128(pairs, mask));
-      const __m128i odd = _mm_shuffle_epi8(values, _mm_and_si128(_mm_srli_epi16(pairs, 4), mask));
-      const F unit = scale * 0.5f;
-      weight[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(even)) * unit;
-      weight[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(odd)) * unit;
-      weight[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(even, even))) * unit;
-      weight[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(odd, odd))) * unit;
-    }
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    // The constants are operands in memory: a tile has no registers left for them.
+    __m256i codes;
+    asm("vpshufb %2, %1, %0\n\tvpsrlvd %3, %0, %0\n\tvpand %4, %0, %0"
+        : "=&x"(codes)
+        : "x"(both), "m"(spread), "m"(shifts), "m"(low_halves));
+    const auto table = [](const int8_t (&bytes)[16]) SIDA_INLINE {
+      return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+    };
+    const __m256i upper = _mm256_shuffle_epi8(table(values<dtype>.upper), codes);
+    const __m256i lower = _mm256_shuffle_epi8(table(values<dtype>.lower), codes);
+    const __m256i first = _mm256_unpacklo_epi8(lower, upper), second = _mm256_unpackhi_epi8(lower, upper);
+    const __m256i zero = _mm256_setzero_si256();
+    weight[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, first)) * scale;
+    weight[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, first)) * scale;
+    weight[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, second)) * scale;
+    weight[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, second)) * scale;
   }
   // Adds the upper half to the lower one.
   static Float4 fold(F value) { return _mm256_castps256_ps128(value) + _mm256_extractf128_ps(value, 1); }

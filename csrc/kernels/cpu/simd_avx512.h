@@ -42,6 +42,9 @@ struct Simd : Simd512Shape {
   static F load_i8(const void* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
   }
+  static Types::U load_u8(const void* from) {
+    return bits_as<Types::U>(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+  }
   // A register holds all sixteen values of 4 bits: scaled, it is the table in which the weights are looked up.
   template <DType dtype>
   static void unfold_group(F (&weight)[2], const char* at, F scale) {

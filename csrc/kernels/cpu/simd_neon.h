@@ -52,6 +52,12 @@ struct Simd {
   static void store_f16(void* to, F value) {
     vst1_u8(static_cast<uint8_t*>(to), vreinterpret_u8_f16(vcvt_f16_f32(value)));
   }
+  static Types::U load_u8(const void* from) {
+    uint32_t four;
+    __builtin_memcpy(&four, from, sizeof(four));
+    const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+    return reinterpret_cast<Types::U>(vmovl_u16(vget_low_u16(wide)));
+  }
   static F load_i8(const void* from) {
     int32_t four;
     __builtin_memcpy(&four, from, sizeof(four));

@@ -27,6 +27,7 @@ struct SimdWide : Simd512Shape {
     for (int i = 0; i < lanes; ++i) half[i] = narrow_f16(value[i]);
     *static_cast<Types::HalfWordsAnywhere*>(to) = half;
   }
+  static Types::U load_u8(const void* from) { return load_u8_plain<SimdWide>(from); }
   static F load_i8(const void* from) {
     const Types::Bytes bytes = *static_cast<const Types::BytesAnywhere*>(from);
     return __builtin_convertvector(__builtin_convertvector(bytes, I), F);

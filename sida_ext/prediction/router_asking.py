@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["AskedRouter", "find_routers"]
 
@@ -56,6 +58,36 @@ class AskedRouter:
             hidden: [..., d_model].
             normalised: ``hidden`` is a router's input rather than the residual stream.
         """
+        found = self._answer(hidden, normalised)
+        index = found[self.index_at]
+        weights = None if self.weights_at is None else found[self.weights_at]
+        return index.reshape(-1, index.shape[-1]), weights
+
+    @torch.no_grad()
+    def margin(self, hidden: Tensor, normalised: bool, experts: int) -> Tensor:
+        """How clearly the router would choose each expert, [tokens, experts] float32: the distance of its logit from
+        the middle between the last that is chosen and the first that is not. 1 and -1 for chosen and not of a router
+        that tells no number for every expert.
+
+        Args:
+            hidden, normalised: as :meth:`ask` takes them.
+            experts: of the layer.
+        """
+        found = self._answer(hidden, normalised)
+        index = found[self.index_at]
+        index = index.reshape(-1, index.shape[-1])
+        others = (tensor for at, tensor in enumerate(found) if at not in (self.index_at, self.weights_at))
+        logits = next((t for t in others if t.is_floating_point() and t.shape[-1] == experts), None)
+        if logits is None or logits.numel() != index.shape[0] * experts:
+            named = index.new_full((index.shape[0], experts), -1, dtype=torch.float32)
+            return named.scatter_(1, index.long().clamp(0, experts - 1), 1.0)
+        logits = logits.reshape(-1, experts).float()
+        chosen = index.shape[-1]
+        best = logits.topk(min(chosen + 1, experts), dim=-1).values
+        return logits - best[:, chosen - 1 :].mean(dim=-1, keepdim=True)
+
+    def _answer(self, hidden: Tensor, normalised: bool) -> list[Tensor]:
+        """The router's output tensors on another layer's hidden states."""
         # The forward functions themselves: hooks of others (transformers collects router logits by one) see nothing.
         if not normalised and self.norm is not None:
             hidden = self.norm.forward(hidden)
@@ -63,10 +95,7 @@ class AskedRouter:
             hidden = hidden.reshape(-1, hidden.shape[-1])
         elif hidden.dim() == 2:
             hidden = hidden.unsqueeze(0)
-        found = list(_tensors(self.router.forward(hidden, *self.further)))
-        index = found[self.index_at]
-        weights = None if self.weights_at is None else found[self.weights_at]
-        return index.reshape(-1, index.shape[-1]), weights
+        return list(_tensors(self.router.forward(hidden, *self.further)))
 
 
 @dataclass
