@@ -143,6 +143,18 @@ class DiskRate:
 
 def store_prologue(header: bytes) -> bytes: ...
 def record_checksum(record: np.ndarray | bytearray) -> tuple[int, int, int, int]: ...
+def round_groups(
+    to: str,
+    rows: int,
+    columns: int,
+    weight: np.ndarray,
+    importance: np.ndarray | None,
+    values: np.ndarray,
+    scale: np.ndarray,
+) -> None: ...
+def expand_groups(
+    from_: str, rows: int, columns: int, values: np.ndarray, scale: np.ndarray, out: np.ndarray
+) -> None: ...
 def run_policy(
     layers: int,
     experts: int,
@@ -165,6 +177,7 @@ def run_clock(
     lanes: int,
     predicted: Sequence[Wanted],
     admit: Callable[[float, int, int, int, int, int, float, float], int] | None = None,
+    shared: float = 0.0,
 ) -> dict[str, float]: ...
 def run_optimal(layers: int, experts: int, batches: Sequence[Wanted], slots: int) -> tuple[int, int, int]: ...
 def register_layer(
@@ -184,6 +197,16 @@ def measure_read_rates(path: str, seconds: float) -> tuple[list[tuple[int, int, 
 def measure_multiply_add_rate(threads: int) -> float: ...
 def measure_memory_bandwidth(threads: int, bytes: int = ...) -> float: ...
 def measure_moe_ffn(
-    d_model: int, d_ff: int, activation: str, dtype: str, experts: int, tokens: int, seconds: float
-) -> list[float]: ...
-def measure_linear(rows: int, columns: int, dtype: str, tokens: int, seconds: float) -> list[float]: ...
+    d_model: int,
+    d_ff: int,
+    activation: str,
+    dtype: str,
+    experts: int,
+    tokens: Sequence[int],
+    seconds: float,
+    x_dtype: str,
+    walked: int,
+) -> list[list[float]]: ...
+def measure_linear(
+    rows: int, columns: int, dtype: str, tokens: Sequence[int], seconds: float, x_dtype: str, walked: int
+) -> list[list[float]]: ...

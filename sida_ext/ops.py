@@ -194,17 +194,20 @@ def attention(
     once.
 
     Args:
-        query: [B, H, M, D] float32, bfloat16 or float16, the last dimension contiguous, as in all others.
+        query: [B, H, M, D] float32, bfloat16 or float16, the last dimension contiguous, as in all others; or [1, H, M,
+            D], in which the queries of the B sequences stand one behind the other.
         key: [S, H_kv, N, D] of the same dtype; query head h reads head ``h // (H / H_kv)``.
         value: [S, H_kv, N, D_v].
         spans: int64 [B, 4]: for each sequence the slot (of S) of its keys, the first of them, one past the last, and
-            the column of ``bias`` that belongs to the first.
-        bias: [1 or B, 1 or H, 1 or M, columns] of the dtype of ``query``.
+            the column of ``bias`` that belongs to the first. Of sequences that stand one behind the other [B, 6]: then
+            the first query and one past the last, in ascending order.
+        bias: [1 or B, 1 or H, 1 or M, columns] of the dtype of ``query``; M is that of the longest sequence.
         causal: the last query sees all keys of its span, each one before it one key less.
 
     Returns:
-        [B, M, H, D_v]; 0 where a query sees no key. A sequence's bits depend on its own queries, keys, values and bias
-        alone: not on other sequences, padding outside of its span, or the number of threads.
+        [B, M, H, D_v] (one behind the other: [1, M, H, D_v]); 0 where a query sees no key or belongs to no sequence. A
+        sequence's bits depend on its own queries, keys, values and bias alone: not on other sequences, padding outside
+        of its span, or the number of threads.
 
     Raises:
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.

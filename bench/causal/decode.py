@@ -170,7 +170,7 @@ def peer_command(arguments: argparse.Namespace) -> list[str]:
     file = (arguments.peer_folder or arguments.checkpoint.parent) / f"{arguments.checkpoint.name}.{kind}.gguf"
     program = [str(arguments.peer_python), "-m", "bench.causal.peer"]
     if not file.is_file():
-        subprocess.run([*program, "write", arguments.checkpoint / "config.json", file, "--kind", kind], check=True)
+        subprocess.run([*program, "write", arguments.checkpoint, file, "--kind", kind], check=True)
     options = [f"--{name}={getattr(arguments, name)}" for name in ("prompt", "prompts", "warm", "steps")]
     mapped = ["--mapped"] if arguments.limit else []
     return [*program, "run", str(file), *options, f"--threads={torch.get_num_threads()}", "--group", *mapped]

@@ -3,10 +3,12 @@
 In an environment of its own, which needs no torch:
 
     python -m venv PEER && PEER/bin/pip install ik-llama-cpp-python==0.1.5 gguf numpy
-    PEER/bin/python -m bench.causal.peer write CHECKPOINT/config.json FILE.gguf --kind Q4_0
+    PEER/bin/python -m bench.causal.peer write CHECKPOINT FILE.gguf --kind Q4_0
     PEER/bin/python -m bench.causal.peer run FILE.gguf --prompt 128 --steps 64
 
-The weights in the file are random blocks, not the checkpoint's: times are to be compared, not texts.
+The file has the checkpoint's own weights, rounded by the gguf package: how often a token wants the experts of the one
+before depends on them, and decides what a run from disk costs. Random blocks do not do: uniformly random codes of Q4_0
+have a mean below zero, by which deep layers send all tokens to the same experts.
 ``bench.causal.decode --ways ours peer`` runs it beside sida_ext.
 """
 
@@ -22,35 +24,60 @@ from typing import Any
 
 import numpy as np
 
-KINDS = {"Q4_0": 18, "Q8_0": 34}  # bytes of a block of 32 weights: a float16 factor, then the weights
-SPREAD = {"Q4_0": 4.6, "Q8_0": 74.0}  # standard deviation of uniformly random codes
+KINDS = ("Q4_0", "Q8_0")
 FIRST_TOKEN = 3
+# Names in the checkpoint of what each layer of the file has beside its experts.
+MATRICES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+VECTORS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
-def random_blocks(
-    kind: str, rows: int, columns: int, deviation: float, random_numbers: np.random.Generator
-) -> np.ndarray:
-    """Bytes of a matrix of that standard deviation, [rows, bytes of a row]."""
-    count = rows * columns // 32
-    blocks = random_numbers.integers(0, 256, (count, KINDS[kind]), dtype=np.uint8)
-    factors = deviation / SPREAD[kind] * random_numbers.uniform(0.8, 1.2, count)
-    blocks[:, :2] = factors.astype(np.float16).view(np.uint8).reshape(count, 2)
-    return blocks.reshape(rows, -1)
+class _Checkpoint:
+    """A folder of safetensors files in bfloat16, one matrix for each expert."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where: dict[str, tuple[np.memmap, int, list[int]]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            data = np.memmap(path, dtype=np.uint8, mode="r")
+            size = int(data[:8].view(np.uint64)[0])
+            for name, entry in json.loads(data[8 : 8 + size].tobytes()).items():
+                if name == "__metadata__":
+                    continue
+                if entry["dtype"] != "BF16":
+                    raise SystemExit(f"{path}: {name} is {entry['dtype']}, expected BF16")
+                self._where[name] = (data, 8 + size + entry["data_offsets"][0], entry["shape"])
+
+    def __call__(self, name: str) -> np.ndarray:
+        """A weight in float32."""
+        data, begin, shape = self._where[f"{name}.weight"]
+        bits = data[begin : begin + 2 * int(np.prod(shape))].view(np.uint16)
+        return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
 class _Writer:
-    def __init__(self, config: dict[str, Any], path: Path, kind: str) -> None:
+    def __init__(self, checkpoint: Path, path: Path, kind: str) -> None:
         import gguf
 
+        config = json.loads((checkpoint / "config.json").read_text())
         # transformers 5 saves the number of experts by the name that its families share.
-        self.config, self.kind = {"num_experts": config.get("num_local_experts"), **config}, kind
+        self.config = {"num_experts": config.get("num_local_experts"), **config}
+        self.weights = _Checkpoint(checkpoint)
         self.file = gguf.GGUFWriter(str(path), "qwen3moe")
-        self.type = gguf.GGMLQuantizationType[kind]
-        self.random = np.random.default_rng(0)
+        self.type, self.round = gguf.GGMLQuantizationType[kind], gguf.quants.quantize
 
     def facts(self) -> None:
         config, file = self.config, self.file
-        file.add_name("random weights")
+        file.add_name("for speed")
         file.add_context_length(config["max_position_embeddings"])
         file.add_embedding_length(config["hidden_size"])
         file.add_block_count(config["num_hidden_layers"])
@@ -73,41 +100,30 @@ class _Writer:
         file.add_bos_token_id(config["bos_token_id"])
         file.add_eos_token_id(config["eos_token_id"])
 
-    def matrix(self, name: str, rows: int, columns: int, deviation: float = 0.02) -> None:
-        self.file.add_tensor(name, random_blocks(self.kind, rows, columns, deviation, self.random), raw_dtype=self.type)
+    def matrix(self, name: str, *sources: str) -> None:
+        """A rounded matrix, or one of several that stand one behind the other."""
+        rounded = [self.round(self.weights(source), self.type) for source in sources]
+        blocks = np.stack(rounded) if len(rounded) > 1 else rounded[0]
+        self.file.add_tensor(f"{name}.weight", blocks, raw_dtype=self.type)
 
-    def ones(self, name: str, size: int) -> None:
-        self.file.add_tensor(name, np.ones(size, dtype=np.float32))
+    def plain(self, name: str, source: str) -> None:
+        self.file.add_tensor(f"{name}.weight", self.weights(source))
 
     def write(self) -> None:
-        config = self.config
-        width, inner, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
-        head, queries = config["head_dim"], config["num_attention_heads"] * config["head_dim"]
-        keys = config["num_key_value_heads"] * head
         self.facts()
-        self.matrix("token_embd.weight", config["vocab_size"], width, 1.0)
-        self.matrix("output.weight", config["vocab_size"], width)
-        self.ones("output_norm.weight", width)
-        # Made once; each layer has them anew in the file.
-        fused = {
-            name: random_blocks(self.kind, experts * rows, columns, 0.01, self.random).reshape(experts, rows, -1)
-            for name, rows, columns in (("gate", inner, width), ("up", inner, width), ("down", width, inner))
-        }
-        for number in range(config["num_hidden_layers"]):
-            place = f"blk.{number}."
-            for name, size in (("attn_norm", width), ("ffn_norm", width), ("attn_q_norm", head), ("attn_k_norm", head)):
-                self.ones(f"{place}{name}.weight", size)
-            for name, rows, columns in (
-                ("attn_q", queries, width),
-                ("attn_k", keys, width),
-                ("attn_v", keys, width),
-                ("attn_output", width, queries),
-            ):
-                self.matrix(f"{place}{name}.weight", rows, columns)
-            router = self.random.standard_normal((experts, width), dtype=np.float32) * 0.05
-            self.file.add_tensor(f"{place}ffn_gate_inp.weight", router)
-            for name, blocks in fused.items():
-                self.file.add_tensor(f"{place}ffn_{name}_exps.weight", blocks, raw_dtype=self.type)
+        self.matrix("token_embd", "model.embed_tokens")
+        self.matrix("output", "lm_head")
+        self.plain("output_norm", "model.norm")
+        for number in range(self.config["num_hidden_layers"]):
+            block, layer = f"blk.{number}.", f"model.layers.{number}."
+            for name, source in VECTORS.items():
+                self.plain(block + name, layer + source)
+            for name, source in MATRICES.items():
+                self.matrix(block + name, layer + source)
+            self.plain(f"{block}ffn_gate_inp", f"{layer}mlp.gate")
+            for name, source in EXPERTS.items():
+                experts = range(self.config["num_experts"])
+                self.matrix(f"{block}ffn_{name}_exps", *(f"{layer}mlp.experts.{each}.{source}" for each in experts))
         self.file.write_header_to_file()
         self.file.write_kv_data_to_file()
         self.file.write_tensors_to_file()
@@ -186,8 +202,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="a GGUF file of random weights")
-    write.add_argument("config", type=Path, help="config.json of a checkpoint that bench.causal.checkpoint wrote")
+    write = commands.add_parser("write", help="a GGUF file of a checkpoint's weights")
+    write.add_argument("checkpoint", type=Path, help="folder that bench.causal.checkpoint wrote")
     write.add_argument("file", type=Path)
     write.add_argument("--kind", choices=KINDS, default="Q4_0")
     measured = commands.add_parser("run", help="prompts and decode steps of random tokens")
@@ -201,7 +217,7 @@ def main() -> None:
     measured.add_argument("--group", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.command == "write":
-        _Writer(json.loads(arguments.config.read_text()), arguments.file, arguments.kind).write()
+        _Writer(arguments.checkpoint, arguments.file, arguments.kind).write()
     else:
         print(json.dumps(run(arguments)))
 

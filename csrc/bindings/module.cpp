@@ -15,12 +15,14 @@
 #include "bindings/layers.h"
 #include "bindings/measure_compute.h"
 #include "bindings/python_errors.h"
+#include "bindings/torch_threads.h"
 #include "experts/measure.h"
 #include "experts/policy_trace.h"
 #include "experts/store.h"
 #include "experts/transfer.h"
 #include "experts/virtual_clock.h"
 #include "kernels/activation.h"
+#include "kernels/group_rounding.h"
 #include "kernels/moe_ffn.h"
 #ifdef SIDA_WITH_CUDA
 #include "serving/cuda_serving.h"
@@ -49,6 +51,49 @@ RecordChecksum checksum_of(const py::buffer& record) {
          ExpertFormat::record_alignment);
   }
   return record_checksum(info.ptr, bytes);
+}
+
+// A contiguous buffer of so many bytes, which a caller of rounding and expanding has made to measure.
+void* measured(const py::buffer& buffer, int64_t bytes, const char* name, bool writable = false) {
+  const py::buffer_info info = buffer.request(writable);
+  if (!PyBuffer_IsContiguous(info.view(), 'C') || info.size * info.itemsize != bytes) {
+    fail(ErrorKind::invalid, name, " has ", info.size * info.itemsize, " bytes, expected ", bytes, ", contiguous");
+  }
+  return info.ptr;
+}
+
+DType grouped_from(const std::string& name) {
+  const DType dtype = dtype_from(name);
+  if (!is_grouped(dtype)) fail(ErrorKind::invalid, "dtype is '", name, "', expected int4 or mxfp4");
+  return dtype;
+}
+
+void round_groups_into(const std::string& to, int64_t rows, int64_t columns, const py::buffer& weight,
+                       const std::optional<py::buffer>& importance, const py::buffer& values, const py::buffer& scale) {
+  const DType dtype = grouped_from(to);
+  const GroupRounding args{
+      dtype,
+      rows,
+      columns,
+      static_cast<const float*>(measured(weight, rows * columns * 4, "weight")),
+      importance ? static_cast<const float*>(measured(*importance, columns * 4, "importance")) : nullptr,
+      static_cast<uint8_t*>(measured(values, rows * row_bytes(dtype, columns), "values", true)),
+      measured(scale, rows * row_scale_bytes(dtype, columns), "scale", true)};
+  const py::gil_scoped_release released;
+  round_groups(args, torch_threads());
+}
+
+void expand_groups_into(const std::string& from, int64_t rows, int64_t columns, const py::buffer& values,
+                        const py::buffer& scale, const py::buffer& out) {
+  const DType dtype = grouped_from(from);
+  const GroupExpansion args{dtype,
+                            rows,
+                            columns,
+                            static_cast<const uint8_t*>(measured(values, rows * row_bytes(dtype, columns), "values")),
+                            measured(scale, rows * row_scale_bytes(dtype, columns), "scale"),
+                            static_cast<float*>(measured(out, rows * columns * 4, "out", true))};
+  const py::gil_scoped_release released;
+  expand_groups(args, torch_threads());
 }
 
 py::bytes prologue(const std::string& header) {
@@ -184,7 +229,7 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
 
 py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, const std::string& eviction,
                       int64_t slots, int lookahead, double read, double before, double compute, int lanes,
-                      const std::vector<Wanted>& predicted, const py::object& admit) {
+                      const std::vector<Wanted>& predicted, const py::object& admit, double shared) {
   const RoutingTrace trace = trace_from(layers, experts, batches);
   const RoutingTrace tables = trace_from(layers, experts, predicted);
   Admission admission;
@@ -201,8 +246,8 @@ py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>
   ClockResult result;
   {
     const py::gil_scoped_release released;
-    result = run_clock(trace, options, {.read = read, .before = before, .compute = compute, .lanes = lanes},
-                       tables.batches, admission);
+    const ModelledTime time{.read = read, .before = before, .compute = compute, .lanes = lanes, .shared = shared};
+    result = run_clock(trace, options, time, tables.batches, admission);
   }
   py::dict fields;
   fields["seconds"] = result.seconds;
@@ -364,6 +409,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("store_prologue_bytes") = store_prologue_bytes;
   m.def("store_prologue", &prologue, py::arg("header"));
   m.def("record_checksum", &checksum_of, py::arg("record"));
+  m.def("round_groups", &round_groups_into, py::arg("to"), py::arg("rows"), py::arg("columns"), py::arg("weight"),
+        py::arg("importance"), py::arg("values"), py::arg("scale"));
+  m.def("expand_groups", &expand_groups_into, py::arg("from_"), py::arg("rows"), py::arg("columns"), py::arg("values"),
+        py::arg("scale"), py::arg("out"));
 
   py::class_<ExpertStore, std::shared_ptr<ExpertStore>>(m, "ExpertStore")
       .def(py::init([](const std::string& path) { return ExpertStore::open(path); }), py::arg("path"))
@@ -470,16 +519,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("measure_memory_bandwidth", &measure_memory_bandwidth, py::arg("threads"), py::arg("bytes") = int64_t{2} << 30,
         WithoutLock());
   m.def("measure_moe_ffn", &measure_moe_ffn, py::arg("d_model"), py::arg("d_ff"), py::arg("activation"),
-        py::arg("dtype"), py::arg("experts"), py::arg("tokens"), py::arg("seconds"), WithoutLock());
+        py::arg("dtype"), py::arg("experts"), py::arg("tokens"), py::arg("seconds"), py::arg("x_dtype"),
+        py::arg("walked"), WithoutLock());
   m.def("measure_linear", &measure_linear, py::arg("rows"), py::arg("columns"), py::arg("dtype"), py::arg("tokens"),
-        py::arg("seconds"), WithoutLock());
+        py::arg("seconds"), py::arg("x_dtype"), py::arg("walked"), WithoutLock());
   m.def("measure_multiply_add_rate", &cpu::measure_multiply_add_rate, py::arg("threads"), WithoutLock());
 
   m.def("run_policy", &run_policy_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
   m.def("run_clock", &run_clock_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("read"), py::arg("before"), py::arg("compute"),
-        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none());
+        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none(), py::arg("shared") = 0.0);
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
   py::class_<Borrow>(m, "Borrow")

@@ -1,10 +1,7 @@
 // The library `sida` of torch's operators: schemas, argument checks and the CPU kernels. What torch's stable ABI has no
 // way to register, the fake implementations and the errors of a backward, is in sida_ext/ops.py.
-#include <pthread.h>
-
+#include <algorithm>
 #include <array>
-#include <atomic>
-#include <exception>
 #include <functional>
 #include <optional>
 #include <string_view>
@@ -15,6 +12,7 @@
 #include "base/at_end.h"
 #include "bindings/layers.h"
 #include "bindings/op_checks.h"
+#include "bindings/torch_threads.h"
 #include "kernels/attention.h"
 #include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
@@ -23,44 +21,6 @@
 
 namespace sida {
 namespace {
-
-// Set in a child of fork(): the threads of torch's pool stayed with the parent, and GNU's OpenMP runtime would wait for
-// them for ever.
-std::atomic<bool> is_forked{false};
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
-
-// One call of a ParallelFor on torch's threads. What a body throws must not cross torch's C interface.
-struct Loop {
-  void (*body)(void*, int64_t);
-  void* context;
-  std::atomic<bool> failed{false};
-  std::exception_ptr error{};
-
-  static void run(int64_t begin, int64_t end, void* self) {
-    auto* const loop = static_cast<Loop*>(self);
-    try {
-      for (int64_t i = begin; i < end; ++i) loop->body(loop->context, i);
-    } catch (...) {
-      if (!loop->failed.exchange(true)) loop->error = std::current_exception();
-    }
-  }
-};
-
-// Inside a parallel region of torch's this is a loop on the calling thread: torch_parallel_for sees to that.
-ParallelFor torch_threads() {
-  if (is_forked) {
-    return ParallelFor{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
-                         for (int64_t i = 0; i < count; ++i) body(context, i);
-                       }};
-  }
-  uint32_t threads = 1;
-  check_torch(torch_get_num_threads(&threads), "torch_get_num_threads");
-  return ParallelFor{static_cast<int>(threads), [](int64_t count, void (*body)(void*, int64_t), void* context) {
-                       Loop loop{body, context};
-                       check_torch(torch_parallel_for(0, count, 1, &Loop::run, &loop), "torch_parallel_for");
-                       if (loop.failed) std::rethrow_exception(loop.error);
-                     }};
-}
 
 // The tokens with every index checked.
 Tokens checked_tokens(const Tensor& x, const Tensor& expert_index, const Tensor& gate, int64_t num_experts,
@@ -147,6 +107,48 @@ HeadStrides head_strides(const Tensor& tensor, bool broadcast = false) {
   return {stride(0), stride(1), stride(2)};
 }
 
+// Of every sequence. With four numbers each has a row of queries to itself; with six they share the only one.
+std::vector<AttentionSpan> checked_spans(const Tensor& spans, const Tensor& query, const Tensor& key,
+                                         const std::optional<Tensor>& bias, const char* op) {
+  check_dims(spans, 2, op, "spans", "[sequences, 4 or 6]");
+  const bool packed = spans.size(1) == 6;
+  if (packed) {
+    check_size(query, 0, 1, op, "query", "the row that the sequences of spans with six numbers stand in");
+  } else {
+    check_size(spans, 0, query.size(0), op, "spans", "sequences of query");
+    check_size(spans, 1, 4, op, "spans", "slot, first key, one past the last, column of the first in bias");
+  }
+  CHECK_TYPE(type_of(spans) == ScalarType::Long, op, ": spans has dtype ", type_of(spans), ", expected int64");
+  check_device(spans, query, op, "spans");
+  const Tensor given = contiguous(spans);
+  const int64_t* numbers = given.const_data_ptr<int64_t>();
+  std::vector<AttentionSpan> checked(spans.size(0));
+  int64_t taken = 0;  // queries of the sequences before
+  for (int64_t b = 0; b < spans.size(0); ++b, numbers += spans.size(1)) {
+    const AttentionSpan span{numbers[0],
+                             numbers[1],
+                             numbers[2],
+                             numbers[3],
+                             packed ? 0 : b,
+                             packed ? numbers[4] : 0,
+                             packed ? numbers[5] : query.size(2)};
+    const bool inside = span.slot >= 0 && span.slot < key.size(0) && span.first >= 0 && span.first <= span.last &&
+                        span.last <= key.size(2);
+    CHECK_INDEX(inside, op, ": spans[", b, "] is slot ", span.slot, ", keys ", span.first, " to ", span.last,
+                ", expected a slot below ", key.size(0), " and keys within 0 to ", key.size(2));
+    CHECK_INDEX(!bias || (span.bias_column >= 0 && span.bias_column + span.last - span.first <= bias->size(3)), op,
+                ": spans[", b, "] takes columns ", span.bias_column, " to ", span.bias_column + span.last - span.first,
+                " of bias, which has ", bias ? bias->size(3) : 0);
+    CHECK_INDEX(!packed || (span.first_query >= taken && span.first_query <= span.last_query &&
+                            span.last_query <= query.size(2)),
+                op, ": spans[", b, "] has queries ", span.first_query, " to ", span.last_query,
+                ", expected them within ", taken, " (where the sequence before ends) to ", query.size(2));
+    if (packed) taken = span.last_query;
+    checked[b] = span;
+  }
+  return checked;
+}
+
 Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& spans, double scale,
                      const std::optional<Tensor>& bias, bool causal) {
   constexpr const char* op = "attention";
@@ -162,37 +164,28 @@ Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value
   check(query, "query");
   check(key, "key");
   check(value, "value");
-  args.sequences = query.size(0), args.heads = query.size(1), args.queries = query.size(2), args.dim = query.size(3);
+  args.heads = query.size(1), args.queries = query.size(2), args.dim = query.size(3);
   args.kv_heads = key.size(1), args.value_dim = value.size(3);
   check_size(key, 3, args.dim, op, "key", "dim of query");
   CHECK_VALUE(args.kv_heads > 0 && args.heads % args.kv_heads == 0, op, ": query has ", args.heads,
               " heads, expected a multiple of the ", args.kv_heads, " of key");
   for (int dim = 0; dim < 3; ++dim) check_size(value, dim, key.size(dim), op, "value", "as in key");
-  check_dims(spans, 2, op, "spans", "[sequences, 4]");
-  check_size(spans, 0, args.sequences, op, "spans", "sequences of query");
-  check_size(spans, 1, 4, op, "spans", "slot, first key, one past the last, column of the first in bias");
-  CHECK_TYPE(type_of(spans) == ScalarType::Long, op, ": spans has dtype ", type_of(spans), ", expected int64");
-  check_device(spans, query, op, "spans");
+  if (bias) check(*bias, "bias");
+  const std::vector<AttentionSpan> checked = checked_spans(spans, query, key, bias, op);
+  const bool packed = spans.size(1) == 6;
+  args.sequences = static_cast<int64_t>(checked.size());
   if (bias) {
-    check(*bias, "bias");
-    for (int dim = 0; dim < 3; ++dim) {
-      CHECK_VALUE(bias->size(dim) == 1 || bias->size(dim) == query.size(dim), op, ": bias has shape ", Text(*bias),
-                  ", expected 1 or ", query.size(dim), " in dimension ", dim);
+    const auto expect = [&](int dim, int64_t size) {
+      CHECK_VALUE(bias->size(dim) == 1 || bias->size(dim) == size, op, ": bias has shape ", Text(*bias),
+                  ", expected 1 or ", size, " in dimension ", dim);
+    };
+    expect(0, args.sequences), expect(1, args.heads);
+    int64_t rows = args.queries;
+    if (packed) {
+      rows = 0;
+      for (const AttentionSpan& span : checked) rows = std::max(rows, span.last_query - span.first_query);
     }
-  }
-  const Tensor given = contiguous(spans);
-  const int64_t* numbers = given.const_data_ptr<int64_t>();
-  std::vector<KeySpan> checked(args.sequences);
-  for (int64_t b = 0; b < args.sequences; ++b, numbers += 4) {
-    const KeySpan span{numbers[0], numbers[1], numbers[2], numbers[3]};
-    const bool inside = span.slot >= 0 && span.slot < key.size(0) && span.first >= 0 && span.first <= span.last &&
-                        span.last <= key.size(2);
-    CHECK_INDEX(inside, op, ": spans[", b, "] is slot ", span.slot, ", keys ", span.first, " to ", span.last,
-                ", expected a slot below ", key.size(0), " and keys within 0 to ", key.size(2));
-    CHECK_INDEX(!bias || (span.bias_column >= 0 && span.bias_column + span.last - span.first <= bias->size(3)), op,
-                ": spans[", b, "] takes columns ", span.bias_column, " to ", span.bias_column + span.last - span.first,
-                " of bias, which has ", bias ? bias->size(3) : 0);
-    checked[b] = span;
+    expect(2, rows);
   }
   args.spans = checked.data();
   args.query = query.const_data_ptr(), args.query_strides = head_strides(query);
@@ -201,7 +194,8 @@ Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value
   if (bias) args.bias = bias->const_data_ptr(), args.bias_strides = head_strides(*bias, /*broadcast=*/true);
   args.scale = static_cast<float>(scale);
   args.causal = causal;
-  const Tensor out = empty({args.sequences, args.queries, args.heads, args.value_dim}, type_of(query), query);
+  const std::vector<int64_t> shape = {query.size(0), args.queries, args.heads, args.value_dim};
+  const Tensor out = packed ? zeros(shape, type_of(query), query) : empty(shape, type_of(query), query);
   args.out = out.mutable_data_ptr();
   return with_python_errors([&] {
     cpu::attention(args, torch_threads());

@@ -365,6 +365,9 @@ Wave TransferEngine::next_wave(DemandId demand, const std::function<bool()>& int
       Wave late = residency.take_low_bit(demand);
       impl_->run_commands();
       if (!late.experts.empty()) return late;
+      // A wave of what has come so far would leave other slots free, earlier or later, from run to run.
+      impl_->wait_settled(lock);
+      if (const Failure* failure = residency.failure(demand)) throw Error(failure->kind, failure->why);
     }
     Wave wave = residency.take_ready(demand);
     if (!wave.experts.empty() || residency.exhausted(demand)) return wave;

@@ -10,27 +10,33 @@
 namespace sida {
 namespace {
 
-// The lanes: commands that a Residency gives become copies with an end on the clock.
+// The lanes: commands that a Residency gives become copies with an end on the clock. Copies under way go on at one
+// pace, so that they end in the order in which they began: an end is a place on a second clock, of progress, which
+// counts the seconds of a copy that is alone.
 class Lanes {
  public:
-  Lanes(Residency& residency, double read) : residency_(residency), read_(read) { start(); }
+  Lanes(Residency& residency, const ModelledTime& time)
+      : residency_(residency), read_(time.read), shared_(time.shared) {
+    start();
+  }
 
   double now() const { return now_; }
 
-  // Takes what the Residency has to do; a copy that starts ends `read` later.
+  // Takes what the Residency has to do; a copy that starts ends `read` later, if nothing slows it down.
   void start() {
     while (const auto command = residency_.next_command()) {
       if (command->kind == Command::Kind::give_back) {
         residency_.given_back(command->slot, command->count);
       } else {
-        ends_.emplace(now_ + read_, command->slot);
+        ends_.emplace(progress_ + read_, command->slot);
       }
     }
   }
 
   // Time passes; copies end, and others begin in their place.
   void advance(double until) {
-    while (!ends_.empty() && ends_.begin()->first <= until) end_first();
+    while (!ends_.empty() && ends_at() <= until) end_first();
+    progress_ = shared_ == 0 ? until : progress_ + (until - now_) / slowdown();
     now_ = until;
   }
 
@@ -38,17 +44,30 @@ class Lanes {
 
   void end_first() {
     const auto [at, slot] = *ends_.begin();
+    now_ = std::max(now_, ends_at());
+    progress_ = std::max(progress_, at);
     ends_.erase(ends_.begin());
-    now_ = std::max(now_, at);
     residency_.copy_done(slot);
     start();
   }
 
  private:
+  // How much longer a copy takes beside the others than alone.
+  double slowdown() const {
+    const double together = shared_ * static_cast<double>(ends_.size());
+    return together <= read_ ? 1.0 : together / read_;
+  }
+
+  // When the first copy is done, if none begins before.
+  double ends_at() const {
+    const double end = ends_.begin()->first;
+    return shared_ == 0 ? end : now_ + (end - progress_) * slowdown();  // without sharing both clocks are one
+  }
+
   Residency& residency_;
-  const double read_;
-  double now_ = 0;
-  std::multimap<double, int32_t> ends_;  // when a copy is done, and in which slot
+  const double read_, shared_;
+  double now_ = 0, progress_ = 0;
+  std::multimap<double, int32_t> ends_;  // when a copy is done, in progress, and in which slot
 };
 
 // One MoE layer: computes what is there, wave by wave, and waits where nothing is.
@@ -111,6 +130,10 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
   check("read", time.read);
   check("before", time.before);
   check("compute", time.compute);
+  check("shared", time.shared);
+  if (time.shared > time.read) {
+    fail(ErrorKind::invalid, "shared is ", time.shared, " s, expected at most read, ", time.read, " s");
+  }
   const auto& tables = predicted.empty() ? trace.batches : predicted;
   Residency residency({.layers = trace.layers,
                        .experts = trace.experts,
@@ -118,7 +141,7 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
                        .lanes = time.lanes,
                        .eviction = options.eviction,
                        .prefetch_layers = options.prefetch_layers});
-  Lanes lanes(residency, time.read);
+  Lanes lanes(residency, time);
   ClockResult result;
   std::vector<BatchId> numbers;
   for (size_t i = 0; i < trace.batches.size(); ++i) {

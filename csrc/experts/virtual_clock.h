@@ -11,12 +11,14 @@
 
 namespace sida {
 
-// Seconds. Copies on different lanes do not slow each other down; `read` is what one takes.
+// Seconds. A copy takes `read` while it is alone; of n under way at once each takes at least n times `shared`, what one
+// expert occupies the disk for. With 0, copies on different lanes do not slow each other down.
 struct ModelledTime {
   double read = 1e-3;     // one expert, on one lane
   double before = 1e-3;   // what a model computes before each of its MoE layers
   double compute = 1e-4;  // one expert of a layer, on all of its tokens
   int lanes = 1;
+  double shared = 0;  // at most `read`
 };
 
 struct ClockResult {

@@ -13,15 +13,18 @@ struct HeadStrides {
   int64_t sequence, head, token;
 };
 
-// The keys of one sequence.
-struct KeySpan {
-  int64_t slot;         // where its keys and values are
-  int64_t first, last;  // [first, last) of them
-  int64_t bias_column;  // of the first
+// One sequence: its keys and its queries.
+struct AttentionSpan {
+  int64_t slot;                     // where its keys and values are
+  int64_t first, last;              // [first, last) of them
+  int64_t bias_column;              // of the first
+  int64_t row;                      // of `query` and `out`
+  int64_t first_query, last_query;  // [first_query, last_query) in that row
 };
 
 struct AttentionArgs {
-  int64_t sequences, heads, queries, dim;
+  int64_t sequences, heads, dim;
+  int64_t queries;              // of a row of `query` and `out`
   int64_t kv_heads, value_dim;  // query head h reads key head h / (heads / kv_heads)
   DType dtype;                  // of queries, keys, values, bias and result: f32, bf16 or f16
   const void* query;
@@ -30,13 +33,13 @@ struct AttentionArgs {
   HeadStrides key_strides;
   const void* value;
   HeadStrides value_strides;
-  const KeySpan* spans;  // [sequences]
-  const void* bias;      // null: none
+  const AttentionSpan* spans;  // [sequences]; no two have a query in common
+  const void* bias;            // null: none; else [sequences, heads, queries of the longest sequence, columns]
   HeadStrides bias_strides;
   float scale;
-  // The last query sees all keys, each one before it one key less; those that would see none give 0.
+  // A sequence's last query sees all keys, each one before it one key less; those that would see none give 0.
   bool causal;
-  void* out;  // [sequences, queries, heads, value_dim] contiguous
+  void* out;  // [rows, queries, heads, value_dim] contiguous; untouched where no sequence has a query
 };
 
 namespace cpu {

@@ -33,13 +33,17 @@ MOST_MEMORY_BYTES, LEAST_MEMORY_BYTES = 256 << 20, 32 << 20
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Lanes, the largest single read in bytes, and why; the rates that were measured, bytes a second, 0: not."""
+    """Lanes, the largest single read in bytes, and why; the rates that were measured, bytes a second, 0: not.
+
+    ``disk_rate`` is of all lanes together, ``lane_rate`` of one that reads while the others rest.
+    """
 
     lanes: int
     read_bytes: int
     why: str
     disk_rate: float = 0.0
     memory_rate: float = 0.0
+    lane_rate: float = 0.0
 
 
 def default_plan(why: str) -> ReadPlan:
@@ -58,7 +62,8 @@ def choose(rates: list[tuple[int, int, float]]) -> ReadPlan:
     best = max(rate for _, _, rate in usable)
     lanes, size, rate = min((lanes, size, rate) for size, lanes, rate in usable if rate >= NEAR_BEST * best)
     why = f"measured {rate / 1e9:.2f} GB/s; the best of {len(rates)} pairs of lanes and read size {best / 1e9:.2f} GB/s"
-    return ReadPlan(lanes, size, why, rate)
+    alone = max((one for _, count, one in rates if count == 1), default=rate / lanes)
+    return ReadPlan(lanes, size, why, rate, lane_rate=min(alone, rate))
 
 
 def _machine(path: Path) -> str:
@@ -76,8 +81,8 @@ def _machine(path: Path) -> str:
 def _remembered(cache: Path, machine: str) -> ReadPlan | None:
     try:
         plan = ReadPlan(**json.loads(cache.read_text())[machine])
-        # Of an earlier version, which did not measure memory.
-        return plan if plan.memory_rate > 0 else None
+        # Of an earlier version, which did not measure memory, or kept no rate of a single lane.
+        return plan if plan.memory_rate > 0 and (plan.lane_rate > 0 or plan.disk_rate == 0) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # never measured here, or written by something else: measured again
 

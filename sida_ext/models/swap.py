@@ -178,10 +178,31 @@ def _connect(
     guard_model(model, list(family.layers(model)))
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
     family.enter(model, runtime, layers)
+    _flatten_head_input(model)
     if ahead is not None:
         served = cast(dict[str, ServedLayer], family.layers(model))
         attach_lookahead(runtime, served, *ahead)
     model.sida = runtime  # type: ignore[assignment]
+
+
+def _flatten_head_input(model: PreTrainedModel) -> None:
+    """Give torch's own head rows that lie as a matrix of their own.
+
+    A prompt's last token is a view into all of its tokens' rows, and torch (2.13, CPU) multiplies such a view of
+    bfloat16 by the head's transposed copy, made anew each time: 1.2 s instead of 14 ms for 32,000 words of 2,048
+    numbers.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(_rows_of_their_own)
+
+
+def _rows_of_their_own(head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not given:  # called by keyword, which transformers does not
+        return None
+    rows = given[0]
+    # Contiguous it calls itself whatever the steps of its dimensions of one: they are taken from a matrix.
+    return (rows.reshape(-1, rows.shape[-1]).contiguous().unflatten(0, rows.shape[:-1]), *given[1:])
 
 
 def _without_experts(

@@ -20,6 +20,7 @@ from sida_ext.experts.store import StoreHeader
 from sida_ext.models.decoding import predict_decoder
 from sida_ext.models.encoding import predict_encoder
 from sida_ext.models.layers import ServedLayer
+from sida_ext.models.packed_rows import Packing
 from sida_ext.models.switch_source import SwitchModules
 
 __all__ = ["SparseMLP", "SwitchFamily", "Top1Router", "check_release"]
@@ -45,9 +46,15 @@ def check_release(found: str = transformers.__version__) -> None:
 class Top1Router(SwitchTransformersTop1Router):
     """transformers' router with softmax, argmax and capacity in one op.
 
+    Attributes:
+        packing: of texts that stand one behind the other in one row, each with its own count of an expert's tokens;
+            None: each row is a text.
+
     Returns ``expert_index`` [B, S] int32 (-1: over capacity), ``gate`` [B, S] float32 and the raw router logits
     [B, S, E], which transformers' output capture takes as the third result.
     """
+
+    packing: Packing | None = None
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.input_dtype = hidden_states.dtype
@@ -61,7 +68,11 @@ class Top1Router(SwitchTransformersTop1Router):
                 f"router_dtype is {self.dtype} and the model's dtype {hidden_states.dtype}; with a router below "
                 "float32 the model must be float32 or of the router's dtype"
             )
-        expert_index, gate = ops.route_top1(logits, self.expert_capacity, probs_dtype=rounded)
+        packing = self.packing
+        rows = logits if packing is None else packing.rows(logits)
+        expert_index, gate = ops.route_top1(rows, self.expert_capacity, probs_dtype=rounded)
+        if packing is not None:
+            expert_index, gate = packing.packed(expert_index), packing.packed(gate)
         return expert_index, gate, logits
 
 

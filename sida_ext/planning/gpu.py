@@ -12,7 +12,7 @@ from sida_ext.experts.budget import parse_bytes
 from sida_ext.experts.folders import default_cache
 from sida_ext.planning.capacity import EXPERT_DTYPES, experts_bytes, record_bytes
 from sida_ext.planning.counting import ModelFacts
-from sida_ext.planning.rates import PROBE_TOKENS, Pair, Rates, disk_plan
+from sida_ext.planning.rates import PROBE_TOKENS, Measured, Pair, Rates, disk_plan
 
 __all__ = ["CALL_SECONDS", "GPUS", "LAUNCH_SECONDS", "LINKS", "Card", "Gpu", "gpu_rates", "parse_gpu", "with_memory"]
 
@@ -126,9 +126,9 @@ def gpu_rates(facts: ModelFacts, dtype: str, gpu: Gpu, host_memory: int, disk_ra
         store=disk_rate,
         lanes=1,
         memory=0.0,
-        expert={tokens: pair(weights, weights * item, tokens) for tokens in PROBE_TOKENS},
-        number={tokens: pair(1, 2, tokens) for tokens in PROBE_TOKENS},
-        layer=layer,
+        expert=Measured({tokens: pair(weights, weights * item, tokens) for tokens in PROBE_TOKENS}),
+        number=Measured({tokens: pair(1, 2, tokens) for tokens in PROBE_TOKENS}),
+        layer=Measured(layer),
         said={
             "GPU": f"modelled, {cards}: published peaks, kernels at their roofline",
             "copies": f"modelled: pinned memory over PCIe, {pool:.0%} of the experts in it, the others read from disk",

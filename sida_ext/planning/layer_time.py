@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import asdict
 from typing import Any
 
 from sida_ext.planning.counting import ModelFacts
-from sida_ext.planning.rates import Pair, layer_key, remember
+from sida_ext.planning.rates import Measured, Pair, cache_bytes, layer_key, remember, walked_bytes
 
 __all__ = ["measure_layer"]
 
@@ -75,8 +76,12 @@ def _made(config: Any, dtype: Any) -> Any:
     return model
 
 
-def _times(model: Any, tokens: int, decodes: bool) -> list[float]:
-    """Seconds of calls on ``tokens`` tokens; a single one with a cache that others stand in."""
+def _times(model: Any, tokens: int, decodes: bool, walk: Any = None) -> list[float]:
+    """Seconds of calls on ``tokens`` tokens; a single one with a cache that others stand in.
+
+    Args:
+        walk: called before each, untimed.
+    """
     import torch
 
     found: list[float] = []
@@ -87,6 +92,8 @@ def _times(model: Any, tokens: int, decodes: bool) -> list[float]:
             cache = model(input_ids=torch.ones((1, 16), dtype=torch.int64), use_cache=True).past_key_values
         start = time.perf_counter()
         while len(found) < 4 or (time.perf_counter() - start < SECONDS and len(found) < 60):
+            if walk is not None:
+                walk()
             begin = time.perf_counter()
             if cache is not None:
                 cache = model(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
@@ -98,8 +105,25 @@ def _times(model: Any, tokens: int, decodes: bool) -> list[float]:
     return found[1:]
 
 
-def measure_layer(config: dict[str, Any], facts: ModelFacts) -> dict[int, Pair]:
-    """Seconds of one layer by tokens, (fastest, median), remembered for plans of the same shape on this machine.
+def _of_the_rest(times: dict[int, list[float]], layer: Pair) -> Pair:
+    """What a call takes beside its layers: masks, embedding, positions, the last norm."""
+    few = times[FEW]
+    return max(0.0, min(few) - FEW * layer[0]), max(0.0, statistics.median(few) - FEW * layer[1])
+
+
+def _of_one_layer(times: dict[int, list[float]]) -> Pair:
+    """From the calls of models of FEW and of MANY layers, (fastest, median)."""
+    few, many = times[FEW], times[MANY]
+    fast = (min(many) - min(few)) / (MANY - FEW)
+    middle = (statistics.median(many) - statistics.median(few)) / (MANY - FEW)
+    fast = max(fast, min(many) / MANY / 2)  # a busy moment in the shorter run must not make layers free
+    return fast, max(fast, middle)
+
+
+def measure_layer(config: dict[str, Any], facts: ModelFacts) -> tuple[Measured, Measured]:
+    """Seconds of one layer by tokens, and of what a call takes beside its layers, remembered for plans of the same
+    shape on this machine: with weights that are read from memory, for other bytes than the last-level cache holds pass
+    between two calls, and of one token with weights that stayed where the last call left them.
 
     Args:
         config: of config.json.
@@ -111,24 +135,24 @@ def measure_layer(config: dict[str, Any], facts: ModelFacts) -> dict[int, Pair]:
     from transformers import AutoConfig
 
     dtype = getattr(torch, facts.dtype, torch.float32)
-    times: dict[int, dict[int, list[float]]] = {}
+    decodes = not facts.encoder_only
+    others = torch.ones(-(-walked_bytes(facts, "bfloat16", cache_bytes()) // 4))
+    streamed: dict[int, dict[int, list[float]]] = {tokens: {} for tokens in TOKENS}
+    cached: dict[int, list[float]] = {}
     try:
         whole = AutoConfig.for_model(**config)
         for layers in (FEW, MANY):
             model = _made(_shortened(whole, layers), dtype)
-            times[layers] = {tokens: _times(model, tokens, not facts.encoder_only) for tokens in TOKENS}
+            for tokens in TOKENS:
+                streamed[tokens][layers] = _times(model, tokens, decodes, others.sum)
+            cached[layers] = _times(model, 1, decodes)
             del model
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(
             f"a {facts.family} of {FEW} layers without experts cannot be made or run here ({type(error).__name__}: "
             f"{error}); plan without --measure"
         ) from error
-    found: dict[int, Pair] = {}
-    for tokens in TOKENS:
-        few, many = times[FEW][tokens], times[MANY][tokens]
-        fast = (min(many) - min(few)) / (MANY - FEW)
-        middle = (statistics.median(many) - statistics.median(few)) / (MANY - FEW)
-        fast = max(fast, min(many) / MANY / 2)  # a busy moment in the shorter run must not make layers free
-        found[tokens] = (fast, max(fast, middle))
-    remember(layer_key(facts), found)
-    return found
+    layer = Measured({tokens: _of_one_layer(times) for tokens, times in streamed.items()}, {1: _of_one_layer(cached)})
+    rest = Measured({tokens: _of_the_rest(times, layer.streamed[tokens]) for tokens, times in streamed.items()})
+    remember(layer_key(facts), {"layer": asdict(layer), "rest": asdict(rest)})
+    return layer, rest

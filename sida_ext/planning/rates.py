@@ -10,28 +10,62 @@ import json
 import os
 import platform
 import statistics
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sida_ext.experts.folders import default_cache
+from sida_ext.planning.capacity import EXPERT_DTYPES, experts_bytes, other_bytes, record_bytes
 from sida_ext.planning.counting import ModelFacts
 from sida_ext.planning.engine import engine, threads
 
 if TYPE_CHECKING:
     from sida_ext.experts.read_plan import ReadPlan
 
-__all__ = ["PROBE_TOKENS", "Pair", "Rates", "measured_rates", "plan_cache"]
+__all__ = ["PROBE_TOKENS", "Measured", "Pair", "Rates", "as_served", "measured_rates", "plan_cache"]
 
 Pair = tuple[float, float]  # (fastest, median)
-PROBE_TOKENS = (1, 32)  # of each expert, and of a matrix
+PROBE_TOKENS = (1, 4, 16, 64)  # of each expert, and of a matrix
+CACHED_TOKENS = (1, 4)  # with more tokens computing takes longer than streaming the weights, from wherever
 PROBE_EXPERTS = 8
-PROBE_SECONDS = 0.06
+PROBE_SECONDS = 0.04
 LEAST_NUMBERS = 4 << 20  # of the matrix that stands for the dense ones: a call costs little beside it
 DISK_FILE_BYTES = 256 << 20
+# Weights that a probe walks through are twice what the last-level cache holds: none of them is found in it again.
+LEAST_WALKED, MOST_WALKED = 64 << 20, 1 << 30
 # Where nothing was measured of a layer's small ops (norms, softmax, the router, Python between them): a decoder layer
 # of transformers took 0.4 to 1.4 ms of it a call on the two-core machines of docs/planning.md.
 ASSUMED_LAYER: Pair = (0.3e-3, 1.5e-3)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by tokens: of weights that are streamed from memory, and of some that the
+    last-level cache holds, {} where it holds too little to measure or the tokens are too many to make a difference."""
+
+    streamed: dict[int, Pair]
+    cached: dict[int, Pair] = field(default_factory=dict)
+
+    def seconds(self, tokens: float, end: int, held: float = 0.0) -> float:
+        """On ``tokens`` tokens, between the measured points in a straight line, beyond them along the last one.
+
+        Args:
+            end: of each pair.
+            held: share of the weights that is found in the cache.
+        """
+        points = {}
+        for count, pair in self.streamed.items():
+            cached = self.cached.get(count, pair)[end]
+            points[count] = pair[end] + held * (min(cached, pair[end]) - pair[end])
+        return _between(points, tokens)
+
+    def per(self, count: float) -> Measured:
+        """Of one of ``count`` equal parts."""
+        parts = [
+            {tokens: (a / count, b / count) for tokens, (a, b) in of.items()} for of in (self.streamed, self.cached)
+        ]
+        return Measured(*parts)
 
 
 @dataclass(frozen=True)
@@ -40,11 +74,14 @@ class Rates:
 
     Attributes:
         disk: bytes a second of all lanes, on a GPU machine of the copies to it; lanes: of these under way at once.
+        alone: bytes a second of one lane while the others rest; 0: not known, a lane has its share of the disk.
         store: bytes a second that the disk gives one that reads or writes a store.
         memory: bytes a second that the cores stream.
-        expert: of one expert by tokens, for each of PROBE_TOKENS.
-        number: of one parameter of a dense matrix, by tokens.
-        layer: of one layer without its experts, by tokens, as transformers runs it; None: never measured at this shape.
+        expert: of one expert.
+        number: of one parameter of a dense matrix.
+        layer: of one layer without its experts, as transformers runs it; None: never measured at this shape.
+        rest: of what a forward takes beside its layers and its head; measured with ``layer``.
+        cache: bytes of the last-level cache; 0: not known, or of no interest.
         said: where each comes from, in words.
     """
 
@@ -52,29 +89,42 @@ class Rates:
     store: float
     lanes: int
     memory: float
-    expert: dict[int, Pair]
-    number: dict[int, Pair]
-    layer: dict[int, Pair] | None = None
+    expert: Measured
+    number: Measured
+    layer: Measured | None = None
+    rest: Measured | None = None
+    alone: float = 0.0
+    cache: int = 0
     said: dict[str, str] = field(default_factory=dict)
 
-    def expert_seconds(self, tokens: float, end: int) -> float:
-        """Of one expert on ``tokens`` tokens; between the measured points in a straight line, beyond them along it."""
-        return _between({count: pair[end] for count, pair in self.expert.items()}, tokens)
+    def held(self, touched: float, end: int) -> float:
+        """Share of a forward's weights that is still in the cache from the last one.
 
-    def layer_seconds(self, numbers: float, tokens: float, end: int) -> float:
+        Args:
+            touched: bytes of all the weights that a forward reads.
+            end: at the fast one the cache keeps as much as it holds; at the slow one it keeps nothing of what is larger
+                than a half of it, for least-recently-used lines are overwritten before they are read again.
+        """
+        if not self.cache or touched <= 0:
+            return 0.0
+        if end == 0:
+            return min(1.0, self.cache / touched)
+        return 1.0 if touched <= self.cache / 2 else 0.0
+
+    def layer_seconds(self, numbers: float, tokens: float, end: int, held: float = 0.0) -> float:
         """Of one layer without its experts, of ``numbers`` parameters."""
         if self.layer is not None:
-            return _between({count: pair[end] for count, pair in self.layer.items()}, tokens)
-        return ASSUMED_LAYER[end] + numbers * self.number_seconds(tokens, end)
-
-    def number_seconds(self, tokens: float, end: int) -> float:
-        return _between({count: pair[end] for count, pair in self.number.items()}, tokens)
+            return self.layer.seconds(tokens, end, held)
+        return ASSUMED_LAYER[end] + numbers * self.number.seconds(tokens, end, held)
 
 
 def _between(points: dict[int, float], at: float) -> float:
-    (few, low), (many, high) = sorted(points.items())[0], sorted(points.items())[-1]
+    """On the line through the two points around ``at``, at the ends through the nearest two; it never falls."""
+    known = sorted(points.items())
+    after = next((n for n, (count, _) in enumerate(known) if count >= at), len(known) - 1)
+    (few, low), (many, high) = known[max(0, after - 1)], known[max(1, after)]
     slope = max(0.0, (high - low) / (many - few))
-    return low + slope * (max(at, few) - few)
+    return low + slope * (max(at, known[0][0]) - few)
 
 
 def plan_cache() -> Path:
@@ -122,47 +172,135 @@ def _pair(times: list[float], per: float) -> Pair:
     return min(times) / per, statistics.median(times) / per
 
 
-def _remembered_or(key: str, measure: Any, again: bool) -> tuple[dict[int, Pair], bool]:
-    """Pairs by number of tokens, and whether they were measured now."""
-    known = None if again else remembered(key)
-    if isinstance(known, dict):
+def cache_bytes() -> int:
+    """Of the last-level cache that a core sees, as Linux says; 0: it does not say."""
+    levels: dict[int, int] = {}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
-            return {int(tokens): (float(pair[0]), float(pair[1])) for tokens, pair in known.items()}, False
-        except (ValueError, TypeError, IndexError):
-            pass  # written by another version
-    found = {tokens: measure(tokens) for tokens in PROBE_TOKENS}
-    remember(key, found)
+            level, size = (int((index / name).read_text().strip().removesuffix("K")) for name in ("level", "size"))
+            kind = (index / "type").read_text().strip()
+        except (OSError, ValueError):
+            continue  # a machine without that file, or with another unit: no figure
+        if kind != "Instruction":
+            levels[level] = size << 10
+    return levels[max(levels)] if levels else 0
+
+
+def walked_bytes(facts: ModelFacts, dtype: str, cache: int) -> int:
+    """Bytes of weights that a probe walks through so that none is found in the cache again; of a small model, as many
+    as it has itself."""
+    return min(max(LEAST_WALKED, min(2 * cache, MOST_WALKED)), experts_bytes(facts, dtype) + other_bytes(facts))
+
+
+def _measured_from(found: Any) -> Measured | None:
+    """What JSON brought back; None: nothing, or written by another version, and to be measured again."""
+    try:
+        parts = (found[name].items() for name in ("streamed", "cached"))
+        return Measured(*({int(n): (float(pair[0]), float(pair[1])) for n, pair in part} for part in parts))
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError):
+        return None
+
+
+# Of one measurement: (tokens, bytes walked) -> seconds of the calls for each number of tokens.
+Probe = Callable[[Sequence[int], int], list[list[float]]]
+
+
+def _remembered_or(key: str, probe: Probe, call_bytes: float, walked: int, again: bool) -> tuple[Measured, bool]:
+    """What was remembered or is measured now, and whether it is new.
+
+    Args:
+        call_bytes: of the weights of one call; walked: of the weights that calls follow one another through.
+    """
+    key = f"{key}, {walked >> 20} MiB"
+    known = None if again else _measured_from(remembered(key))
+    if known is not None:
+        return known, False
+
+    def measured(counts: Sequence[int], walked: int) -> dict[int, Pair]:
+        return {count: _pair(times, 1) for count, times in zip(counts, probe(counts, walked), strict=True)}
+
+    cache = cache_bytes()
+    # What fills the cache to a half stays in it, other things beside.
+    cached = measured(CACHED_TOKENS, min(cache // 2, walked)) if call_bytes <= cache / 2 else {}
+    found = Measured(measured(PROBE_TOKENS, walked), cached)
+    remember(key, asdict(found))
     return found, True
 
 
-def expert_rates(facts: ModelFacts, dtype: str, again: bool = False) -> tuple[dict[int, Pair], str]:
-    """Seconds of one expert by tokens, of ``torch.ops.sida.moe_ffn`` itself, and a sentence on where they come from.
+def _activations(facts: ModelFacts) -> str:
+    """What a model of that checkpoint computes in on a CPU."""
+    return facts.dtype if facts.dtype in ("float32", "bfloat16", "float16") else "float32"
+
+
+# Numbers of all large matrices from which on a CPU without bfloat16 instructions is spared torch's bfloat16 products,
+# as sida_ext.models.dense has it.
+WORTH = 1 << 24
+
+
+def as_served(facts: ModelFacts, dense_dtype: str | None) -> tuple[ModelFacts, str | None, str | None]:
+    """The model and its ``dense_dtype`` as ``from_pretrained`` takes them by itself on this CPU, and a sentence where
+    that is something else: torch computes bfloat16 slowly without instructions made for it."""
+    few = sum(rows * columns for rows, columns in facts.dense) < WORTH
+    wide = {"avx512", "amx"} & set(engine().instruction_sets()) or platform.machine() not in ("x86_64", "AMD64")
+    if dense_dtype is not None or facts.dtype != "bfloat16" or few or wide:
+        return facts, dense_dtype, None
+    said = (
+        "this CPU has no instructions for bfloat16: the large matrices stay so and are computed by sida's kernels, "
+        "everything else in float32"
+    )
+    return replace(facts, dtype="float32"), "bfloat16", said
+
+
+def _computed(x_dtype: str) -> str:
+    """The part of a key that says how a kernel computes: the machine's key has the instruction set."""
+    return f"of {x_dtype}, {engine().get_precision()}"
+
+
+def expert_rates(facts: ModelFacts, dtype: str, again: bool = False) -> tuple[Measured, str]:
+    """Seconds of one expert by tokens, of ``torch.ops.sida.moe_ffn`` itself with tokens of the model's type in the
+    precision in force, and a sentence on where they come from.
 
     Raises:
         ValueError: this build of the engine has no kernel for ``dtype``.
     """
-    shape, _C = facts.shape, engine()
+    shape, _C, x_dtype = facts.shape, engine(), _activations(facts)
     many = min(PROBE_EXPERTS, facts.experts)
 
-    def measure(tokens: int) -> Pair:
+    def probe(tokens: Sequence[int], walked: int) -> list[list[float]]:
         activation = "gated-silu" if shape.gated else "relu"
-        times = _C.measure_moe_ffn(shape.d_model, shape.d_ff, activation, dtype, many, tokens, PROBE_SECONDS)
-        return _pair(times, many)
+        return _C.measure_moe_ffn(
+            shape.d_model, shape.d_ff, activation, dtype, many, tokens, PROBE_SECONDS, x_dtype, walked
+        )
 
-    key = f"expert {shape.d_model}x{shape.d_ff} {'gated' if shape.gated else 'plain'} {dtype}"
-    pairs, new = _remembered_or(key, measure, again)
-    return pairs, f"moe_ffn at {shape.d_model} x {shape.d_ff}, {dtype}, {'measured now' if new else 'remembered'}"
+    key = f"experts {shape.d_model}x{shape.d_ff} {'gated' if shape.gated else 'plain'} {dtype} {_computed(x_dtype)}"
+    walked = walked_bytes(facts, dtype, cache_bytes())
+    found, new = _remembered_or(key, probe, many * record_bytes(shape, dtype), walked, again)
+    return found.per(many), f"moe_ffn at {shape.d_model} x {shape.d_ff}, {dtype}, {_when(new)}"
 
 
-def number_rates(width: int, dtype: str, again: bool = False) -> tuple[dict[int, Pair], str]:
-    """Seconds of one parameter of a dense matrix, of torch's own linear, and where they come from."""
+def _when(new: bool) -> str:
+    return "measured now" if new else "remembered"
+
+
+def number_rates(facts: ModelFacts, dtype: str, dense_dtype: str | None, again: bool = False) -> tuple[Measured, str]:
+    """Seconds of one parameter of a dense matrix at the model's width, of what computes it: torch's own linear, or with
+    a ``dense_dtype`` ``torch.ops.sida.linear``; and where they come from.
+
+    Args:
+        dtype: of the experts, which pass through the cache too.
+    """
+    width, x_dtype = facts.shape.d_model, _activations(facts)
     rows = max(2 * width, LEAST_NUMBERS // width)
+    kind = dense_dtype or "torch"
 
-    def measure(tokens: int) -> Pair:
-        return _pair(engine().measure_linear(rows, width, dtype, tokens, PROBE_SECONDS), rows * width)
+    def probe(tokens: Sequence[int], walked: int) -> list[list[float]]:
+        return engine().measure_linear(rows, width, kind, tokens, PROBE_SECONDS, x_dtype, walked)
 
-    pairs, new = _remembered_or(f"linear {rows}x{width} {dtype}", measure, again)
-    return pairs, f"linear at {rows} x {width}, {dtype}, {'measured now' if new else 'remembered'}"
+    key = f"linears {rows}x{width} {kind} {_computed(x_dtype)}"
+    walked = walked_bytes(facts, dtype, cache_bytes())
+    found, new = _remembered_or(key, probe, rows * width * EXPERT_DTYPES[dense_dtype or x_dtype] / 8, walked, again)
+    who = "torch's linear" if dense_dtype is None else "sida's linear"
+    return found.per(rows * width), f"{who} at {rows} x {width}, {dense_dtype or x_dtype}, {_when(new)}"
 
 
 def disk_plan(folder: Path, again: bool = False) -> ReadPlan:
@@ -186,15 +324,6 @@ def disk_plan(folder: Path, again: bool = False) -> ReadPlan:
     return replace(found, disk_rate=rate.bytes_per_second, why=f"{what} at {rate.bytes_per_second / 1e9:.2f} GB/s")
 
 
-def dense_rates(facts: ModelFacts, dense_dtype: str, again: bool = False) -> tuple[dict[int, Pair], str]:
-    """Seconds of one parameter of a dense matrix that is kept as ``dense_dtype``: the kernels are those of the experts,
-    so an expert of that type tells."""
-    shape = facts.shape
-    numbers = shape.d_model * shape.d_ff * (3 if shape.gated else 2)
-    pairs, said = expert_rates(facts, dense_dtype, again)
-    return {tokens: (low / numbers, high / numbers) for tokens, (low, high) in pairs.items()}, f"as experts: {said}"
-
-
 def measured_rates(
     facts: ModelFacts, dtype: str, folder: Path, again: bool = False, dense_dtype: str | None = None
 ) -> Rates:
@@ -206,14 +335,9 @@ def measured_rates(
     """
     reads = disk_plan(folder, again)
     expert, said_expert = expert_rates(facts, dtype, again)
-    dense = facts.dtype if facts.dtype in ("float32", "bfloat16", "float16") else "float32"
-    if dense == "float16":
-        dense = "float32"  # torch computes it so on a CPU
-    if dense_dtype is None:
-        number, said_number = number_rates(facts.shape.d_model, dense, again)
-        layer, said_layer = layer_rates(facts)
-    else:  # what --measure remembers holds torch's own matrices
-        number, said_number = dense_rates(facts, dense_dtype, again)
+    number, said_number = number_rates(facts, dtype, dense_dtype, again)
+    layer, rest, said_layer = layer_rates(facts)
+    if dense_dtype is not None:  # what --measure remembers holds torch's own matrices
         layer, said_layer = None, _assumed_layer()
     return Rates(
         disk=(reads.disk_rate, reads.disk_rate * SLOWER_DISK),
@@ -223,6 +347,9 @@ def measured_rates(
         expert=expert,
         number=number,
         layer=layer,
+        rest=rest,
+        alone=reads.lane_rate,
+        cache=cache_bytes(),
         said={"reads": reads.why, "experts": said_expert, "dense": said_number, "layers": said_layer},
     )
 
@@ -235,16 +362,14 @@ def layer_key(facts: ModelFacts) -> str:
     return f"layer {facts.family} {facts.shape.d_model} {facts.layer_numbers // facts.depth} {facts.dtype}"
 
 
-def layer_rates(facts: ModelFacts) -> tuple[dict[int, Pair] | None, str]:
-    """Of a layer without its experts: what ``--measure`` remembered, or None."""
+def layer_rates(facts: ModelFacts) -> tuple[Measured | None, Measured | None, str]:
+    """Of a layer without its experts and of what a forward takes beside its layers: what ``--measure`` remembered, or
+    None; and where they come from."""
     known = remembered(layer_key(facts))
-    if isinstance(known, dict):
-        try:
-            pairs = {int(tokens): (float(pair[0]), float(pair[1])) for tokens, pair in known.items()}
-            return pairs, "a layer of transformers without experts, remembered"
-        except (ValueError, TypeError, IndexError):
-            pass  # written by another version
-    return None, f"{_assumed_layer()}; --measure measures it"
+    layer, rest = (_measured_from(known.get(name) if isinstance(known, dict) else None) for name in ("layer", "rest"))
+    if layer is None or rest is None:
+        return None, None, f"{_assumed_layer()}; --measure measures it"
+    return layer, rest, "a layer of transformers without experts, remembered"
 
 
 def _assumed_layer() -> str:

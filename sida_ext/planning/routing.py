@@ -12,18 +12,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["LEAST_LOCAL", "MOST_LOCAL", "Batches", "Recorded", "prompts", "steps"]
+__all__ = ["LEAST_LOCAL", "MOST_LOCAL", "Batches", "Recorded", "Tokens", "prompts", "steps"]
 
 Batches = list[list[tuple[int, list[int]]]]  # of each batch: (MoE layer, distinct experts), as run_clock takes them
+Tokens = list[list[list[int]]]  # of the same batches and layers: how many tokens each of these experts has
 LEAST_LOCAL, MOST_LOCAL = "least local", "most local"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The routing of a run: its batches in order, of which the first ``warm_up`` only fill the expert memory."""
+    """The routing of a run: its batches in order, of which the first ``warm_up`` only fill the expert memory.
+
+    Attributes:
+        tokens: of each expert; None: not recorded, the tokens of a batch are spread evenly.
+    """
 
     batches: Batches
     warm_up: int
+    tokens: Tokens | None = None
 
 
 ZIPF_EXPONENT, REPEATED = 1.0, 0.3
@@ -63,16 +69,40 @@ def steps(kind: str, layers: int, experts: int, top_k: float, count: int, seed: 
     return found
 
 
-def prompts(kind: str, layers: int, experts: int, top_k: float, tokens: int, count: int, seed: int = 0) -> Batches:
-    """Batches of ``tokens`` tokens at once: in each layer the distinct experts that any of them chose."""
+def _chosen(shares: np.ndarray, top_k: float) -> np.ndarray:
+    """[layers, experts], rows sum to ``top_k``: the chance that an expert is among one token's distinct choices.
+
+    Drawn again and again until ``top_k`` distinct ones are found: the number of draws that finds so many on average is
+    searched for; it is the same in all layers, whose shares are the same in another order.
+    """
+    fewest, most = 0.0, 1.0
+    while (1 - (1 - shares[0]) ** most).sum() < top_k and most < 1e9:
+        most *= 2
+    for _ in range(60):
+        draws = (fewest + most) / 2
+        if (1 - (1 - shares[0]) ** draws).sum() < top_k:
+            fewest = draws
+        else:
+            most = draws
+    return 1 - (1 - shares) ** most
+
+
+def prompts(
+    kind: str, layers: int, experts: int, top_k: float, tokens: int, count: int, seed: int = 0
+) -> tuple[Batches, Tokens]:
+    """Batches of ``tokens`` tokens at once: in each layer the distinct experts that any of them chose, and how many
+    did.
+
+    Tokens choose one by one, so some experts have several times as many as others even where all are chosen evenly.
+    """
     rng = np.random.default_rng(seed)
     shares = _shares(kind, layers, experts, rng)
-    # The chance that one token has an expert among its top_k draws, then that any of the tokens has.
-    one = 1 - (1 - shares) ** top_k
-    one *= np.minimum(1.0, top_k / one.sum(axis=1, keepdims=True))
-    any_token = 1 - (1 - np.minimum(one, 1.0)) ** tokens
+    one = _chosen(shares, min(top_k, experts))
     found: Batches = []
+    numbers: Tokens = []
     for _ in range(count):
-        drawn = rng.random(any_token.shape) < any_token
-        found.append([(layer, np.flatnonzero(row).tolist() or [0]) for layer, row in enumerate(drawn)])
-    return found
+        drawn = rng.binomial(tokens, one)
+        drawn[drawn.sum(axis=1) == 0, 0] = 1  # somebody computes
+        found.append([(layer, np.flatnonzero(row).tolist()) for layer, row in enumerate(drawn)])
+        numbers.append([row[row > 0].tolist() for row in drawn])
+    return found, numbers

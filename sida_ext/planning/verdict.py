@@ -28,7 +28,7 @@ from sida_ext.planning.capacity import (
 from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.gpu import Gpu, gpu_rates, parse_gpu
 from sida_ext.planning.headers import read_headers
-from sida_ext.planning.rates import SLOWER_DISK, Rates, measured_rates
+from sida_ext.planning.rates import SLOWER_DISK, Measured, Rates, as_served, measured_rates
 from sida_ext.planning.routing import Recorded
 from sida_ext.planning.speed import Speed, decode_speed, prompt_speed
 
@@ -140,11 +140,21 @@ def parse_rate(text: str | float | None, name: str) -> float | None:
     return value
 
 
+def _streamed_faster(points: Measured, factor: float) -> Measured:
+    """Of another memory: one token, which streams the weights, takes ``factor`` times as long; computing stays."""
+    few = min(points.streamed)
+    streamed = {
+        tokens: (a * factor, b * factor) if tokens == few else (a, b) for tokens, (a, b) in points.streamed.items()
+    }
+    return replace(points, streamed=streamed)
+
+
 def _adjusted(rates: Rates, disk: float | None, bandwidth: float | None) -> Rates:
     """The rates of this machine with another disk or another memory: what streams weights goes with the memory."""
     said = dict(rates.said)
-    if disk is not None:
-        rates = replace(rates, disk=(disk, disk * SLOWER_DISK), store=disk)
+    if disk is not None:  # a lane of the other disk has the same part of it
+        alone = rates.alone * disk / rates.disk[0] if rates.disk[0] else 0.0
+        rates = replace(rates, disk=(disk, disk * SLOWER_DISK), store=disk, alone=alone)
         said["reads"] = f"given: {disk / 1e9:g} GB/s"
     if bandwidth is not None:
         if not rates.memory:
@@ -152,11 +162,7 @@ def _adjusted(rates: Rates, disk: float | None, bandwidth: float | None) -> Rate
                 f"bandwidth is {bandwidth:g} bytes/s, but this machine's own was not measured; sida info does"
             )
         factor = rates.memory / bandwidth
-        few = min(rates.expert)
-        scaled = [
-            {tokens: (a * factor, b * factor) if tokens == few else (a, b) for tokens, (a, b) in points.items()}
-            for points in (rates.expert, rates.number)
-        ]
+        scaled = [_streamed_faster(points, factor) for points in (rates.expert, rates.number)]
         rates = replace(rates, expert=scaled[0], number=scaled[1])
         said["memory"] = f"given: {bandwidth / 1e9:g} GB/s, this machine has {rates.memory / 1e9:.3g}; cores as here"
     return replace(rates, said=said)
@@ -255,11 +261,12 @@ def _speeds(
     rates: Rates,
     prompt_tokens: int,
     recorded: dict[str, Recorded],
+    dense_dtype: str | None,
 ) -> tuple[Speed | None, Speed]:
     decode = None
     if not facts.encoder_only:
-        decode = decode_speed(facts, dtype, budget, rates, recorded.get("decode"))
-    return decode, prompt_speed(facts, dtype, budget, rates, prompt_tokens, recorded.get("prompt"))
+        decode = decode_speed(facts, dtype, budget, rates, recorded.get("decode"), dense_dtype)
+    return decode, prompt_speed(facts, dtype, budget, rates, prompt_tokens, recorded.get("prompt"), dense_dtype)
 
 
 def plan(
@@ -314,6 +321,7 @@ def plan(
     headers = read_headers(path_or_id, revision, token)
     facts = count_experts(headers)
     host = parse_bytes(memory, "memory") if memory is not None else available_memory()
+    facts, dense, said = (facts, dense_dtype, None) if card else as_served(facts, dense_dtype)
     kv = 0 if facts.encoder_only else kv_cache_bytes(facts, context)
     asked = None
     if expert_memory not in (None, "auto"):
@@ -326,7 +334,7 @@ def plan(
             "CPU's"
         )
     copies = _low_bit_bytes(facts, dtype, on_miss, gpu)
-    options: dict[str, Any] = {"kv": kv + copies, "dense_dtype": dense_dtype}
+    options: dict[str, Any] = {"kv": kv + copies, "dense_dtype": dense}
     if process is not None:
         options["process"] = process
     found = room(facts, dtype, place, budget=asked, **options)
@@ -335,7 +343,7 @@ def plan(
         from sida_ext.planning.layer_time import measure_layer
 
         measure_layer(headers.config, facts)
-    rates, unknown = _rates(facts, dtype, dense_dtype, card, host, disk_rate, measure)
+    rates, unknown = _rates(facts, dtype, dense, card, host, disk_rate, measure)
     if rates is not None and card is None:
         rates = _adjusted(rates, disk_rate, memory_rate)
     rows = []
@@ -357,10 +365,9 @@ def plan(
         )
     decode = prompts_ = None
     if found.fits and rates is not None:
-        decode, prompts_ = _speeds(facts, dtype, found.budget, rates, prompt, recorded or {})
+        decode, prompts_ = _speeds(facts, dtype, found.budget, rates, prompt, recorded or {}, dense)
     notes = _notes(facts, dtype, found, rows, memory is None)
-    if unknown:
-        notes.append(unknown)
+    notes += [sentence for sentence in (said, unknown) if sentence]
     if recorded is None and prompts_ is not None:
         notes.append(
             "no routing was recorded: the ranges' ends are of the least and the most local routing that is plausible"
@@ -377,9 +384,9 @@ def plan(
         experts=facts.experts,
         top_k=facts.top_k,
         experts_bytes=experts_bytes(facts, dtype),
-        other_bytes=other_bytes(facts, dense_dtype),
+        other_bytes=other_bytes(facts, dense),
         kv_bytes=kv,
-        process_bytes=found.needed - other_bytes(facts, dense_dtype) - kv - copies,
+        process_bytes=found.needed - other_bytes(facts, dense) - kv - copies,
         low_bit_bytes=copies,
         context=context,
         prompt_tokens=prompt,

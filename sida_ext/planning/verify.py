@@ -18,7 +18,7 @@ from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.headers import read_headers
 from sida_ext.planning.layer_time import measure_layer
 from sida_ext.planning.rates import Rates, measured_rates
-from sida_ext.planning.routing import Batches, Recorded
+from sida_ext.planning.routing import Batches, Recorded, Tokens
 from sida_ext.planning.speed import decode_speed, prompt_speed
 
 __all__ = ["Verified", "verify"]
@@ -71,15 +71,18 @@ class _Routing:
         self._names = list(runtime_of(model).header.layers)
         self._layers = swapped_layers(model)
         self.batches: Batches = []
+        self.tokens: Tokens = []
 
     def _tell(self, name: str, expert_index: Any) -> None:
-        wanted = expert_index.unique()
-        self.batches[-1].append((self._names.index(name), wanted[wanted >= 0].tolist()))
+        wanted, counts = expert_index[expert_index >= 0].unique(return_counts=True)
+        self.batches[-1].append((self._names.index(name), wanted.tolist()))
+        self.tokens[-1].append(counts.tolist())
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """The forward in this block is the next batch."""
         self.batches.append([])
+        self.tokens.append([])
         for layer in self._layers:
             layer.observer = self._tell
         try:
@@ -128,7 +131,8 @@ class _Runner:
 
     def _finished(self, what: str, seconds: list[float], tokens: int) -> _Timed:
         batches = list(self.routing.batches)
-        return _Timed(what, seconds, tokens, self._runtime.stats(), Recorded(batches, len(batches) - len(seconds)))
+        recorded = Recorded(batches, len(batches) - len(seconds), list(self.routing.tokens))
+        return _Timed(what, seconds, tokens, self._runtime.stats(), recorded)
 
     def prompts(self, tokens: int) -> _Timed:
         for _ in range(PROMPTS_BEFORE):
@@ -149,13 +153,17 @@ class _Runner:
         return self._finished("decode", seconds[STEPS_BEFORE:], 1)
 
 
-def _compared(timed: _Timed, facts: ModelFacts, dtype: str, budget: int, rates: Rates) -> Verified:
+def _compared(
+    timed: _Timed, facts: ModelFacts, dtype: str, budget: int, rates: Rates, dense_dtype: str | None
+) -> Verified:
     if timed.what == "decode":
-        predicted, unrecorded = (decode_speed(facts, dtype, budget, rates, given) for given in (timed.routing, None))
+        predicted, unrecorded = (
+            decode_speed(facts, dtype, budget, rates, given, dense_dtype) for given in (timed.routing, None)
+        )
     else:
         tokens = timed.tokens
         predicted, unrecorded = (
-            prompt_speed(facts, dtype, budget, rates, tokens, given) for given in (timed.routing, None)
+            prompt_speed(facts, dtype, budget, rates, tokens, given, dense_dtype) for given in (timed.routing, None)
         )
     count = len(timed.seconds) * timed.tokens
     return Verified(
@@ -212,4 +220,4 @@ def verify(
         model.sida.close()
     model = runner = None  # type: ignore[assignment]  # their memory is measured next
     rates = measured_rates(facts, dtype, default_cache(), again=True, dense_dtype=dense_dtype)
-    return [_compared(one, facts, dtype, budget, rates) for one in timed]
+    return [_compared(one, facts, dtype, budget, rates, dense_dtype) for one in timed]

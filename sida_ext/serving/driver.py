@@ -144,11 +144,13 @@ class Driver:
         with self._changed:
             if self._closing:
                 raise RequestError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-            items = []
+            items: list[Item] = []
             for place, work in enumerate(job.work):
                 number = next(self._numbers)
                 new = work.sampling.new_tokens if work.sampling is not None else 0
-                item = Item(number, len(work.ids) + len(work.continuation), new, job.deadline, work.kind != "generate")
+                tokens, once = len(work.ids) + len(work.continuation), work.kind != "generate"
+                request = items[0].id if items else number
+                item = Item(number, tokens, new, job.deadline, once, request=request)
                 if experts:
                     item.experts = experts[place]
                 items.append(item)
@@ -205,12 +207,15 @@ class Driver:
         while True:
             held = self._held()
             with self._changed:
-                while self._scheduler.idle and not self._closing and not self._left:
-                    self._changed.wait()
-                if self._closing and self._scheduler.idle:
-                    self._drop_left()
-                    return
                 step = self._scheduler.next_step(time.monotonic(), held)
+                if step.empty:
+                    if self._closing and self._scheduler.idle:
+                        self._drop_left()
+                        return
+                    if not self._left:
+                        self._changed.wait(None if step.until is None else max(0.0, step.until - time.monotonic()))
+                    self._drop_left()
+                    continue
                 expired = [self._rows.pop(number) for number in step.expired]
                 joining = [(number, self._rows[number]) for number in step.join]
                 going = [(number, self._rows[number]) for number in step.rows]

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from transformers.modeling_outputs import MoEModelOutput
 
 from sida_ext.serving.attention import SwitchedAttention
+from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact, attention_joins
 from sida_ext.serving.rows import KvPool, Part, Place
 from sida_ext.serving.shared import attend_shared, is_long
@@ -75,6 +76,8 @@ class JoinedModel:
         self._cross: KvPool | None = None
         self.attention = SwitchedAttention(model)
         self.implementation = self.attention.implementation
+        packs = shared and self.seq2seq and PackedEncoder.fits(model.get_encoder())
+        self.packed = PackedEncoder(model.get_encoder(), self.attention) if packs else None
         self._bias: dict[int, Tensor] = {}  # length -> position bias of its last token, for Switch and T5
         self.split_products = 0
 
@@ -96,8 +99,11 @@ class JoinedModel:
 
     @property
     def starts_together(self) -> bool:
-        """Whether several prompts can be computed together: their causal attention needs no mask of its own."""
-        return self.shared or (not self.seq2seq and self.implementation == "sdpa")
+        """Whether several prompts can be computed together: causal attention needs no mask of its own, texts of an
+        encoder are packed."""
+        if self.seq2seq:
+            return self.packed is not None
+        return self.shared or self.implementation == "sdpa"
 
     def _products(self, lengths: Sequence[int], left: bool = False) -> AbstractContextManager[RowExact | None]:
         """What keeps the bits of matrix products in a step; nothing where the model's own kernels do."""
@@ -148,14 +154,11 @@ class JoinedModel:
 
     @torch.no_grad()
     def start_encoded(self, prompts: Sequence[Sequence[int]], spare: Sequence[int], first: int) -> list[Started]:
-        """The same for an encoder-decoder whose rows share their calls: encode the prompts, padded on the right, and
+        """The same for an encoder-decoder with a packed encoder, whose prompts may be of any lengths: encode them, and
         compute the decoder's ``first`` token."""
+        assert self.packed is not None
         lengths = list(map(len, prompts))
-        given = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        mask = torch.zeros_like(given)
-        for row, prompt in enumerate(prompts):
-            given[row, : len(prompt)] = torch.tensor(list(prompt))
-            mask[row, : len(prompt)] = 1
+        hidden, packing = self.packed.hidden(prompts)
         encoded = torch.tensor([(row, 0, length, 0) for row, length in enumerate(lengths)])
         written = torch.tensor([(row, 0, 1, 0) for row in range(len(lengths))])
 
@@ -163,23 +166,12 @@ class JoinedModel:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
         ) -> tuple[Tensor, None]:
             bias = options.pop("position_bias", None)
-            if not is_long(query.shape[2], key.shape[2]):
-                spans = written if key.shape[2] == 1 else encoded
-                return attend_shared(module, query, key, value, spans, False, options, bias), None
-            alone = self.attention.alone(module)
-            output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-            for row, length in enumerate(lengths):
-                own = (slice(row, row + 1), slice(None), slice(length))
-                if bias is not None:
-                    options["position_bias"] = bias[:, :, :length, :length]
-                output[row, :length] = alone(module, query[own], key[own], value[own], None, **options)[0][0]
-            return output, None
+            spans = written if key.shape[2] == 1 else encoded
+            return attend_shared(module, query, key, value, spans, False, options, bias), None
 
         with self.attention.switched(attend):
-            states = self.model.get_encoder()(input_ids=given, attention_mask=mask, return_dict=True)
             output = self.model(
-                encoder_outputs=states,
-                attention_mask=mask,
+                encoder_outputs=MoEModelOutput(last_hidden_state=packing.rows(hidden)),
                 decoder_input_ids=torch.full((len(prompts), 1), first),
                 use_cache=True,
             )

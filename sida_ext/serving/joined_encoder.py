@@ -1,7 +1,8 @@
 """Texts of different lengths through one encoder together, each with the bits that it has alone.
 
 The texts are padded on the right and share every dense matrix and every expert; attention and pooling see each text's
-own tokens only, computed by the functions that the model uses for one text.
+own tokens only, computed by the functions that the model uses for one text. Where rows share every call they are not
+padded (:mod:`sida_ext.serving.packed`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sida_ext.batching import padded
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification, masked_mean
 from sida_ext.serving.attention import SwitchedAttention
+from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact
 from sida_ext.serving.shared import attend_shared, is_long
 
-__all__ = ["JoinedEncoder", "batches", "spare_tokens"]
+__all__ = ["JoinedEncoder", "batches", "packed_batches", "spare_tokens"]
 
 PADDING = 0.25  # the most padding, as a share of a batch's tokens
 SPARE_PRODUCTS = 5_000_000  # see spare_tokens
@@ -38,6 +41,8 @@ class JoinedEncoder:
         self.shared = shared
         self.spare = spare_tokens(model)
         self.attention = SwitchedAttention(model)
+        packs = shared and PackedEncoder.fits(model.encoder)
+        self.packed = PackedEncoder(model.encoder, self.attention) if packs else None
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -47,23 +52,32 @@ class JoinedEncoder:
     @torch.no_grad()
     def logits(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """The logits [labels] of each text, in the order of the texts."""
+        lengths = list(map(len, prompts))
         found: list[Tensor | None] = [None] * len(prompts)
-        for batch in batches(list(map(len, prompts)), self.spare):
+        for batch in batches(lengths, self.spare) if self.packed is None else packed_batches(lengths):
             for place, logits in zip(batch, self._batch([prompts[place] for place in batch]), strict=True):
                 found[place] = logits
         return [logits for logits in found if logits is not None]
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        if len(prompts) == 1:
+            ids, mask = padded(prompts)
+            return [self.model(input_ids=ids, attention_mask=mask).logits[0].float()]
+        if self.packed is not None:
+            hidden, packing = self.packed.hidden(prompts)
+            texts = [hidden[:, first:last] for first, last in packing.bounds]
+        else:
+            texts = self._padded(prompts)
+        pooled = [masked_mean(text, torch.ones(text.shape[:2], dtype=torch.long)) for text in texts]
+        if self.shared:  # the classifier's rows too
+            return list(self.model.classifier(self.model.dropout(torch.cat(pooled))).float())
+        return [self.model.classifier(self.model.dropout(part))[0].float() for part in pooled]
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The last hidden states of each text, of a batch with padding behind the shorter ones."""
         lengths = list(map(len, prompts))
         longest = max(lengths)
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(list(prompt))
-            mask[row, : len(prompt)] = 1
-        if len(prompts) == 1:
-            return [self.model(input_ids=ids, attention_mask=mask).logits[0].float()]
-
+        ids, mask = padded(prompts)
         spans = torch.tensor([(row, 0, length, 0) for row, length in enumerate(lengths)])
 
         def attend(
@@ -84,11 +98,7 @@ class JoinedEncoder:
 
         with self.attention.switched(attend), nullcontext() if self.shared else RowExact(lengths):
             hidden = self.model.encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        pooled = [
-            masked_mean(hidden[row : row + 1, :length], mask[row : row + 1, :length])
-            for row, length in enumerate(lengths)
-        ]
-        return [self.model.classifier(self.model.dropout(part))[0].float() for part in pooled]
+        return [hidden[row : row + 1, :length] for row, length in enumerate(lengths)]
 
 
 def spare_tokens(model: nn.Module) -> int:
@@ -100,6 +110,13 @@ def spare_tokens(model: nn.Module) -> int:
     matrices = [module for module in model.modules() if isinstance(module, nn.Linear)]
     products = sum(matrix.in_features * matrix.out_features for matrix in matrices)
     return min(MOST_SPARE, SPARE_PRODUCTS * len(matrices) // max(products, 1))
+
+
+def packed_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Positions of texts that are packed together: all but the long ones, whose attention is torch's."""
+    found: list[list[int]] = [[], *([place] for place, length in enumerate(lengths) if is_long(length, length))]
+    found[0] = [place for place, length in enumerate(lengths) if not is_long(length, length)]
+    return [batch for batch in found if batch]
 
 
 def batches(lengths: Sequence[int], spare: int = 0) -> list[list[int]]:

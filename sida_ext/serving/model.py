@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.serving.joined import JoinedModel, Row, joins
-from sida_ext.serving.joined_encoder import JoinedEncoder, batches, spare_tokens
+from sida_ext.serving.joined_encoder import JoinedEncoder, batches, packed_batches, spare_tokens
 from sida_ext.serving.shared import share_rows
 
 __all__ = ["Alone", "ModelFacts", "ServedModel"]
@@ -184,12 +184,14 @@ class ServedModel(ModelFacts):
     def start_all(
         self, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int]
     ) -> list[tuple[Tensor, Row | Alone]]:
-        """:meth:`start` of several prompts, those of similar length together."""
+        """:meth:`start` of several prompts: those of similar length together, of an encoder-decoder all that are not
+        long."""
         found: list[Any] = [None] * len(prompts)
         joined = self.joined
         if joined is None or not joined.starts_together or not (self.seq2seq or self._keeps_logits):
             return [self.start(ids, new) for ids, new in zip(prompts, new_tokens, strict=True)]
-        for batch in batches(list(map(len, prompts)), self._spare):
+        lengths = list(map(len, prompts))
+        for batch in packed_batches(lengths) if self.seq2seq else batches(lengths, self._spare):
             if len(batch) == 1:
                 found[batch[0]] = self.start(prompts[batch[0]], new_tokens[batch[0]])
                 continue

@@ -4,6 +4,10 @@ or model: it is told events and the time, and answers steps.
 Rows wait in the order of their arrival. When places are free, the waiting row whose predicted experts are held already,
 by the expert memory or by rows that run, goes first; but a row is passed over ``patience`` times at the most, after
 which nobody overtakes it, also when it is too large for what is free and has to wait for room.
+
+Clients that wait for an answer before they ask again ask again together. So when rows of several requests have ended
+and nothing runs, the first request that comes is held for a moment, until as many have come as ended, at the longest
+for a part of the time that those took. A single client is never held.
 """
 
 from __future__ import annotations
@@ -12,6 +16,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 __all__ = ["Item", "Limits", "QueueFullError", "Scheduler", "Step"]
+
+# Of the time that a batch of rows took, the part that the next one is held for at the longest.
+GATHERING = 0.3
 
 Experts = frozenset[tuple[int, int]]  # (MoE layer, expert)
 
@@ -27,6 +34,7 @@ class Limits:
         prompt_tokens: of prompts that are started in one step, so that running rows wait no longer than for these; a
             longer prompt is started alone.
         patience: how often others may be admitted before a waiting row.
+        gather: seconds for which a row is held at the longest for others to come; 0: it is not.
         shared: whether rows share every call by kernels of ours; see :mod:`sida_ext.serving.shared`.
     """
 
@@ -35,6 +43,7 @@ class Limits:
     tokens: int = 65_536
     prompt_tokens: int = 2048
     patience: int = 8
+    gather: float = 0.05
     shared: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +52,8 @@ class Limits:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.patience < 0:
             raise ValueError(f"patience is {self.patience}, expected 0 (first come, first served) or more")
+        if not self.gather >= 0:
+            raise ValueError(f"gather is {self.gather}, expected seconds, 0 or more")
 
 
 @dataclass
@@ -55,6 +66,7 @@ class Item:
     deadline: float  # on the clock of ``now``
     once: bool = False  # done after one step: a classification, an embedding, a score
     experts: Experts = frozenset()
+    request: int = 0  # rows of one request come together
     passed: int = 0  # how often others were admitted before it
 
     @property
@@ -69,6 +81,11 @@ class Step:
     expired: list[int] = field(default_factory=list)  # over their deadline: they have left
     join: list[int] = field(default_factory=list)  # start these prompts, in this order
     rows: list[int] = field(default_factory=list)  # these take one more token
+    until: float | None = None  # nothing of that, though rows wait: ask again when one has come, or at this time
+
+    @property
+    def empty(self) -> bool:
+        return not (self.expired or self.join or self.rows)
 
 
 class QueueFullError(RuntimeError):
@@ -82,6 +99,9 @@ class Scheduler:
         self.limits = limits
         self._waiting: dict[int, Item] = {}  # in the order of arrival
         self._running: dict[int, Item] = {}  # in the order of admission
+        self._began = 0.0  # when the first of the rows that run, or ran last, was admitted
+        self._ended: set[int] = set()  # requests whose rows have ended since others were last admitted
+        self._until: float | None = None  # so long others may follow those
 
     @property
     def waiting(self) -> int:
@@ -119,7 +139,12 @@ class Scheduler:
 
     def leave(self, id: int) -> bool:
         """The row is done, has failed, or nobody wants it any more; False if it was not there."""
-        return self._waiting.pop(id, None) is not None or self._running.pop(id, None) is not None
+        if self._waiting.pop(id, None) is not None:
+            return True
+        item = self._running.pop(id, None)
+        if item is not None:
+            self._ended.add(item.request)
+        return item is not None
 
     def next_step(self, now: float, held: Experts = frozenset()) -> Step:
         """Take expired rows out, admit waiting ones, and say which rows go on.
@@ -132,7 +157,25 @@ class Scheduler:
         for id in expired:
             self.leave(id)
         rows = [item.id for item in self._running.values() if not item.once]
-        return Step(expired, self._admit(held), rows)
+        until = self._held_until(now)
+        if until is not None:
+            return Step(expired, [], rows, until if self._waiting else None)
+        if not self._running and self._waiting:
+            self._began = now
+        joined = self._admit(held)
+        if joined:
+            self._ended.clear()
+        return Step(expired, joined, rows)
+
+    def _held_until(self, now: float) -> float | None:
+        """Until when rows that wait are held for others, if they are."""
+        if self._running or len(self._ended) < 2:
+            self._until = None
+            return None
+        if self._until is None:
+            self._until = now + min(self.limits.gather, GATHERING * (now - self._began))
+        come = {item.request for item in self._waiting.values()}
+        return self._until if now < self._until and len(come) < len(self._ended) else None
 
     def _admit(self, held: Experts) -> list[int]:
         admitted: list[int] = []

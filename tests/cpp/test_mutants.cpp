@@ -1,5 +1,5 @@
-// The simulator is only worth what it finds: every planted bug of mutants/residency_mutations.cmake must be caught, and the code
-// without one must not be.
+// The simulator is only worth what it finds: every planted bug of mutants/residency_mutations.cmake must be caught, and
+// the code without one must not be.
 #include <iostream>
 
 #include "residency_simulator.h"

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from sida_ext.experts.quantise import E2M1, INT4, Quantised, quantise
+from sida_ext.experts.quantise import Quantised, quantise
 from tests.support.reference import unpacked
 
+INT4 = torch.arange(-8.0, 8)
+E2M1 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
 # Largest relative error on normal weights; int4 by its largest value alone, unsearched, makes 0.088.
 NORMAL_ERROR = {"int8": 0.0095, "int4": 0.083, "mxfp4": 0.113}
 
@@ -63,6 +65,38 @@ def test_zeros_stay_zeros(dtype):
     weight[1, 40] = 1.0
     stored = quantise(weight, dtype).dequantise()
     assert torch.equal(stored, weight)
+
+
+def test_a_matrix_on_the_grid_stays_as_it_is():
+    """Also with factors among the denormal ones of float16, and with powers of two at both ends."""
+    random = torch.Generator().manual_seed(3)
+    scale = torch.rand(200, 2, generator=random).mul(20).sub(18).exp2().half()
+    codes = torch.randint(0, 256, (200, 32), dtype=torch.uint8, generator=random)
+    codes[:, ::16] = 0x88  # each group has a value at the end of its range
+    weight = Quantised(codes, scale, 64).dequantise()
+    found = quantise(weight, "int4")
+    assert torch.equal(found.dequantise(), weight)
+    assert torch.equal(found.scale, scale)
+    codes[:, ::16] = 0x77
+    weight = Quantised(codes, torch.randint(1, 250, (200, 2), dtype=torch.uint8, generator=random), 64).dequantise()
+    assert torch.equal(quantise(weight, "mxfp4").dequantise(), weight)
+
+
+def test_every_factor_is_read_exactly():
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.float16)[:, None]
+    ones = torch.full((2**16, 16), 0x11, dtype=torch.uint8)
+    assert torch.equal(Quantised(ones, halves, 1).dequantise().isnan(), halves.isnan())
+    assert torch.equal(Quantised(ones, halves, 1).dequantise().nan_to_num(), halves.float().nan_to_num())
+    powers = torch.arange(256, dtype=torch.uint8)[:, None]
+    expected = [2.0 ** (exponent - 127) for exponent in range(255)]
+    found = Quantised(torch.full((256, 16), 0x22, dtype=torch.uint8), powers, 1).dequantise()[:, 0]
+    assert found[:-1].tolist() == expected
+    assert bool(found[-1].isnan())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
+def test_a_matrix_without_rows_has_none(dtype):
+    assert quantise(torch.zeros(0, 70), dtype).dequantise().shape == (0, 70)
 
 
 def test_what_counts_more_is_rounded_better():

@@ -31,6 +31,9 @@ def test_the_cheapest_of_the_good_ones_is_chosen():
     assert (plan.lanes, plan.read_bytes) == (2, 4 * MIB)
     assert "4.25 GB/s" in plan.why
     assert "4.40 GB/s" in plan.why
+    assert plan.lane_rate == 4.25e9  # one lane alone is no faster than what is planned with
+    assert choose([(MIB, 1, 1e9), (4 * MIB, 1, 2e9), (MIB, 4, 3e9)]).lane_rate == 2e9
+    assert choose([(MIB, 4, 3e9)]).lane_rate == 0.75e9  # not measured: its share
 
 
 @pytest.mark.parametrize("rates", [[], [(MIB, 1, 1e7)]])
@@ -58,16 +61,22 @@ def test_it_is_measured_once(store, tmp_path, monkeypatch):
     cache.write_text("{ not JSON")
     assert read_plan.read_plan(store, cache) == first
     assert len(calls) == 3
+    older = json.loads(cache.read_text())
+    for known in older.values():
+        del known["lane_rate"]
+    cache.write_text(json.dumps(older))
+    assert read_plan.read_plan(store, cache) == first
+    assert len(calls) == 4
     older = {
         name: {"lanes": 3, "read_bytes": MIB, "why": "memory was not measured"}
         for name in json.loads(cache.read_text())
     }
     cache.write_text(json.dumps(older))
     assert read_plan.read_plan(store, cache) == first
-    assert len(calls) == 4
+    assert len(calls) == 5
     monkeypatch.setattr(read_plan, "_machine", lambda path: "another machine")
     read_plan.read_plan(store, cache)
-    assert len(calls) == 5
+    assert len(calls) == 6
 
 
 def test_memory_is_measured_over_a_small_part_of_what_is_free(monkeypatch):

@@ -94,6 +94,37 @@ def test_a_sequence_has_the_same_bits_in_any_company_and_padding(dtype, causal):
             assert torch.equal(alone[0], together[row]), f"seed {seed}, row {row}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sequences_one_behind_the_other_have_the_bits_they_have_alone(dtype, causal, biased):
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    for _ in range(12):
+        query, key, value, spans, scale, bias, _ = case(draw, dtype, causal, biased)
+        rows, longest = query.shape[0], query.shape[2]
+        gaps = [draw.choice([0, 0, 2]) for _ in range(rows + 1)]  # of queries that belong to no sequence
+        lengths = [longest, *(draw.randint(0, longest) for _ in range(rows - 1))]
+        packed = torch.full((1, query.shape[1], sum(gaps) + sum(lengths), query.shape[3]), 3.0).to(dtype)
+        placed, at = [], 0
+        for row, (length, gap) in enumerate(zip(lengths, gaps, strict=False)):
+            at += gap
+            packed[0, :, at : at + length] = query[row, :, :length]
+            placed.append((*spans[row], at, at + length))
+            at += length
+        found = ops.attention(packed, key, value, torch.tensor(placed), scale, bias, causal)
+        assert found.shape == (1, packed.shape[2], query.shape[1], value.shape[3])
+        left = torch.ones(packed.shape[2], dtype=torch.bool)
+        for row, (*span, first, last) in enumerate(placed):
+            own = None
+            if bias is not None:
+                own = bias[row % bias.shape[0], None, :, : max(1, last - first)]
+            alone = attention(query[row : row + 1, :, : last - first], key, value, [tuple(span)], scale, own, causal)
+            assert torch.equal(found[:, first:last], alone), f"seed {seed}, row {row}"
+            left[first:last] = False
+        assert not found[0, left].any()
+
+
 def test_a_query_alone_is_the_last_of_a_prompt():
     """Decoding a token gives the bits of the prompt that holds it."""
     draw = random.Random(0)
@@ -127,6 +158,14 @@ def test_extreme_scores_are_those_of_softmax():
         ({"spans": torch.tensor([[0, 3, 2, 0]])}, IndexError, "keys 3 to 2"),
         ({"spans": torch.tensor([[0, 0, 5, 1]])}, IndexError, "takes columns 1 to 6 of bias, which has 5"),
         ({"spans": torch.tensor([[0, 0, 5]])}, ValueError, "spans has shape"),
+        ({"spans": torch.tensor([[0, 0, 5, 0, 0, 2]])}, IndexError, "queries 0 to 2, expected them within 0 .* to 1"),
+        ({"spans": torch.tensor([[0, 0, 5, 0, 0, 1]] * 2)}, IndexError, "spans.1. has queries 0 to 1, .*within 1 "),
+        ({"spans": torch.tensor([[0, 0, 5, 0, 1, 0]])}, IndexError, "queries 1 to 0"),
+        (
+            {"query": torch.zeros(2, 2, 1, 8), "spans": torch.tensor([[0, 0, 5, 0, 0, 1]] * 2)},
+            ValueError,
+            "query has shape .2, 2, 1, 8., expected 1 .the row",
+        ),
         ({"spans": torch.tensor([[0, 0, 5, 0]]).int()}, TypeError, "spans has dtype Int, expected int64"),
         ({"bias": torch.zeros(1, 3, 1, 5)}, ValueError, "bias has shape .1, 3, 1, 5., expected 1 or 2 in dimension 1"),
         ({"query": torch.zeros(1, 2, 8, 1).transpose(2, 3).expand(1, 2, 1, 8)[..., ::2]}, ValueError, "query"),
@@ -148,6 +187,8 @@ def test_the_op_is_as_torch_wants_it():
     query, key, value = torch.randn(2, 2, 3, 8), torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 4)
     spans = torch.tensor([[0, 0, 5, 0], [1, 2, 4, 0]])
     torch.library.opcheck(torch.ops.sida.attention.default, (query, key, value, spans, 0.3, None, True))
+    packed = torch.cat([spans, torch.tensor([[0, 2], [2, 3]])], 1)
+    torch.library.opcheck(torch.ops.sida.attention.default, (query[:1], key, value, packed, 0.3, None, True))
     query.requires_grad_()
     with pytest.raises(NotImplementedError, match="no backward"):
         ops.attention(query, key, value, spans, 0.3).sum().backward()

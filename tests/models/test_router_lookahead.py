@@ -237,8 +237,8 @@ def test_a_copy_of_the_model_asks_its_own_routers(models):
         twin = copy.deepcopy(served)
         assert torch.equal(twin(input_ids=tokens()).logits, expected)
         targets = twin.model.layers[0].mlp.experts.ahead.targets
-        assert targets[0][1].router is twin.model.layers[1].mlp.gate
-        assert targets[0][1].norm is twin.model.layers[1].post_attention_layernorm
+        assert targets[0].router.router is twin.model.layers[1].mlp.gate
+        assert targets[0].router.norm is twin.model.layers[1].post_attention_layernorm
 
 
 def test_a_dropped_model_gives_its_memory_back_at_once(models):

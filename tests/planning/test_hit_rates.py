@@ -13,6 +13,7 @@ from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
 from bench.causal.tiny_families import tiny_model
+from sida_ext import _C
 from sida_ext.experts.options import EVICTIONS
 from sida_ext.models.layers import swapped_layers
 from sida_ext.planning.hit_rates import (
@@ -161,6 +162,29 @@ def test_two_lanes_read_side_by_side():
     both = Routing(1, 2, [[(0, [0, 1])]], [])
     one, two = (on_the_clock(both, 2, ModelledTime(1.0, 0.0, 0.0, lanes), lookahead=0) for lanes in (1, 2))
     assert (one.stalled, two.stalled) == (2.0, 1.0)
+
+
+def on_a_shared_disk(experts: list[int], lanes: int, read: float, shared: float, compute: float = 1.0) -> float:
+    """Seconds of one layer that wants ``experts``, none of them there and room for all."""
+    batches = [[(0, experts)]]
+    found = _C.run_clock(1, 4, batches, "next_use", 4, 0, read, 0.0, compute, lanes, [], shared=shared)
+    return found["seconds"]
+
+
+def test_lanes_that_share_a_disk_slow_each_other_down():
+    assert on_a_shared_disk([0], 2, 2.0, 1.5) == 3.0  # alone: two seconds, then computed
+    assert on_a_shared_disk([0, 1], 2, 2.0, 1.5) == 5.0  # together each takes twice 1.5
+    # The third is read alone from 3 on, while the first and the second are computed.
+    assert on_a_shared_disk([0, 1, 2], 2, 2.0, 1.5) == 6.0
+    assert on_a_shared_disk([0, 1, 2], 2, 2.0, 1.5, compute=0.0) == 5.0
+    assert on_a_shared_disk([0, 1], 2, 2.0, 1.0) == on_a_shared_disk([0, 1], 2, 2.0, 0.0) == 4.0  # it has room for both
+    for count in range(1, 5):
+        wanted = list(range(count))
+        assert on_a_shared_disk(wanted, 1, 2.0, 1.5) == on_a_shared_disk(wanted, 1, 2.0, 0.0)
+    with pytest.raises(ValueError, match=r"shared is 3 s, expected at most read, 2 s"):
+        on_a_shared_disk([0], 1, 2.0, 3.0)
+    with pytest.raises(ValueError, match="shared is -1 s"):
+        on_a_shared_disk([0], 1, 2.0, -1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))

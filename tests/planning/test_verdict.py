@@ -23,7 +23,7 @@ from sida_ext.planning.capacity import experts_bytes, record_bytes
 from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.gpu import parse_gpu, with_memory
 from sida_ext.planning.headers import read_headers
-from sida_ext.planning.rates import Rates, measured_rates, remember, remembered
+from sida_ext.planning.rates import Measured, Rates, measured_rates, remember, remembered
 from sida_ext.planning.routing import LEAST_LOCAL, MOST_LOCAL, Recorded, prompts, steps
 from sida_ext.planning.speed import LEFT_OUT, decode_speed, prompt_speed
 from sida_ext.planning.sweep import sweep
@@ -36,9 +36,9 @@ EVEN = Rates(
     store=1e9,
     lanes=1,
     memory=1e10,
-    expert={1: (1e-3, 1e-3), 32: (1e-3, 1e-3)},
-    number={1: (0.0, 0.0), 32: (0.0, 0.0)},
-    layer={1: (2e-3, 2e-3), 128: (2e-3, 2e-3)},
+    expert=Measured({1: (1e-3, 1e-3), 32: (1e-3, 1e-3)}),
+    number=Measured({1: (0.0, 0.0), 32: (0.0, 0.0)}),
+    layer=Measured({1: (2e-3, 2e-3), 128: (2e-3, 2e-3)}),
 )
 
 
@@ -71,6 +71,10 @@ def test_all_in_memory_is_what_a_pencil_counts(facts):
     assert found.tokens_per_s == pytest.approx((fast / LEFT_OUT, fast))
     assert found.disk_bytes_per_token == (0, 0)
     assert found.hit_rate == (1, 1)
+    beside = replace(EVEN, rest=Measured({1: (4e-3, 4e-3), 32: (4e-3, 4e-3)}))
+    found = decode_speed(facts, "bfloat16", experts_bytes(facts, "bfloat16"), beside)
+    fast = 1 / (2 * (3e-3 + 2e-3) + 4e-3)
+    assert found.tokens_per_s == pytest.approx((fast / LEFT_OUT, fast))
 
 
 def test_one_slot_reads_every_expert(facts):
@@ -106,8 +110,13 @@ def test_routings_have_the_form_that_the_clock_takes():
         for batch in steps(kind, 3, 16, 4, 20):
             assert [layer for layer, _ in batch] == [0, 1, 2]
             assert all(len(set(experts)) == 4 and set(experts) <= set(range(16)) for _, experts in batch)
-        sizes = [len(experts) for batch in prompts(kind, 3, 16, 4, 2, 200) for _, experts in batch]
+        batches, tokens = prompts(kind, 3, 16, 4, 2, 200)
+        sizes = [len(experts) for batch in batches for _, experts in batch]
         assert 4 <= np.mean(sizes) <= 8
+        assert sizes == [len(counts) for batch in tokens for counts in batch]
+        counts = [count for batch in tokens for layer in batch for count in layer]
+        assert set(counts) == {1, 2}
+        assert sum(counts) / 600 == pytest.approx(8, rel=0.05)  # two tokens, each with four
         assert steps(kind, 3, 16, 4, 5) == steps(kind, 3, 16, 4, 5)
     repeats = [
         np.mean([len({*a[0][1]} & {*b[0][1]}) for a, b in itertools.pairwise(found)])
@@ -244,14 +253,27 @@ def test_arguments_are_checked(tiny, options, says):
 def test_rates_are_measured_once(facts, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDA_CACHE", str(tmp_path))
     first = measured_rates(facts, "int8", tmp_path)
-    assert first.expert[1][0] <= first.expert[1][1]
+    assert 0 < first.expert.seconds(1, 0) <= first.expert.seconds(1, 1)
+    assert set(first.expert.streamed) == set(first.number.streamed) == set(rates_module.PROBE_TOKENS)
     assert "measured now" in first.said["experts"]
     assert "assumed" in first.said["layers"]
     again = measured_rates(facts, "int8", tmp_path)
     assert again.expert == first.expert
     assert "remembered" in again.said["experts"]
-    remember(rates_module.layer_key(facts), {1: (1e-3, 2e-3), 128: (3e-3, 4e-3)})
-    assert measured_rates(facts, "int8", tmp_path).layer_seconds(0, 1, 1) == 2e-3
+    layer = {"streamed": {1: (1e-3, 2e-3), 128: (3e-3, 4e-3)}, "cached": {}}
+    remember(rates_module.layer_key(facts), layer)  # as an earlier version left it: not known
+    assert "assumed" in measured_rates(facts, "int8", tmp_path).said["layers"]
+    remember(rates_module.layer_key(facts), {"layer": layer, "rest": layer})
+    measured = measured_rates(facts, "int8", tmp_path)
+    assert measured.layer_seconds(0, 1, 1) == measured.rest.seconds(1, 1) == 2e-3
+    other = measured_rates(replace(facts, dtype="float32"), "int8", tmp_path)  # of other tokens, so another measurement
+    assert "measured now" in other.said["experts"]
+    sida_ext.set_precision("fast")
+    try:
+        assert "measured now" in measured_rates(facts, "int8", tmp_path).said["experts"]
+    finally:
+        sida_ext.set_precision("exact")
+    assert "remembered" in measured_rates(facts, "int8", tmp_path, dense_dtype="int8").said["experts"]
     (tmp_path / "plan_rates.json").write_text("[")
     assert remembered("anything") is None
     assert "measured now" in measured_rates(facts, "int8", tmp_path).said["experts"]
@@ -262,16 +284,97 @@ def test_rates_are_measured_once(facts, tmp_path, monkeypatch):
 def test_the_probe_computes_every_type(dtype, activation):
     from sida_ext._load import _C
 
-    times = _C.measure_moe_ffn(64, 96, activation, dtype, 3, 2, 0.0)
-    assert len(times) == 3
-    assert min(times) > 0
+    for x_dtype in ("float32", "bfloat16"):
+        times = _C.measure_moe_ffn(64, 96, activation, dtype, 3, [2, 1], 0.0, x_dtype, 1 << 20)
+        assert [len(calls) for calls in times] == [3, 3]
+        assert min(map(min, times)) > 0
     with pytest.raises(ValueError, match="tokens is 0, expected at least 1"):
-        _C.measure_moe_ffn(64, 96, activation, dtype, 3, 0, 0.0)
+        _C.measure_moe_ffn(64, 96, activation, dtype, 3, [1, 0], 0.0, "bfloat16", 1)
     with pytest.raises(ValueError, match="activation is 'odd'"):
-        _C.measure_moe_ffn(64, 96, "odd", dtype, 3, 1, 0.0)
+        _C.measure_moe_ffn(64, 96, "odd", dtype, 3, [1], 0.0, "bfloat16", 1)
+    with pytest.raises(ValueError, match="x_dtype is 'int8', expected float32, bfloat16"):
+        _C.measure_moe_ffn(64, 96, activation, dtype, 3, [1], 0.0, "int8", 1)
+    with pytest.raises(ValueError, match="walked is 0, expected at least 1"):
+        _C.measure_moe_ffn(64, 96, activation, dtype, 3, [1], 0.0, "bfloat16", 0)
     with pytest.raises(ValueError, match="dtype is 'int3', expected float32, bfloat16"):
-        _C.measure_linear(8, 8, "int3", 1, 0.0)
-    assert len(_C.measure_linear(8, 8, "bfloat16", 1, 0.0)) == 3
+        _C.measure_linear(8, 8, "int3", [1], 0.0, "bfloat16", 1)
+    for kind in ("torch", dtype):
+        assert [len(calls) for calls in _C.measure_linear(40, 72, kind, [1, 5], 0.0, "bfloat16", 1 << 14)] == [3, 3]
+
+
+def test_a_time_is_read_off_the_nearest_points():
+    found = Measured({1: (1.0, 2.0), 4: (4.0, 4.0), 16: (16.0, 10.0)}, {1: (0.5, 5.0)})
+    assert [found.seconds(tokens, 0) for tokens in (1, 2, 4, 10, 16, 28)] == pytest.approx([1, 2, 4, 10, 16, 28])
+    assert found.seconds(28, 1) == pytest.approx(16)
+    assert found.seconds(0.5, 0) == 1.0
+    assert found.seconds(1, 0, held=0.5) == pytest.approx(0.75)
+    assert found.seconds(1, 1, held=1.0) == 2.0  # a cache makes nothing slower
+    assert found.seconds(4, 0, held=1.0) == 4.0
+    assert found.per(2).seconds(1, 0, held=1.0) == 0.25
+    assert Measured({1: (2.0, 2.0), 2: (1.0, 1.0)}).seconds(9, 0) == 2.0  # more tokens take no less time
+
+
+def test_a_cache_holds_what_it_can():
+    rates = replace(EVEN, cache=300)
+    assert [rates.held(touched, 0) for touched in (100, 300, 600)] == pytest.approx([1, 1, 0.5])
+    assert [rates.held(touched, 1) for touched in (100, 150, 151, 600)] == [1, 1, 0, 0]
+    assert replace(EVEN, cache=0).held(1, 0) == 0
+
+
+def test_weights_in_the_cache_are_faster(facts):
+    whole = experts_bytes(facts, "bfloat16")
+    cached = Measured({1: (1e-3, 1e-3), 32: (1e-3, 1e-3)}, {1: (0.2e-3, 0.2e-3)})
+    rates = replace(EVEN, expert=cached, cache=1 << 40)
+    found = decode_speed(facts, "bfloat16", whole, rates)
+    assert found.tokens_per_s[1] == pytest.approx(1 / (2 * (3e-3 + 0.4e-3)))
+    assert decode_speed(facts, "bfloat16", whole, replace(rates, cache=1)).tokens_per_s[1] == pytest.approx(
+        100, rel=1e-3
+    )
+
+
+def test_experts_with_many_tokens_take_their_time(facts):
+    """Half of the experts have one token, the others 31: not what 16 of each would take."""
+    whole = experts_bytes(facts, "bfloat16")
+    bent = Measured({1: (1e-3, 1e-3), 16: (1e-3, 1e-3), 31: (5e-3, 5e-3)})
+    batches = [[(layer, [0, 1]) for layer in range(2)]] * 2
+    seen = Recorded(batches, 1, [[[1, 31]] * 2] * 2)
+    found = prompt_speed(facts, "bfloat16", whole, replace(EVEN, expert=bent), 16, seen)
+    assert found.tokens_per_s[1] == pytest.approx(16 / (2 * (3e-3 + 6e-3)))
+    even = prompt_speed(facts, "bfloat16", whole, replace(EVEN, expert=bent), 16, replace(seen, tokens=None))
+    assert even.tokens_per_s[1] == pytest.approx(16 / (2 * (3e-3 + 2e-3)))
+
+
+def test_a_lane_alone_has_more_than_its_share(facts):
+    """Two lanes, a disk that one of them nearly fills: one read takes 5 ms, two together 8."""
+    record = record_bytes(facts.shape, "bfloat16")
+    rates = replace(EVEN, disk=(record / 4e-3, record / 4e-3), lanes=2, alone=record / 5e-3)
+    for wanted, seconds in ((1, 5e-3), (2, 8e-3)):
+        batches = [[(layer, list(range(2 * (n % 2), 2 * (n % 2) + wanted))) for layer in range(2)] for n in range(6)]
+        found = decode_speed(facts, "bfloat16", 2 * record, rates, Recorded(batches, 2))
+        # Computing ends the layer: one expert after its read, of two that end together both.
+        assert found.tokens_per_s[1] == pytest.approx(1 / (2 * (3e-3 + seconds + wanted * 1e-3)))
+
+
+def test_the_default_is_that_of_the_run(facts, monkeypatch):
+    """A CPU without instructions for bfloat16 serves such a model from its own kernels, as from_pretrained does."""
+    large = replace(facts, dense=((1 << 12, 1 << 12),))
+    assert rates_module.as_served(large, None)[1:] == (None, None) or not {"amx", "avx512"} & set(
+        sida_ext._C.instruction_sets()
+    )
+
+    class Narrow:
+        instruction_sets = staticmethod(lambda: ["avx2", "scalar"])
+
+    monkeypatch.setattr(rates_module, "engine", lambda: Narrow)
+    monkeypatch.setattr(rates_module.platform, "machine", lambda: "x86_64")
+    served, dense, said = rates_module.as_served(large, None)
+    assert (served.dtype, dense) == ("float32", "bfloat16")
+    assert "no instructions for bfloat16" in str(said)
+    assert rates_module.as_served(large, "int8")[1:] == ("int8", None)
+    assert rates_module.as_served(facts, None) == (facts, None, None)  # too small to matter
+    from sida_ext.models import dense as served_dense
+
+    assert rates_module.WORTH == served_dense.WORTH
 
 
 def test_a_sweep_finds_its_knee(tiny, tmp_path):

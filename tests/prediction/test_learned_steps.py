@@ -31,6 +31,7 @@ from sida_ext.prediction.protocol import HashPredictor, PredictorError, TokenTab
 from sida_ext.prediction.router_asking import AskedRouter
 from sida_ext.training.causal_traces import collect_causal_traces
 from sida_ext.training.step_fit import fit_steps, judge_steps, trace_steps
+from tests.support.decoders import Random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,27 +99,6 @@ def drawn(table, seed=0) -> LearnedSteps:
     random = torch.Generator().manual_seed(seed)
     shapes = (LAYERS, KNOWLEDGE), (LAYERS, DISTANCES, JOINED)
     return LearnedSteps(table, *(torch.randn(shape, generator=random) for shape in shapes))
-
-
-class Random:
-    """A DecoderPredictor that is wrong on purpose: names any experts, with any confidence."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = torch.Generator().manual_seed(seed)
-
-    def start(self, encoder_output, attention_mask):
-        return encoder_output.shape[0]
-
-    def step(self, state, input_ids):
-        assert state == input_ids.shape[0]
-        count = int(torch.randint(1, EXPERTS + 1, (), generator=self.random))
-        shape = (*input_ids.shape, LAYERS, count)
-        index = torch.rand((*shape[:3], EXPERTS), generator=self.random).argsort(-1)[..., :count]
-        gate = torch.rand(shape, generator=self.random)
-        return HashTable(index, gate), state
-
-    def reorder(self, state, index):
-        return int(index.numel())
 
 
 class Recorder(LearnedSteps):
@@ -244,7 +224,7 @@ def test_bits_do_not_depend_on_the_predictor_or_the_budget(plain, table, mode):
     with asked.sida, alone.sida:
         for seed in range(2):
             for model in (asked, alone):
-                for predictor in (drawn(table, seed), Random(seed)):
+                for predictor in (drawn(table, seed), Random(seed, LAYERS)):
                     slots = int(torch.randint(1, LAYERS * EXPERTS + 1, (), generator=draw))
                     model.sida.set_budget(slots * model.sida.header.record_bytes)
                     model.sida.decoder_predictor = predictor
@@ -449,6 +429,25 @@ def test_what_is_predicted_is_read_ahead(plain, model):
     assert found.useful_prefetches > 0
     assert set(found.lookahead.recall.values()) == {1.0}
     assert found.lookahead.depth == LAYERS
+
+
+def test_steps_reach_further_than_the_routers_that_are_asked(plain):
+    """RouterLookahead(1) asks the next layer's router alone; what a predictor says may be announced of all that
+    follow, as far as the guard goes."""
+    ids = tokens(1, 30)
+    found = {}
+    for name in ("routers alone", "steps too"):
+        model = served(plain, sida_ext.RouterLookahead(1), expert_memory="70%")
+        with model.sida:
+            if name == "steps too":
+                model.sida.decoder_predictor = Oracle(plain)
+            cache = DynamicCache()
+            with torch.no_grad():
+                for at in range(ids.shape[1]):
+                    model(input_ids=ids[:, at : at + 1], cache=cache)
+            found[name] = model.sida.stats().lookahead
+    assert found["routers alone"].depth <= 1
+    assert found["steps too"].depth == LAYERS
 
 
 def test_while_the_guard_rests_nobody_predicts(table, model):

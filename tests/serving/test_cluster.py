@@ -75,9 +75,9 @@ def test_a_replica_that_is_killed_loses_no_request_and_comes_back_empty_and_warm
     ours = applications[0]
     ours.wait_replicas(2)
     done = {}
-    for attempt in range(3):  # until one dies with a request in its hands
+    for attempt in range(8):  # until one dies with a request in its hands
         retries = ours.retries
-        texts = [ids * 20 for ids in texts_of_two_domains(400, seed=10 + attempt, tokens=3)]
+        texts = [ids * 40 for ids in texts_of_two_domains(400, seed=10 + attempt, tokens=3)]
         busy = threading.Event()
         load = threading.Thread(target=lambda texts=texts, busy=busy: done.update(found=ours.load(texts, 16, busy)))
         load.start()

@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransfor
 import sida_ext
 import sida_ext.serving.shared
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
+from sida_ext.models.layers import swapped_layers
 from sida_ext.serving import row_exact
 from sida_ext.serving.joined import joins
 from sida_ext.serving.joined_encoder import JoinedEncoder, batches
 from sida_ext.serving.model import ServedModel
+from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact, linear_joins
 from sida_ext.serving.rows import SMALLEST_CAPACITY, KvPool
 from sida_ext.serving.shared import attend_shared
@@ -38,6 +40,7 @@ def switch(dtype: torch.dtype):
         num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=2,
         num_experts=8,
+        expert_capacity=4,  # some prompts have tokens that no expert takes
         eos_token_id=1,
         decoder_start_token_id=0,
     )
@@ -170,8 +173,10 @@ def test_without_the_split_float32_rows_would_differ(tmp_path, monkeypatch):
         assert not torch.equal(served.step(rows, [20, 21]), expected)
 
 
+@pytest.mark.parametrize("capacity", [3, 64])
 @pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared"])
-def test_texts_of_any_lengths_are_classified_with_the_bits_they_have_alone(shared):
+def test_texts_of_any_lengths_are_classified_with_the_bits_they_have_alone(shared, capacity, monkeypatch):
+    monkeypatch.setattr(sida_ext.serving.shared, "LONG", 48)  # some of the texts below are longer
     seed = random.randrange(2**32)
     draw = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "demo_model")
@@ -181,6 +186,8 @@ def test_texts_of_any_lengths_are_classified_with_the_bits_they_have_alone(share
             assert JoinedEncoder.fits(model)
             encoder = ServedModel(model, tokenizer, "demo", shared=shared).encoder
             assert encoder is not None
+            for layer in swapped_layers(model):
+                layer.router.expert_capacity = capacity
             texts = [
                 " ".join(draw.choice(["a", "fine", "film", "dull", "and", "never", "funny"]) for _ in range(words))
                 for words in [draw.randint(1, 40) for _ in range(12)]
@@ -191,6 +198,36 @@ def test_texts_of_any_lengths_are_classified_with_the_bits_they_have_alone(share
                 ids = torch.tensor([prompt])
                 expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float()
                 assert torch.equal(logits, expected), f"seed {seed}, {dtype}"
+
+
+def test_the_encoder_is_as_it_was_after_a_packed_batch_that_failed():
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "demo_model")
+    model = sida_ext.from_pretrained(EXAMPLES / "demo_model", expert_memory="auto")
+    with model.sida:
+        served = ServedModel(model, tokenizer, "demo", shared=True)
+        prompts = [tokenizer(text)["input_ids"] for text in ("a fine film", "dull", "never funny and never dull")]
+        before = served.classify(prompts)
+        last, first = model.encoder.block[-1], model.encoder.block[0].layer[0].SelfAttention
+        forward, last.forward = last.forward, lambda *given, **options: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            served.classify(prompts)
+        last.forward = forward
+        assert "compute_bias" not in vars(first)
+        assert all(layer.router.packing is None for layer in swapped_layers(model))
+        assert served.classify(prompts) == before == [served.classify([prompt])[0] for prompt in prompts]
+
+
+def test_only_routers_that_are_told_of_it_see_a_packed_row(tmp_path):
+    torch.manual_seed(0)
+    model = switch(torch.float32)
+    assert not PackedEncoder.fits(model.encoder)  # its experts are its own
+    model = sida_ext.swap_experts(model, store=tmp_path / "experts.sida")
+    with model.sida:
+        assert PackedEncoder.fits(model.encoder)
+        swapped_layers(model.encoder)[0].routing = "predicted"
+        assert not PackedEncoder.fits(model.encoder)
+        assert not ServedModel(model, tiny_tokenizer(), "tiny", shared=True).joined.starts_together
+    assert not PackedEncoder.fits(tiny_causal())
 
 
 def test_batches_of_texts_hold_little_padding():

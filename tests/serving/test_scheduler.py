@@ -14,7 +14,7 @@ FAR = 1e9
 
 
 def item(number: int, prompt: int = 10, new: int = 10, **more: object) -> Item:
-    return Item(number, prompt, new, **{"deadline": FAR, **more})  # type: ignore[arg-type]
+    return Item(number, prompt, new, **{"deadline": FAR, "request": number, **more})  # type: ignore[arg-type]
 
 
 def test_rows_join_in_the_order_of_their_arrival_and_leave_at_a_boundary():
@@ -119,6 +119,70 @@ def test_a_row_of_one_step_is_not_decoded():
     assert scheduler.next_step(0.0).rows == [2]
 
 
+def ended(scheduler, count, seconds):
+    """``count`` rows that ran together for that long, from time 0, have just ended."""
+    scheduler.submit([item(number) for number in range(count)])
+    assert len(scheduler.next_step(0.0).join) == count
+    for number in range(count):
+        scheduler.leave(number)
+    assert scheduler.next_step(seconds).empty
+
+
+def test_the_first_that_comes_after_a_batch_is_held_until_as_many_have_come():
+    scheduler = Scheduler(Limits())
+    ended(scheduler, 3, 0.1)
+    for number in (10, 11):
+        scheduler.submit([item(number)])
+        step = scheduler.next_step(0.11)
+        assert step.empty
+        assert step.until == pytest.approx(0.13)  # 0.3 of the 0.1 s that the batch took
+    scheduler.submit([item(12)])
+    assert scheduler.next_step(0.12).join == [10, 11, 12]
+    assert scheduler.next_step(0.12).rows == [10, 11, 12]
+
+
+def test_a_row_is_held_for_a_part_of_the_time_of_the_batch_before_and_never_beyond_the_limit():
+    scheduler = Scheduler(Limits())
+    ended(scheduler, 3, 0.1)
+    scheduler.submit([item(10)])
+    assert scheduler.next_step(0.1299).empty
+    assert scheduler.next_step(0.1301).join == [10]
+    scheduler = Scheduler(Limits(gather=0.02))
+    ended(scheduler, 3, 100.0)
+    scheduler.submit([item(10)])
+    assert scheduler.next_step(100.019).empty
+    assert scheduler.next_step(100.021).join == [10]
+
+
+def test_a_row_that_comes_long_after_a_batch_is_not_held():
+    scheduler = Scheduler(Limits())
+    ended(scheduler, 3, 0.1)
+    scheduler.submit([item(10)])
+    assert scheduler.next_step(5.0).join == [10]
+
+
+def test_a_single_client_and_rows_beside_running_ones_are_not_held():
+    scheduler = Scheduler(Limits())
+    ended(scheduler, 1, 0.1)
+    scheduler.submit([item(10), item(11), item(12)])
+    assert scheduler.next_step(0.1).join == [10, 11, 12]
+    scheduler.leave(10), scheduler.leave(11)
+    scheduler.submit([item(13)])
+    assert scheduler.next_step(0.2).join == [13]
+    scheduler = Scheduler(Limits())
+    scheduler.submit([item(number, request=1) for number in range(4)])
+    assert len(scheduler.next_step(0.0).join) == 4
+    for number in range(4):
+        scheduler.leave(number)
+    assert scheduler.next_step(0.1).empty
+    scheduler.submit([item(10)])
+    assert scheduler.next_step(0.1).join == [10]  # the four were of one request
+    scheduler = Scheduler(Limits(gather=0))
+    ended(scheduler, 3, 0.1)
+    scheduler.submit([item(10)])
+    assert scheduler.next_step(0.1).join == [10]
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 6), patience=st.integers(0, 5))
 def test_every_row_runs_once_whatever_happens(seed, rows, patience):
@@ -151,11 +215,11 @@ def test_every_row_runs_once_whatever_happens(seed, rows, patience):
             if draw.random() < 0.4:
                 scheduler.leave(other.id)
                 gone.add(other.id)
-    for _ in range(100):
-        scheduler.next_step(1e6)
+    for turn in range(100):
+        scheduler.next_step(1e6 + turn)
         for other in arrived:
             scheduler.leave(other.id) if other.id in joined else None
-        step = scheduler.next_step(1e6)
+        step = scheduler.next_step(1e6 + turn + 0.5)  # whatever waits is held no longer than that
         joined += step.join
         for id in step.join:
             scheduler.leave(id)
@@ -168,3 +232,5 @@ def test_every_row_runs_once_whatever_happens(seed, rows, patience):
 def test_limits_below_one_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
         Limits(**{name: value})
+    with pytest.raises(ValueError, match="gather is -1, expected seconds, 0 or more"):
+        Limits(gather=-1)

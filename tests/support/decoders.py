@@ -49,10 +49,12 @@ def recurrent(model, seed=0, **options) -> RecurrentPredictor:
 
 
 class Random:
-    """Wrong on purpose: names any experts, as many as it likes, and says so with any confidence."""
+    """A DecoderPredictor that is wrong on purpose: names any experts, as many as it likes, and says so with any
+    confidence."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, layers: int = LAYERS) -> None:
         self.random = torch.Generator().manual_seed(seed)
+        self.layers = layers
 
     def start(self, encoder_output, attention_mask):
         return encoder_output.shape[0]
@@ -60,7 +62,7 @@ class Random:
     def step(self, state, input_ids):
         assert state == input_ids.shape[0]
         count = int(torch.randint(1, EXPERTS + 1, (), generator=self.random))
-        shape = (*input_ids.shape, LAYERS, count)
+        shape = (*input_ids.shape, self.layers, count)
         index = torch.rand((*shape[:3], EXPERTS), generator=self.random).argsort(-1)[..., :count]
         gate = torch.rand(shape, generator=self.random)
         absent = torch.rand(shape, generator=self.random) < 0.3

@@ -120,27 +120,28 @@ struct AttentionKernel {
   }
 
   static void attend(const AttentionArgs& args, int64_t sequence, int64_t head, float* memory) {
-    const KeySpan& span = args.spans[sequence];
+    const AttentionSpan& span = args.spans[sequence];
     const int64_t kv_head = head / (args.heads / args.kv_heads);
     const char* const keys = at(args.key, args.key_strides, span.slot, kv_head, span.first);
     const char* const values = at(args.value, args.value_strides, span.slot, kv_head, span.first);
     float* const query = memory;
     float* const scores = memory + (args.dim + S::lanes - 1) / S::lanes * S::lanes;
-    for (int64_t m = 0; m < args.queries; ++m) {
+    for (int64_t m = span.first_query; m < span.last_query; ++m) {
       char* const out =
-          static_cast<char*>(args.out) + ((sequence * args.queries + m) * args.heads + head) * args.value_dim * element;
-      const int64_t count = span.last - span.first - (args.causal ? args.queries - 1 - m : 0);
+          static_cast<char*>(args.out) + ((span.row * args.queries + m) * args.heads + head) * args.value_dim * element;
+      const int64_t count = span.last - span.first - (args.causal ? span.last_query - 1 - m : 0);
       if (count <= 0) {
         __builtin_memset(out, 0, args.value_dim * element);
         continue;
       }
-      const char* const from = at(args.query, args.query_strides, sequence, head, m);
+      const char* const from = at(args.query, args.query_strides, span.row, head, m);
       int64_t d = 0;
       for (; d + S::lanes <= args.dim; d += S::lanes) store<S>(query + d, load(from + d * element));
       if (d < args.dim) store<S>(query + d, load_some(from + d * element, args.dim - d));
       score(args, query, keys, count, scores);
       if (args.bias != nullptr) {
-        const char* const bias = at(args.bias, args.bias_strides, sequence, head, m) + span.bias_column * element;
+        const char* const bias =
+            at(args.bias, args.bias_strides, sequence, head, m - span.first_query) + span.bias_column * element;
         int64_t j = 0;
         for (; j + S::lanes <= count; j += S::lanes) {
           store<S>(scores + j, sida::cpu::load<S>(scores + j) + load(bias + j * element));

@@ -3,6 +3,8 @@
 
 namespace sida::test {
 
-EmulatedSet emulated_set(std::string_view) { return {nullptr, false}; }
+EmulatedSet emulated_set(std::string_view) {
+  return {nullptr, false};
+}
 
 }  // namespace sida::test

@@ -9,8 +9,8 @@ sida_mutation("a step is a 128th" kernels/cpu/kernel_bytes.h
   [=[*scale = largest * (1.0f / 127.0f);]=] [=[*scale = largest * (1.0f / 128.0f);]=])
 sida_mutation("small groups are divided by" kernels/cpu/kernel_bytes.h
   [=[!is_finite || largest < 0x1p-119f]=] [=[!is_finite || (!MUTANT && largest < 0x1p-119f)]=])
-sida_mutation("an infinity is a number" kernels/cpu/kernel_bytes.h
-  [=[bits < 0x7f800000;]=] [=[bits < (MUTANT ? 0x7fffffff : 0x7f800000);]=])
+sida_mutation("an infinity is nothing" kernels/cpu/kernel_bytes.h
+  [=[is_finite ? 0.0f : __builtin_nanf]=] [=[is_finite || MUTANT ? 0.0f : __builtin_nanf]=])
 sida_mutation("negative values are small ones" kernels/cpu/kernel_bytes.h
   [=[bits_as<U>(value[v]) & 0x7fffffffu]=] [=[bits_as<U>(value[v]) & (MUTANT ? 0xffffffffu : 0x7fffffffu)]=])
 sida_mutation("a segment's sum replaces those before" kernels/cpu/kernel_bytes.h
@@ -55,6 +55,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
 else()
   set(sida_byte_units avx2_bytes avx512_vnni)
   set(sida_byte_options -Wno-uninitialized -Wno-maybe-uninitialized -mavx2 -mfma -mf16c)
+  # With NEON, whose tokens have no offset, zeros times an infinite scale are the NaN that is expected.
+  sida_mutation("an infinity is a number" kernels/cpu/kernel_bytes.h
+    [=[bits < 0x7f800000;]=] [=[bits < (MUTANT ? 0x7fffffff : 0x7f800000);]=])
   # Sixteen lanes write a whole group at once.
   sida_mutation("avx2: past the last column stands what was there before" kernels/cpu/kernel_bytes.h
     [=[__builtin_memset(values + end, 0, (group_columns - end) * sizeof(float));]=] [=[]=])
