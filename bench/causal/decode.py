@@ -60,6 +60,8 @@ def load(way: str, arguments: argparse.Namespace) -> Any:
         dense_dtype=arguments.dense_dtype,
         store=arguments.store,
         store_cache=arguments.store_cache,
+        read_ahead=not arguments.no_read_ahead,
+        lanes=arguments.lanes,
         dtype=getattr(torch, arguments.rest),
     )
 
@@ -68,6 +70,27 @@ def prompt(model: Any, ids: torch.Tensor) -> tuple[float, Any]:
     begin = time.perf_counter()
     output = model(input_ids=ids, use_cache=True)
     return time.perf_counter() - begin, output
+
+
+def prompts(model: Any, tokens: list[torch.Tensor]) -> dict[str, Any]:
+    """Seconds of each, of ours what was read and waited for too, and of all a digest of the logits."""
+    runtime = getattr(model, "sida", None)
+    seconds, engine, digest = [], [], hashlib.sha256()
+    for ids in tokens:
+        if runtime is not None:
+            runtime.reset_stats()
+        taken, output = prompt(model, ids)
+        seconds.append(taken)
+        digest.update(output.logits.float().numpy().tobytes())
+        if runtime is not None:
+            stats = runtime.stats()
+            wasted, useful = stats.wasted_prefetches, stats.useful_prefetches
+            engine.append({"read_gib": stats.bytes_read / 2**30, "stall_seconds": stats.stall_seconds})
+            engine[-1] |= {"hit_rate": stats.hit_rate, "useful_prefetches": useful, "wasted_prefetches": wasted}
+    found: dict[str, Any] = {"prompt_seconds": seconds, "prompt_digest": digest.hexdigest()}
+    if engine:
+        found |= {"prompt_read_gib": sum(row["read_gib"] for row in engine) / len(engine), "prompt_engine": engine}
+    return found
 
 
 def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -89,12 +112,10 @@ def measure(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     runtime = getattr(model, "sida", None)
     print(json.dumps({"loaded": True}), flush=True)
     with torch.inference_mode():
-        result["prompt_seconds"] = [
-            prompt(model, torch.randint(3, vocabulary, (1, arguments.prompt), generator=random))[0]
-            for _ in range(arguments.prompts)
-        ]
-        if runtime is not None:
-            result["prompt_read_gib"] = runtime.stats().bytes_read / 2**30 / arguments.prompts
+        shape = (1, arguments.prompt)
+        result |= prompts(
+            model, [torch.randint(3, vocabulary, shape, generator=random) for _ in range(arguments.prompts)]
+        )
         _, output = prompt(model, torch.randint(3, vocabulary, (1, 16), generator=random))
         steps: list[float] = []
         for step in range(arguments.warm + arguments.steps):
@@ -199,6 +220,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-folder", type=Path, help="where its files lie; default: beside the checkpoint")
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--no-read-ahead", action="store_true", help="read_ahead=False")
+    parser.add_argument("--lanes", type=int, help="lanes=; default: measured")
     parser.add_argument("--warm", type=int, default=16, help="decode steps that are not timed")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument(

@@ -78,6 +78,10 @@ class Options:
             goes on with memory that is not, and slower copies.
         populate: ask the system for the budget's memory at the start, in the background, so that the first loads do not
             wait for it; False: as experts come.
+        read_ahead: in a prompt each layer shows its input to the next layer's router, and what that names is read while
+            the layers between compute (:class:`~sida_ext.prediction.router_lookahead.RouterLookahead`, with
+            ``prompts_only``). For models of the experts seam on the CPU whose ``predictor`` holds no RouterLookahead;
+            False: nothing is read that no predictor names.
         faults: injected faults, for tests: see ``_C.Faults``.
 
     Raises:
@@ -103,6 +107,7 @@ class Options:
     wait_deadline: float = 60.0
     pin: str = "require"
     populate: bool = True
+    read_ahead: bool = True
     faults: _C.Faults | None = None
 
     def __post_init__(self) -> None:
@@ -132,7 +137,7 @@ class Options:
         if not _is_number(self.max_low_bit) or not 0 <= self.max_low_bit <= 1:
             raise ValueError(f"max_low_bit is {self.max_low_bit!r}, expected a share of the choices, 0 to 1")
         self._check_on_miss()
-        for name in ("allow_pickle", "populate"):
+        for name in ("allow_pickle", "populate", "read_ahead"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}, expected True or False")
 

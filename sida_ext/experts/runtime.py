@@ -367,6 +367,12 @@ class Runtime(ServingState):
         experts = self.header.num_experts
         return frozenset(divmod(at, experts) for at, place in enumerate(places) if place)
 
+    def held_of(self, name: str) -> frozenset[int]:
+        """The experts of the MoE layer ``name`` that are in memory or on their way at this moment."""
+        places, _ = self._engine.standings()
+        first = self.header.layers.index(name) * self.header.num_experts
+        return frozenset(at for at, place in enumerate(places[first : first + self.header.num_experts]) if place)
+
     @property
     def host_memory(self) -> int | None:
         """Bytes of the pinned pool under a GPU's slots, with small buffers; None on the CPU, 0 if not pinned."""

@@ -13,13 +13,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sida_ext.experts.runtime import Runtime
 from sida_ext.models.layers import ServedLayer
 from sida_ext.prediction.learned_steps import LearnedSteps, needed
 from sida_ext.prediction.router_asking import AskedRouter
-from sida_ext.prediction.router_lookahead import LookaheadState, RouterLookahead, most_wanted, within_room
+from sida_ext.prediction.router_lookahead import LookaheadState, RouterLookahead, in_time, most_wanted, within_room
 
 __all__ = ["LayerAhead", "StepOdds", "attach_lookahead", "attach_steps"]
 
@@ -79,7 +80,7 @@ class _Keep:
         self._shared = shared
 
     def __call__(self, module: nn.Module, given: tuple[Any, ...]) -> None:
-        if given:
+        if given and not torch.compiler.is_compiling():
             self._shared.standing.hidden = given[0]
 
 
@@ -128,12 +129,14 @@ class LayerAhead:
         name: of the layer's experts, as in the store.
         targets: the layers that follow, the next one first.
         normalised: what this layer keeps is a router's input rather than the residual stream.
+        prompts_only: see :class:`~sida_ext.prediction.router_lookahead.RouterLookahead`.
     """
 
     name: str
     targets: list[Target]
     normalised: bool
     shared: _Shared
+    prompts_only: bool = False
 
     def before(self, expert_index: Tensor) -> None:
         """Announce what the layers ahead will want.
@@ -146,6 +149,9 @@ class LayerAhead:
         hidden, standing.hidden = standing.hidden, None
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
             state.pass_by()
+            return
+        if self.prompts_only and standing.step is None and expert_index.numel() < runtime.header.num_experts:
+            standing.forget()
             return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before
@@ -164,6 +170,8 @@ class LayerAhead:
             experts = self._named(target, distance, hidden, standing.step)
             if experts is not None:
                 standing.named[target.name, distance] = experts
+                if self.prompts_only and standing.step is None:
+                    experts = in_time(experts, runtime.held_of(target.name), state.pace.slowness)
                 wanted.append((target.name, experts))
         kept = within_room(wanted, room)
         state.announced(sum(len(experts) for _, experts in kept))
@@ -203,7 +211,9 @@ def attach_lookahead(
     order, found, obstacles = routers
     if obstacles:
         what = "; ".join(f"{name}: {why}" for name, why in obstacles.items())
-        logger.warning("RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
+        # Who has asked for it is told; where it is only the default, stats().lookahead has it.
+        level = logging.INFO if lookahead.prompts_only else logging.WARNING
+        logger.log(level, "RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
     record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
     state = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked=obstacles)
     shared = _Shared(runtime, state)
@@ -216,7 +226,9 @@ def attach_lookahead(
             Target(layers[later].name, _position(layers[later]), found[later] if distance <= lookahead.depth else None)
             for distance, later in enumerate(following, 1)
         ]
-        layers[name].ahead = LayerAhead(layers[name].name, targets, found[name].norm is None, shared)
+        layers[name].ahead = LayerAhead(
+            layers[name].name, targets, found[name].norm is None, shared, lookahead.prompts_only
+        )
         if targets:
             found[name].reads.register_forward_pre_hook(_Keep(shared))
     runtime.ahead = state

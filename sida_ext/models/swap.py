@@ -35,7 +35,7 @@ from sida_ext.models.seam_source import SeamCheckpoint
 from sida_ext.models.switch_source import SwitchCheckpoint
 from sida_ext.prediction.protocol import split_predictors
 from sida_ext.prediction.router_asking import find_routers
-from sida_ext.prediction.router_lookahead import split_lookahead
+from sida_ext.prediction.router_lookahead import RouterLookahead, split_lookahead
 
 __all__ = ["from_pretrained", "swap_experts"]
 
@@ -113,9 +113,21 @@ def _spared_bfloat16(options: Options, found: CheckpointFiles, arguments: dict[s
     return replace(options, dense_dtype="bfloat16")
 
 
-def _routers(model: PreTrainedModel, family: Family, predictor: Any) -> Any:
-    """Where the model's routers are, if somebody is going to ask them."""
-    return None if split_lookahead(predictor)[1] is None else find_routers(model, family.layers(model))
+def _lookahead(
+    model: PreTrainedModel, family: Family, predictor: Any, options: Options
+) -> tuple[RouterLookahead, Any] | None:
+    """Who asks the model's routers ahead, and where they are; None: nobody does."""
+    given = split_lookahead(predictor)[1]
+    if given is not None:
+        return given, find_routers(model, family.layers(model))
+    on_cpu = resolve_device(options.device, options.host_memory).type == "cpu"
+    if not (options.read_ahead and on_cpu and isinstance(family, SeamFamily)):
+        return None
+    try:
+        return RouterLookahead(1, prompts_only=True), find_routers(model, family.layers(model))
+    except ValueError as error:
+        logger.info("prompts are not read ahead in: %s", error)
+        return None
 
 
 def _check_predictor(model: nn.Module, family: Family, predictor: Any, options: Options) -> None:
@@ -151,14 +163,14 @@ def _connect(
     layers: list[ServedLayer],
     runtime: Runtime,
     predictor: Any,
-    routers: Any = None,
+    ahead: tuple[RouterLookahead, Any] | None,
 ) -> None:
     """Let the stripped model compute from the runtime's experts.
 
     Args:
-        routers: what :func:`find_routers` has found of it, where the predictor holds a RouterLookahead.
+        ahead: who asks its routers, and what :func:`find_routers` has found of them.
     """
-    predictor, lookahead = split_lookahead(predictor)
+    predictor, _ = split_lookahead(predictor)
     for layer in layers:
         layer.connect(runtime, family.activation(model, layer))
     _say_waits(model, layers, runtime)
@@ -167,9 +179,9 @@ def _connect(
     runtime.predictor, runtime.decoder_predictor = split_predictors(predictor)
     family.enter(model, runtime, layers)
     _flatten_head_input(model)
-    if lookahead is not None:
+    if ahead is not None:
         served = cast(dict[str, ServedLayer], family.layers(model))
-        attach_lookahead(runtime, served, lookahead, routers)
+        attach_lookahead(runtime, served, *ahead)
     model.sida = runtime  # type: ignore[assignment]
 
 
@@ -324,7 +336,7 @@ def from_pretrained(
         family.check_fit(model, runtime.header, layers, str(path))
         _check_predictor(model, family, predictor, options)
         family.check_activation(model, runtime)
-        _connect(model, family, layers, runtime, predictor, _routers(model, family, predictor))
+        _connect(model, family, layers, runtime, predictor, _lookahead(model, family, predictor, options))
     except BaseException:
         runtime.close()
         raise
@@ -438,7 +450,7 @@ def swap_experts(
     if any(isinstance(layer, ServedLayer) for layer in moe_layers(model).values()):
         raise ValueError("the experts of this model are swapped already; model.sida is its runtime")
     _check_predictor(model, family, predictor, options)
-    routers = _routers(model, family, predictor)
+    ahead = _lookahead(model, family, predictor, options)
     folder = None
     if options.store is None:
         folder = scratch_folder()
@@ -464,7 +476,7 @@ def swap_experts(
     try:
         if options.dense_dtype is not None:
             finish_dense(model, family.layers(model), options.dense_dtype)
-        _connect(model, family, family.strip(model), runtime, predictor, routers)
+        _connect(model, family, family.strip(model), runtime, predictor, ahead)
     except BaseException:
         runtime.close()
         raise

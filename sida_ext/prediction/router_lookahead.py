@@ -7,9 +7,10 @@ knows tensors and numbers alone; ``sida_ext/prediction/router_asking.py`` knows 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,15 @@ from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
 from sida_ext.prediction.pace import Pace
 from sida_ext.prediction.prefetch import WASTE_COST
 
-__all__ = ["LookaheadState", "LookaheadStats", "RouterLookahead", "most_wanted", "split_lookahead", "within_room"]
+__all__ = [
+    "LookaheadState",
+    "LookaheadStats",
+    "RouterLookahead",
+    "in_time",
+    "most_wanted",
+    "split_lookahead",
+    "within_room",
+]
 
 DEEPEST = 3  # layers ahead that depth=None lets the guard go to
 FEW = 128  # choices that are counted in Python
@@ -39,13 +48,21 @@ class RouterLookahead:
         waste_cost: cost of an expert that is read in vain as a share of that of a missed one; 0: never back off for
             waste.
         guard: further numbers of the guard; None: its own.
+        prompts_only: ask only where a layer's tokens make at least as many choices as it has experts, and announce no
+            more than can be read before the next layer runs. A decoder's steps then cost nothing. What a model is
+            served with where nothing else is said (``Options.read_ahead``), one layer ahead.
 
     Raises:
         ValueError, TypeError: an argument that cannot work.
     """
 
     def __init__(
-        self, depth: int | None = None, waste_cost: float = WASTE_COST, guard: GuardOptions | None = None
+        self,
+        depth: int | None = None,
+        waste_cost: float = WASTE_COST,
+        guard: GuardOptions | None = None,
+        *,
+        prompts_only: bool = False,
     ) -> None:
         if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int)):
             raise TypeError(f"depth is {depth!r}, expected a number of layers of at least 1, or None")
@@ -56,10 +73,14 @@ class RouterLookahead:
         if guard is not None and waste_cost != WASTE_COST:
             raise ValueError(f"waste_cost is {waste_cost!r} beside guard=, expected it in the guard's options alone")
         self.depth = DEEPEST if depth is None else depth
+        if not isinstance(prompts_only, bool):
+            raise TypeError(f"prompts_only is {prompts_only!r}, expected True or False")
         self.guard = guard or GuardOptions(waste_cost=waste_cost)
+        self.prompts_only = prompts_only
 
     def __repr__(self) -> str:
-        return f"RouterLookahead(depth={self.depth}, waste_cost={self.guard.waste_cost:g})"
+        prompts = ", prompts_only=True" if self.prompts_only else ""
+        return f"RouterLookahead(depth={self.depth}, waste_cost={self.guard.waste_cost:g}{prompts})"
 
 
 def split_lookahead(given: Any) -> tuple[Any, RouterLookahead | None]:
@@ -115,6 +136,27 @@ def within_room(wanted: Sequence[tuple[Any, list[int]]], room: int) -> list[tupl
         if some:
             kept.append((layer, some))
     return kept
+
+
+def in_time(experts: Sequence[int], here: Container[int], slowness: float) -> list[int]:
+    """What of a layer's experts, most wanted first, is there or can be read while one layer computes. More would only
+    evict earlier than need be what is used again after it.
+
+    Args:
+        here: experts of that layer that are in memory or on their way.
+        slowness: what a read takes, over what a layer computes; 0: not known, all are named.
+    """
+    if not slowness:
+        return list(experts)
+    left = math.ceil(1 / slowness)
+    named = []
+    for expert in experts:
+        if expert not in here:
+            if not left:
+                continue
+            left -= 1
+        named.append(expert)
+    return named
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,73 @@ def test_a_model_that_does_not_run_on_tokens_alone_is_refused_before_it_is_touch
     assert model.model.layers[0].mlp.experts.down_proj.device.type == "cpu"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_read_ahead_where_nothing_is_said(models, family):
+    plain = swapped(models(family), expert_memory="100%", read_ahead=False)
+    with plain.sida as runtime:
+        expected = run(plain)
+        assert runtime.stats().lookahead is None
+        assert runtime.stats().useful_prefetches == 0
+    served = swapped(models(family), expert_memory="60%")
+    with served.sida as runtime:
+        assert_same_bits(run(served), expected)
+        stats = runtime.stats()
+        assert stats.lookahead.depth == 1
+        assert stats.useful_prefetches > 0
+
+
+def test_a_single_token_asks_nobody(models):
+    served = swapped(models("olmoe"), expert_memory="60%")
+    with served.sida as runtime, torch.no_grad():
+        first = served(input_ids=tokens(1, 9), use_cache=True)
+        asked, read = runtime.stats().lookahead.asked, runtime.stats().useful_prefetches
+        assert asked == len(swapped_layers(served)) - 1
+        served(input_ids=tokens(1, 1), past_key_values=first.past_key_values)
+        assert runtime.stats().lookahead.asked == asked
+        assert runtime.stats().useful_prefetches == read
+        served(input_ids=tokens(1, 9))
+        assert runtime.stats().lookahead.asked == 2 * asked
+        assert set(runtime.stats().lookahead.recall) == {1}
+
+
+def test_a_prompt_announces_no_more_than_can_be_read_in_time(models, monkeypatch):
+    served = swapped(models("olmoe"), expert_memory="100%")
+    with served.sida as runtime, torch.no_grad():
+        announced = []
+
+        def record(wanted, begin=True, announce=runtime.announce):
+            announced.append((runtime.held(), wanted))
+            return announce(wanted, begin=begin)
+
+        monkeypatch.setattr(runtime, "announce", record)
+        monkeypatch.setattr(type(runtime.ahead.pace), "slowness", 1.0)  # one read while one layer computes
+        served(input_ids=tokens(1, 9))
+    assert announced
+    names = list(runtime.header.layers)
+    for held, wanted in announced:
+        absent = [(name, expert) for name, experts in wanted.items() for expert in experts]
+        assert sum((names.index(name), expert) not in held for name, expert in absent) <= 1
+
+
+def test_a_predictor_that_looks_ahead_takes_the_defaults_place(models):
+    given = sida_ext.RouterLookahead(2)
+    served = swapped(models("olmoe"), given)
+    with served.sida as runtime:
+        assert runtime.stats().lookahead.depth == 2
+        assert not any(layer.ahead.prompts_only for layer in swapped_layers(served))
+
+
+def test_a_model_whose_routers_cannot_be_found_is_served_without(models, monkeypatch, caplog):
+    model = copy.deepcopy(models("olmoe"))
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "sida_ext"):
+        patch.setattr(model, "forward", lambda input_ids: 1 / 0)
+        served = sida_ext.swap_experts(model, expert_memory="40%")
+    with served.sida as runtime, torch.no_grad():
+        assert any("cannot find the routers of OlmoeForCausalLM" in record.message for record in caplog.records)
+        served(input_ids=tokens())
+        assert runtime.stats().lookahead is None
+
+
 def test_an_announcement_can_leave_the_first_reads_to_the_demand(models):
     """``begin=False``: the engine's next event begins the reads, and a demand's come before them."""
     served = swapped(models("olmoe"), expert_memory="100%", lanes=1)

@@ -12,6 +12,7 @@ from sida_ext.prediction.prefetch import PrefetchPolicy
 from sida_ext.prediction.router_lookahead import (
     LookaheadState,
     RouterLookahead,
+    in_time,
     most_wanted,
     split_lookahead,
     within_room,
@@ -48,9 +49,19 @@ def test_nearer_layers_get_the_room_first():
     assert within_room(wanted, 0) == within_room(wanted, -3) == []
 
 
+def test_no_more_is_named_than_can_be_read_in_time():
+    wanted, here = [4, 0, 3, 1, 2], {0, 2}
+    assert in_time(wanted, here, 0.0) == wanted  # the pace is not known yet
+    assert in_time(wanted, here, 0.5) == [4, 0, 3, 2]  # two reads; what is there is named in any case
+    assert in_time(wanted, here, 0.4) == wanted
+    assert in_time(wanted, here, 7.0) == [4, 0, 2]
+    assert in_time([], here, 1.0) == []
+
+
 @pytest.mark.parametrize(
     ("wrong", "kind", "words"),
     [
+        ({"prompts_only": 1}, TypeError, "prompts_only is 1, expected True or False"),
         ({"depth": 0}, ValueError, "depth is 0, expected a number of layers of at least 1"),
         ({"depth": True}, TypeError, "depth is True"),
         ({"depth": 1.5}, TypeError, "depth is 1.5"),
