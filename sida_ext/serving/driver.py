@@ -150,7 +150,7 @@ class Driver:
                 new = work.sampling.new_tokens if work.sampling is not None else 0
                 tokens, once = len(work.ids) + len(work.continuation), work.kind != "generate"
                 request = items[0].id if items else number
-                item = Item(number, tokens, new, job.deadline, once, request=request)
+                item = Item(number, tokens, new, job.deadline, once, request=request, arrived=time.monotonic())
                 if experts:
                     item.experts = experts[place]
                 items.append(item)

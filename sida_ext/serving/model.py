@@ -295,9 +295,8 @@ def predicted_experts(predictor: Any, ids: Sequence[int]) -> Experts:
 
 
 def _ends(model: Any) -> frozenset[int]:
+    """The tokens at which ``generate`` ends."""
     ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = getattr(model.config, "eos_token_id", None)
     return frozenset([ends] if isinstance(ends, int) else ends or [])
 
 

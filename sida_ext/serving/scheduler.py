@@ -7,7 +7,8 @@ which nobody overtakes it, also when it is too large for what is free and has to
 
 Clients that wait for an answer before they ask again ask again together. So when rows of several requests have ended
 and nothing runs, the first request that comes is held for a moment, until as many have come as ended, at the longest
-for a part of the time that those took. A single client is never held.
+for a part of the time that those took. A single client is never held. While rows run they wait for every start, of one
+row or of many; so one that comes is held for further ones as long as places are free and the next boundary comes soon.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Item:
     once: bool = False  # done after one step: a classification, an embedding, a score
     experts: Experts = frozenset()
     request: int = 0  # rows of one request come together
+    arrived: float = float("-inf")  # on the clock of ``now``; it is not held for others for long after that
     passed: int = 0  # how often others were admitted before it
 
     @property
@@ -102,6 +104,7 @@ class Scheduler:
         self._began = 0.0  # when the first of the rows that run, or ran last, was admitted
         self._ended: set[int] = set()  # requests whose rows have ended since others were last admitted
         self._until: float | None = None  # so long others may follow those
+        self._boundary = float("-inf")  # when the last step was asked for
 
     @property
     def waiting(self) -> int:
@@ -160,12 +163,23 @@ class Scheduler:
         until = self._held_until(now)
         if until is not None:
             return Step(expired, [], rows, until if self._waiting else None)
+        if self._gathers(now):
+            return Step(expired, [], rows)
         if not self._running and self._waiting:
             self._began = now
         joined = self._admit(held)
         if joined:
             self._ended.clear()
         return Step(expired, joined, rows)
+
+    def _gathers(self, now: float) -> bool:
+        """Whether rows that wait are held beside running ones: others may come that start together with them, and the
+        next boundary will not be too late for the one that waits longest."""
+        step, self._boundary = now - self._boundary, now
+        if not self._running or not self._waiting or len(self._waiting) >= self.limits.rows - len(self._running):
+            return False
+        first = next(iter(self._waiting.values()))
+        return now + step <= first.arrived + self.limits.gather
 
     def _held_until(self, now: float) -> float | None:
         """Until when rows that wait are held for others, if they are."""

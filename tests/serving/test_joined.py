@@ -239,6 +239,16 @@ def test_batches_of_texts_hold_little_padding():
         assert sum(lengths[place] for place in batch) >= 0.75 * longest * len(batch)
 
 
+def test_rows_end_where_generate_ends_them(tmp_path):
+    model = sida_ext.swap_experts(switch(torch.float32), store=tmp_path / "experts.sida")
+    with model.sida:
+        assert ServedModel(model, tiny_tokenizer(), "tiny").ends == {1}
+        model.generation_config.eos_token_id = None  # generate then goes on beyond the configuration's token
+        assert ServedModel(model, tiny_tokenizer(), "tiny").ends == frozenset()
+        model.generation_config.eos_token_id = [3, 5]
+        assert ServedModel(model, tiny_tokenizer(), "tiny").ends == {3, 5}
+
+
 def test_models_that_cannot_be_joined_say_why():
     model = tiny_causal("qwen3_moe", sliding_window=64, use_sliding_window=True, max_window_layers=0)
     assert joins(tiny_causal("qwen3_moe")) is None

@@ -183,6 +183,32 @@ def test_a_single_client_and_rows_beside_running_ones_are_not_held():
     assert scheduler.next_step(0.1).join == [10]
 
 
+def test_rows_that_come_while_others_run_start_together():
+    scheduler = Scheduler(Limits(rows=8))
+    scheduler.submit([item(0, arrived=0.0), item(1, arrived=0.0)])
+    assert scheduler.next_step(0.0).join == [0, 1]
+    scheduler.next_step(0.01)
+    scheduler.submit([item(2, arrived=0.011)])
+    for now in (0.02, 0.03, 0.04, 0.05):  # the next boundary, 0.01 later, is within 0.05 of its arrival
+        step = scheduler.next_step(now)
+        assert (step.join, step.rows, step.until) == ([], [0, 1], None)
+        scheduler.submit([item(10 + int(100 * now), arrived=now)])
+    assert scheduler.next_step(0.06).join == [2, 12, 13, 14, 15]
+
+
+def test_rows_are_not_held_where_steps_are_long_or_no_place_would_be_left():
+    scheduler = Scheduler(Limits(rows=4))
+    scheduler.submit([item(0, arrived=0.0), item(1, arrived=0.0)])
+    scheduler.next_step(0.0)
+    scheduler.next_step(0.2)
+    scheduler.submit([item(2, arrived=0.39)])
+    assert scheduler.next_step(0.4).join == [2]  # the boundary after this one is 0.2 away
+    scheduler.leave(2)
+    scheduler.next_step(0.401)
+    scheduler.submit([item(3, arrived=0.402), item(4, arrived=0.402)])
+    assert scheduler.next_step(0.403).join == [3, 4]
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 6), patience=st.integers(0, 5))
 def test_every_row_runs_once_whatever_happens(seed, rows, patience):
@@ -194,7 +220,8 @@ def test_every_row_runs_once_whatever_happens(seed, rows, patience):
     for tick in range(300):
         if number < 60 and draw.random() < 0.5:
             experts = frozenset((0, draw.randrange(6)) for _ in range(draw.randrange(3)))
-            new = item(number, draw.randint(1, 90), draw.randint(0, 90), experts=experts)
+            arrived_at = float(tick) if draw.random() < 0.5 else float("-inf")
+            new = item(number, draw.randint(1, 90), draw.randint(0, 90), experts=experts, arrived=arrived_at)
             try:
                 scheduler.submit([new])
             except QueueFullError:
