@@ -44,7 +44,7 @@ COMMON = [
 ]
 SHAPES = {
     "few": ["--family", "qwen3_moe", "--layers", "4", "--experts", "16", "--top-k", "3", "--width", "64"],
-    "domains": ["--layers", "5", "--experts", "64", "--top-k", "2", "--width", "32", "--information", "1.0"],
+    "domains": ["--layers", "5", "--experts", "64", "--top-k", "2", "--width", "32", "--information", "4.0"],
 }
 FIT = ["--passages", "500", "--held-out", "60", "--seconds", "240", "--lr", "1e-3"]
 TOKENS = 12  # of the prompts of which a small model does not want nearly every expert
