@@ -115,7 +115,7 @@ def moe_ffn(
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
     """
     return _call(
-        torch.ops.sida.moe_ffn,
+        torch.ops.sida.moe_ffn.default,
         x,
         expert_index,
         gate,
@@ -171,7 +171,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tensor 
         ValueError, TypeError: the message names the argument, the value found and the value expected.
         NotImplementedError: a backward, as the weights are frozen.
     """
-    return _call(torch.ops.sida.linear, x, weight, scale, bias)
+    return _call(torch.ops.sida.linear.default, x, weight, scale, bias)
 
 
 @torch.library.register_fake("sida::linear")
@@ -213,7 +213,7 @@ def attention(
         ValueError, TypeError, IndexError: the message names the argument, the value found and the value expected.
         NotImplementedError: a backward. There is no kernel for CUDA.
     """
-    return _call(torch.ops.sida.attention, query, key, value, spans, scale, bias, causal)
+    return _call(torch.ops.sida.attention.default, query, key, value, spans, scale, bias, causal)
 
 
 @torch.library.register_fake("sida::attention")
@@ -237,7 +237,7 @@ def route_top1(
         ``expert_index`` [B, S] int32, -1 for a token over capacity, and ``gate`` [B, S] float32, the probability of
         the chosen expert (of a dropped token too).
     """
-    return _call(torch.ops.sida.route_top1, router_logits, capacity, probs_dtype=probs_dtype)
+    return _call(torch.ops.sida.route_top1.default, router_logits, capacity, probs_dtype=probs_dtype)
 
 
 @torch.library.register_fake("sida::route_top1")
@@ -266,7 +266,7 @@ def moe_layer(x: Tensor, expert_index: Tensor, gate: Tensor, handle: int) -> Ten
         ValueError, TypeError, IndexError: as :func:`moe_ffn`; StoreError, OSError: an expert could not be loaded;
         TimeoutError: a wait passed the runtime's deadline; RuntimeError: the runtime was closed.
     """
-    return _call(torch.ops.sida.moe_layer, x, expert_index, gate, handle)
+    return _call(torch.ops.sida.moe_layer.default, x, expert_index, gate, handle)
 
 
 @torch.library.register_fake("sida::moe_layer")

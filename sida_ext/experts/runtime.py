@@ -67,6 +67,7 @@ class ServingState:
         drift, step_drift: a predictor and the watch over its hits, of batches and of a decoder-only model's steps.
         lookahead: what the latest ``stream(lookahead="auto")`` picked, and why.
         ahead: what the layers announce of those that follow them (a ``LookaheadState``); None: nothing.
+        settled: see :meth:`Runtime.set_settled`.
         announcing: whether whole batches are announced (an ``AnnouncingState``); None: none was yet.
     """
 
@@ -76,6 +77,7 @@ class ServingState:
     step_drift: tuple[Any, Any] | None = None
     lookahead: Any = None
     ahead: Any = None
+    settled: bool = False
     announcing: Any = None
 
 
@@ -214,8 +216,9 @@ class Runtime(ServingState):
     def set_settled(self, settled: bool) -> None:
         """For tests and measurements, of one thread: each layer begins when no read is under way, and what is not there
         then counts as not there in time. With ``lanes=1`` the experts that low-bit copies serve, and so the output, are
-        then the same in every run. Not on a GPU."""
+        then the same in every run. Prompts are not read ahead unasked. Not on a GPU."""
         self._engine.set_settled(settled)
+        self.settled = settled
 
     def _read_plan(self, lanes: int | None, read_bytes: int | None) -> ReadPlan:
         if lanes is not None and read_bytes is not None:

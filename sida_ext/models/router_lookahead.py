@@ -150,9 +150,11 @@ class LayerAhead:
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
             state.pass_by()
             return
-        if self.prompts_only and standing.step is None and expert_index.numel() < runtime.header.num_experts:
-            standing.forget()
-            return
+        if self.prompts_only and standing.step is None:
+            # What is read in time goes by the measured pace, and a settled run is to be the same every time.
+            if runtime.settled or expert_index.numel() < runtime.header.num_experts:
+                standing.forget()
+                return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before
         level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))
@@ -181,7 +183,8 @@ class LayerAhead:
     def _named(self, target: Target, distance: int, hidden: Tensor | None, step: StepOdds | None) -> list[int] | None:
         """Experts of a layer ahead, most wanted first; None: nobody knows."""
         experts = self.shared.runtime.header.num_experts
-        router = target.router if hidden is not None else None
+        asks = hidden is not None and not (self.prompts_only and step is not None)
+        router = target.router if asks else None
         if router is not None and (step is None or step.learned is None):
             return most_wanted(*router.ask(hidden, self.normalised), experts)  # type: ignore[arg-type]
         if step is None:
