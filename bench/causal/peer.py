@@ -43,7 +43,7 @@ EXPERTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 class _Checkpoint:
-    """A folder of safetensors files in bfloat16, one matrix for each expert."""
+    """A folder of safetensors files in bfloat16, one matrix for each expert. Read by hand: numpy has no bfloat16."""
 
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, tuple[np.memmap, int, list[int]]] = {}

@@ -23,10 +23,9 @@ class Packing:
         steps = torch.arange(int(counts.max()))
         self.lengths = list(lengths)
         self.bounds = list(zip((ends - counts).tolist(), ends.tolist(), strict=True))
-        self.mask = steps < counts[:, None]  # [B, S]
         # What stands behind a text in its row of a padded batch: its own last token.
         self._places = (ends - counts)[:, None] + torch.minimum(steps, counts[:, None] - 1)
-        self._own = self.mask.flatten().nonzero().flatten()
+        self._own = (steps < counts[:, None]).flatten().nonzero().flatten()
 
     def rows(self, packed: Tensor) -> Tensor:
         """[1, T, ...] as a batch [B, S, ...] of a text a row; behind each its last token is repeated."""

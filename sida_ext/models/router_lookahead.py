@@ -150,11 +150,11 @@ class LayerAhead:
         if runtime.current.number:  # the batch was announced by another predictor, all layers of it
             state.pass_by()
             return
-        if self.prompts_only and standing.step is None:
-            # What is read in time goes by the measured pace, and a settled run is to be the same every time.
-            if runtime.settled or expert_index.numel() < runtime.header.num_experts:
-                standing.forget()
-                return
+        # What is read in time goes by the measured pace, and a settled run is to be the same every time.
+        passes = runtime.settled or expert_index.numel() < runtime.header.num_experts
+        if self.prompts_only and standing.step is None and passes:
+            standing.forget()
+            return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before
         level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))

@@ -19,7 +19,7 @@ FEWEST_STEPS, MOST_STEPS, COUNTED_STEPS = 24, 160, 48
 PROMPTS_BEFORE, PROMPTS_COUNTED = 3, 3
 # What the clock leaves out slows a run and never speeds it up: lanes that check what they read take time from the cores
 # that compute, waves of few experts fill them worse, memory is touched for the first time. The slow end's seconds are
-# longer by this: measured runs lay between 0.9 and 1.4 times what the medians add up to (docs/planning.md).
+# longer by this: measured runs took 0.8 to 1.4 times what the medians add up to (docs/planning.md).
 LEFT_OUT = 1.4
 
 

@@ -18,6 +18,7 @@ import typer.main
 
 import sida_ext
 from sida_ext.cli import app
+from sida_ext.planning import layer_time
 from sida_ext.planning import rates as rates_module
 from sida_ext.planning.capacity import experts_bytes, record_bytes
 from sida_ext.planning.counting import ModelFacts, count_experts
@@ -300,6 +301,34 @@ def test_the_probe_computes_every_type(dtype, activation):
         _C.measure_linear(8, 8, "int3", [1], 0.0, "bfloat16", 1)
     for kind in ("torch", dtype):
         assert [len(calls) for calls in _C.measure_linear(40, 72, kind, [1, 5], 0.0, "bfloat16", 1 << 14)] == [3, 3]
+
+
+def test_a_layer_and_the_rest_of_a_forward_are_measured_apart(tiny, facts, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDA_CACHE", str(tmp_path))
+    monkeypatch.setattr(layer_time, "SECONDS", 0.0)
+    # 3 ms a layer and 2 ms beside, in slower calls 4 ms and 5 ms; half of it with weights in the cache.
+    few, many = [0.008, 0.013, 0.013], [0.020, 0.029, 0.029]
+
+    def times(model, tokens, decodes, walk=None):
+        found = few if len(model.model.layers) == layer_time.FEW else many
+        return found if walk is not None else [seconds / 2 for seconds in found]
+
+    monkeypatch.setattr(layer_time, "_times", times)
+    layer, rest = layer_time.measure_layer(read_headers(tiny).config, facts)
+    for tokens in layer_time.TOKENS:
+        assert layer.streamed[tokens] == pytest.approx((3e-3, 4e-3))
+        assert rest.streamed[tokens] == pytest.approx((2e-3, 5e-3))
+    assert layer.cached == {1: pytest.approx((1.5e-3, 2e-3))}
+    assert rates_module.layer_rates(facts)[:2] == (layer, rest)
+
+
+def test_a_layer_of_the_model_itself_is_measured(tiny, facts, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDA_CACHE", str(tmp_path))
+    monkeypatch.setattr(layer_time, "SECONDS", 0.0)
+    layer, rest = layer_time.measure_layer(read_headers(tiny).config, facts)
+    assert set(layer.streamed) == set(rest.streamed) == set(layer_time.TOKENS)
+    assert all(0 < fast <= slow for fast, slow in layer.streamed.values())
+    assert all(low >= 0 and high >= 0 for low, high in rest.streamed.values())
 
 
 def test_of_two_measurements_the_fastest_call_and_the_slower_median_count():
