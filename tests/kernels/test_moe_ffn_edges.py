@@ -119,6 +119,7 @@ ACTIVATIONS = ["relu", "gelu", "gelu_new", "silu", "tanh", "relu6", "linear", "g
 )
 @example(case_of(), "relu", [("x", math.nan, 70)])
 @example(case_of(w_dtype=torch.bfloat16), "silu", [("wo", -math.inf, 70), ("x", math.inf, 3)])
+@example(case_of(tokens=1, experts=1, d_model=1, d_ff=36, extra_slots=0, seed=0), "relu", [("x", -1e-42, 0)])
 def test_special_values_have_the_class_of_the_reference(
     case: dict, activation: str, planted: list[tuple[str, float, int]]
 ) -> None:

@@ -25,6 +25,10 @@ def unpacked(values: Tensor, scale: Tensor, columns: int) -> Tensor:
     return (numbers * factor.repeat_interleave(32, -1))[..., :columns]
 
 
+# A rounding among fp32's denormals, in terms of the bounds below, of which an error may have 1e-5.
+DENORMAL = 1e5 * 2.0**-149
+
+
 def moe_ffn(
     x: Tensor,
     expert_index: Tensor,
@@ -39,7 +43,8 @@ def moe_ffn(
     wo_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer in float64 over the stored, dequantised weights, and what an error may be measured against:
-    ``|gate| * (sum |wo| |h| + |bias|)`` plus the same term carried from wi ([T, d_model], before any constant)."""
+    ``|gate| * (sum |wo| |h| + |bias|)`` plus the same term carried from wi ([T, d_model], before any constant).
+    Each term of a sum may be rounded among the denormals, too."""
     gated = activation.startswith("gated-") or activation == "swiglu_oai"
     function = activation.removeprefix("gated-")
     if wi.dtype == torch.uint8:
@@ -62,7 +67,7 @@ def moe_ffn(
             if slot < 0:
                 continue
             rows = wi[slot] @ x[token]
-            spread = wi[slot].abs() @ x[token].abs()
+            spread = wi[slot].abs() @ x[token].abs() + DENORMAL * (x.shape[1] + 1)
             if wi_bias is not None:
                 rows, spread = rows + wi_bias[slot].double(), spread + wi_bias[slot].double().abs()
             half = rows.shape[0] // 2
@@ -81,7 +86,8 @@ def moe_ffn(
             weight = float(gate[token, choice])
             last = torch.zeros(1) if wo_bias is None else wo_bias[slot].double()
             out[token] += weight * (wo[slot] @ hidden + last)
-            bound[token] += abs(weight) * (wo[slot].abs() @ (hidden.abs() + carried) + last.abs())
+            total = wo[slot].abs() @ (hidden.abs() + carried) + last.abs() + DENORMAL * (hidden.shape[0] + 1)
+            bound[token] += abs(weight) * total
     return out, bound
 
 

@@ -33,21 +33,25 @@ struct Group {
     }
   }
 
-  // The scales of `groups` groups as fp32. The last vector ends with them: what it shares with the one before is
-  // written twice.
-  [[gnu::always_inline]] static void unfold_scales(float* out, const char* scales, int64_t groups) {
+  // Calls use(g, vector) for the scales of `groups` groups as fp32, a vector from group g on. The last vector ends with
+  // them: what it shares with the one before comes twice. After fewer than a vector there are scales of 0 or 1.
+  template <class Use>
+  [[gnu::always_inline]] static void each_scale(const char* scales, int64_t groups, Use use) {
     if (groups < S::lanes) {
-      char some[scale_bytes * S::lanes] = {};
-      alignas(64) float values[S::lanes];
-      for (int64_t i = 0; i < scale_bytes * groups; ++i) some[i] = scales[i];
-      store<S>(values, load_scales(some));
-      for (int64_t g = 0; g < groups; ++g) out[g] = values[g];
-      return;
+      char some[scale_bytes * S::lanes];
+      __builtin_memset(some, dtype == DType::int4 ? 0 : 127, sizeof(some));
+      for (int64_t g = 0; g < groups; ++g)
+        __builtin_memcpy(some + g * scale_bytes, scales + g * scale_bytes, scale_bytes);
+      return use(0, load_scales(some));
     }
     int64_t g = 0;
-    for (; g + S::lanes <= groups; g += S::lanes) store<S>(out + g, load_scales(scales + scale_bytes * g));
-    g = groups - S::lanes;
-    store<S>(out + g, load_scales(scales + scale_bytes * g));
+    for (; g + S::lanes <= groups; g += S::lanes) use(g, load_scales(scales + scale_bytes * g));
+    if (g < groups) use(groups - S::lanes, load_scales(scales + scale_bytes * (groups - S::lanes)));
+  }
+
+  // There is room for a vector at `out`.
+  [[gnu::always_inline]] static void unfold_scales(float* out, const char* scales, int64_t groups) {
+    each_scale(scales, groups, [&](int64_t g, F scale) SIDA_INLINE { store<S>(out + g, scale); });
   }
 
   [[gnu::always_inline]] static void unfold(F (&weight)[vectors], const char* at, float scale) {
@@ -62,18 +66,62 @@ struct GroupedRows {
   using T = Tile<S, DType::f32, R, N>;
   using F = typename S::F;
 
-  // One segment of `groups` groups. Meanwhile it asks for as many bytes at `next`; null: for nothing.
-  [[gnu::noinline]] static void run_segment(const char* w, int64_t row_bytes, const char* scales,
+  // A Simd may have a shorter way to a weight's value, `unfold_units`, for scales that are not extreme.
+  static constexpr bool has_units = requires(F scale) { S::template units<dtype>(scale); };
+  static constexpr int64_t segment_groups = S::segment / group_columns;
+
+  // The scales of a segment, converted once: in a group's own turn one would cost as much as its weights.
+  struct Scales {
+    alignas(64) float scale[R][segment_groups];
+    alignas(64) float offset[has_units ? R : 1][segment_groups];  // scale is the unit then
+
+    // Whether rows can be multiplied as they unfold.
+    [[gnu::always_inline]] bool convert(const char* scales, int64_t row_bytes, int64_t groups) {
+      if constexpr (has_units) {
+        typename S::I extreme{};
+        for (int r = 0; r < R; ++r, scales += row_bytes) {
+          G::each_scale(scales, groups, [&](int64_t g, F its) SIDA_INLINE {
+            const auto units = S::template units<dtype>(its);
+            extreme |= S::template is_extreme<dtype>(its);
+            store<S>(scale[r] + g, units.unit);
+            store<S>(offset[r] + g, units.offset);
+          });
+        }
+        return !S::any(extreme);
+      } else {
+        for (int r = 0; r < R; ++r) G::unfold_scales(scale[r], scales + r * row_bytes, groups);
+        return true;
+      }
+    }
+
+    [[gnu::always_inline]] void unfold(F (&weight)[G::vectors], const char* at, int64_t r, int64_t g) const {
+      if constexpr (has_units) {
+        S::template unfold_units<dtype>(weight, at, {scale[r][g] - F{}, offset[r][g] - F{}});
+      } else {
+        G::unfold(weight, at, scale[r][g]);
+      }
+    }
+  };
+
+  // One segment of `groups` groups. Meanwhile it asks for as many bytes at `next`, and for the scales of the R rows
+  // after these; null: for nothing. False: nothing was done, as the scales are extreme.
+  [[gnu::noinline]] static bool run_segment(const char* w, int64_t row_bytes, const char* scales,
                                             int64_t scale_row_bytes, int64_t groups, const float* x, const char* next,
                                             float* out, int64_t stride, bool first) {
-    // Converted once for the segment: a scale in a group's own turn would cost as much as its weights.
-    alignas(64) float scale[R][S::segment / group_columns];
-    for (int r = 0; r < R; ++r) G::unfold_scales(scale[r], scales + r * scale_row_bytes, groups);
+    Scales converted;
+    if (!converted.convert(scales, scale_row_bytes, groups)) return false;
+    if (next != nullptr) {
+      // Everything waits for scales, and no row of them is long enough for the machine to see what comes.
+      const char* after = scales + R * scale_row_bytes;
+      for (int r = 0; r < R; ++r, after += scale_row_bytes) {
+        for (int64_t byte = 0; byte < groups * G::scale_bytes; byte += 64) __builtin_prefetch(after + byte, 0, 3);
+      }
+    }
     T tile{};
     const auto step = [&](int64_t g) SIDA_INLINE {
       unroll<R>([&](auto r) SIDA_INLINE {
         F weight[G::vectors];
-        G::unfold(weight, w + r.value * row_bytes, scale[r.value][g]);
+        converted.unfold(weight, w + r.value * row_bytes, r.value, g);
         unroll<G::vectors / 2>([&](auto pair) SIDA_INLINE {
           unroll<N>([&](auto n) SIDA_INLINE {
             S::accumulate_two(tile.sum[n.value * R + r.value], weight[2 * pair.value], weight[2 * pair.value + 1],
@@ -92,6 +140,7 @@ struct GroupedRows {
       for (const int64_t end = g + 4 < groups ? g + 4 : groups; g < end; ++g) step(g);
     }
     tile.reduce(out, stride, first);
+    return true;
   }
 };
 

@@ -185,11 +185,19 @@ struct KernelSet {
         for (int64_t begin = 0; begin < width; begin += S::segment) {
           const int64_t columns = width - begin < S::segment ? width - begin : S::segment;
           const int64_t before = begin / group_columns;
-          GroupedRows<S, dtype, R, N>::run_segment(
-              w + before * G::bytes, args.row_bytes, scales + before * G::scale_bytes, args.scale_row_bytes,
-              columns / group_columns, args.x.data + token * width + begin * N,
-              i == 0 && next != nullptr ? next + R * before * G::bytes : nullptr,
-              args.sums + token * args.sums_stride + row, args.sums_stride, begin == 0);
+          const char *const segment = w + before * G::bytes, *const its_scales = scales + before * G::scale_bytes;
+          const int64_t groups = columns / group_columns;
+          const float* const x = args.x.data + token * width + begin * N;
+          float* const out = args.sums + token * args.sums_stride + row;
+          if (GroupedRows<S, dtype, R, N>::run_segment(
+                  segment, args.row_bytes, its_scales, args.scale_row_bytes, groups, x,
+                  i == 0 && next != nullptr ? next + R * before * G::bytes : nullptr, out, args.sums_stride,
+                  begin == 0)) {
+            continue;
+          }
+          unfold_rows<S, dtype>(segment, args.row_bytes, its_scales, args.scale_row_bytes, R, groups, args.unfolded);
+          Tile<S, DType::f32, R, N>::run_segment(reinterpret_cast<const char*>(args.unfolded), columns * 4, columns, x,
+                                                 nullptr, 0, out, args.sums_stride, begin == 0);
         }
       });
     }

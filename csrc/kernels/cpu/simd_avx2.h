@@ -107,6 +107,69 @@ struct Simd {
     weight[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, second)) * scale;
     weight[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, second)) * scale;
   }
+
+  // A shorter way than unfold_group, to the same values, for scales that are not extreme. Two bytes put a code among
+  // the digits of a number whose upper half is the same for all; a fused multiply-add takes off what is too much:
+  //
+  //     int4     2^11 + c,             c: the weight's integer plus 8
+  //     mxfp4    2^23 + 12 * 2^8 + u,  u: twice the weight's value plus 12, looked up (the 12s are what zeros give)
+  //     weight = fma(number, unit, too much * -unit)
+  //
+  // `too much` has 9 digits where a unit, a float16, has 11, and 24 where it is a power of two: nothing is rounded.
+  struct Units {
+    F unit, offset;  // of a group, in all lanes; offset: too much * -unit
+  };
+  template <DType dtype>
+  static Units units(F scale) {
+    const F unit = dtype == DType::int4 ? scale : scale * 0.5f;
+    return {unit, unit * (dtype == DType::int4 ? -2056.0f : -8391692.0f)};
+  }
+  // Whether a lane's scale is extreme: infinite or NaN, and for mxfp4 outside of 2^-100 to 2^100, where an offset could
+  // be infinite or a unit denormal.
+  template <DType dtype>
+  static I is_extreme(F scale) {
+    const auto bits = bits_as<Types::U>(scale) & 0x7fffffffu;
+    if constexpr (dtype == DType::int4) return bits_as<I>(bits >= 0x7f800000u);
+    return bits_as<I>(bits - (27u << 23) > (200u << 23));
+  }
+
+  static bool any(I mask) { return _mm256_testz_si256(bits_as<__m256i>(mask), bits_as<__m256i>(mask)) == 0; }
+
+  //    order    bytes 0 to 3 and 8 to 11 | bytes 4 to 7 and 12 to 15, as the upper halves of words, and as the lower
+  alignas(32) static constexpr int8_t as_upper[32] = {-1, 0, -1, 1, -1, 2, -1, 3, -1, 8,  -1, 9,  -1, 10, -1, 11,
+                                                      -1, 4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15};
+  alignas(32) static constexpr int8_t as_lower[32] = {0, -1, 1, -1, 2, -1, 3, -1, 8,  -1, 9,  -1, 10, -1, 11, -1,
+                                                      4, -1, 5, -1, 6, -1, 7, -1, 12, -1, 13, -1, 14, -1, 15, -1};
+  alignas(32) static constexpr uint16_t sign_bits[16] = {0x8800, 0x8800, 0x8800, 0x8800, 0x8800, 0x8800,
+                                                         0x8800, 0x8800, 0x8800, 0x8800, 0x8800, 0x8800,
+                                                         0x8800, 0x8800, 0x8800, 0x8800};
+
+  template <DType dtype>
+  [[gnu::always_inline]] static void unfold_units(F (&weight)[4], const char* at, Units units) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    __m256i even, odd;
+    // Some constants are operands in memory: a tile has no registers left for them.
+    if constexpr (dtype == DType::int4) {
+      __m256i words;
+      asm("vpshufb %2, %1, %0\n\tvpxor %3, %0, %0" : "=&x"(words) : "x"(both), "m"(as_upper), "m"(sign_bits));
+      even = _mm256_slli_epi16(words, 4);
+      odd = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0xf000)));
+    } else {
+      __m256i words;
+      asm("vpshufb %2, %1, %0" : "=x"(words) : "x"(both), "m"(as_lower));
+      const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(raised_e2m1)));
+      even = _mm256_shuffle_epi8(table, _mm256_and_si256(words, _mm256_set1_epi16(0x000f)));
+      odd = _mm256_shuffle_epi8(table, _mm256_srli_epi16(words, 4));
+    }
+    const __m256i upper = _mm256_set1_epi16(dtype == DType::int4 ? 0x4500 : 0x4b00);
+    const auto value = [&](__m256i number)
+                           SIDA_INLINE { return fma(_mm256_castsi256_ps(number), units.unit, units.offset); };
+    weight[0] = value(_mm256_unpacklo_epi16(even, upper));
+    weight[1] = value(_mm256_unpacklo_epi16(odd, upper));
+    weight[2] = value(_mm256_unpackhi_epi16(even, upper));
+    weight[3] = value(_mm256_unpackhi_epi16(odd, upper));
+  }
+
   // Adds the upper half to the lower one.
   static Float4 fold(F value) { return _mm256_castps256_ps128(value) + _mm256_extractf128_ps(value, 1); }
 };

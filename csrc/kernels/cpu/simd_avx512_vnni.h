@@ -27,7 +27,8 @@ struct SimdVnni : Simd {
   template <DType dtype>
   static constexpr int parts = dtype == DType::i8 ? 8 : 4;
 
-  static void load_parts(B* part, const char* at, int64_t row_bytes) {
+  // For every group of every row: a call of its own would put the sums of all tokens on the stack.
+  [[gnu::always_inline]] static void load_parts(B* part, const char* at, int64_t row_bytes) {
     B four[4];  // rows i, 4 + i, 8 + i and 12 + i
     unroll<lanes>([&](auto row) SIDA_INLINE {
       const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
@@ -50,7 +51,7 @@ struct SimdVnni : Simd {
   }
 
   template <DType dtype>
-  static void load_group(B (&part)[parts<dtype>], const char* at, int64_t row_bytes) {
+  [[gnu::always_inline]] static void load_group(B (&part)[parts<dtype>], const char* at, int64_t row_bytes) {
     load_parts(part, at, row_bytes);
     if constexpr (dtype == DType::i8) load_parts(part + 4, at + 16, row_bytes);
     // Two's complement with its sign bit turned is the number plus 128, or plus 8.

@@ -15,7 +15,8 @@ struct SimdDotProducts : Simd {
   template <DType dtype>
   static constexpr int parts = dtype == DType::i8 ? 8 : 4;
 
-  static void load_parts(B* part, const char* at, int64_t row_bytes) {
+  // For every group of every row: a call of its own would put the sums of all tokens on the stack.
+  [[gnu::always_inline]] static void load_parts(B* part, const char* at, int64_t row_bytes) {
     int32x4_t row[4];
     for (int i = 0; i < 4; ++i)
       row[i] = vreinterpretq_s32_s8(vld1q_s8(reinterpret_cast<const int8_t*>(at + i * row_bytes)));
@@ -32,7 +33,7 @@ struct SimdDotProducts : Simd {
   }
 
   template <DType dtype>
-  static void load_group(B (&part)[parts<dtype>], const char* at, int64_t row_bytes) {
+  [[gnu::always_inline]] static void load_group(B (&part)[parts<dtype>], const char* at, int64_t row_bytes) {
     load_parts(part, at, row_bytes);
     if constexpr (dtype == DType::i8) load_parts(part + 4, at + 16, row_bytes);
   }
