@@ -29,6 +29,7 @@ import transformers
 import sida_ext
 from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
+from sida_ext.models.cache_names import cache_argument, cache_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.models.router_lookahead import LayerAhead
 from sida_ext.models.seam import SeamFamily
@@ -117,7 +118,7 @@ def record(model: Any, texts: list[torch.Tensor], steps: int, depth: int) -> tup
         prefill.append(recorder.forward)
         for _ in range(steps):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token, cache=output.cache, use_cache=True)
+            output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
             decode.append(recorder.forward)
     return prefill, decode
 
@@ -296,7 +297,7 @@ def engine(texts: list[torch.Tensor], arguments: argparse.Namespace) -> list[dic
                     for _ in range(arguments.steps):
                         begin = time.perf_counter()
                         token = output.logits[:, -1:].argmax(-1)
-                        output = model(input_ids=token, cache=output.cache, use_cache=True)
+                        output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
                         seconds, steps = seconds + time.perf_counter() - begin, steps + 1
                 stats = runtime.stats()
             timed.stop()

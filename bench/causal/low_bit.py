@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 import sida_ext
 from examples.running_text import DOMAINS, load_documents, token_stream
 from sida_ext import _C
+from sida_ext.models.cache_names import cache_argument, cache_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "demo_language_model"
@@ -46,10 +47,10 @@ def step(model: Any, rows: list[torch.Tensor]) -> tuple[float, int, float]:
     total, tokens = 0.0, 0
     begin = time.perf_counter()
     for row in rows:
-        cache = None
+        cache, name = None, cache_argument(model)
         for position in range(len(row) - 1):
-            output = model(input_ids=row[None, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=row[None, position : position + 1], use_cache=True, **{name: cache})
+            cache = cache_of(output)
             total -= float(torch.log_softmax(output.logits[0, -1].float(), -1)[row[position + 1]])
             tokens += 1
     return total, tokens, time.perf_counter() - begin

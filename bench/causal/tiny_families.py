@@ -13,9 +13,15 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "tiny_config", "tiny_model"]
+__all__ = ["FAMILIES", "Family", "MissingFamilyError", "tiny_config", "tiny_model"]
+
+
+class MissingFamilyError(LookupError):
+    """The installed transformers has no such family, or none that is made as this one is."""
+
 
 VOCABULARY = 128
 # What the configuration classes call the same things; each class takes those of its own fields.
@@ -117,12 +123,14 @@ class Family:
         changes: fields of the configuration other than :data:`SMALL`; a dictionary changes a sub-configuration.
         note: what is odd about it, if anything.
         folder: of ``transformers/models``, where it is not the family's name.
+        since: of transformers, from which release on it can be made so, where its class is older.
     """
 
     model: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     folder: str = ""
+    since: str = ""
 
 
 MLA = {"num_key_value_heads": 4, "head_dim": 8}
@@ -156,7 +164,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepseekV3ForCausalLM", MLA),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", MLA),
     "deepseek_v4": Family("DeepseekV4ForCausalLM", {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8}),
-    "diffusion_gemma": Family("DiffusionGemmaForBlockDiffusion", note="two modules of each layer share parameters"),
+    "diffusion_gemma": Family(
+        "DiffusionGemmaForBlockDiffusion", note="two modules of each layer share parameters", since="5.20"
+    ),
     "dots1": Family("Dots1ForCausalLM"),
     "dots3_note": Family(
         "Dots3NoteForCausalLM",
@@ -293,9 +303,16 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> tuple[PretrainedCo
     Args:
         family: a key of :data:`FAMILIES`: a folder of ``transformers/models``, or another class of one.
         changes: changes of the configuration beside the family's own.
+
+    Raises:
+        MissingFamilyError: transformers is too old for it.
     """
     chosen = FAMILIES[family]
-    model_class: type[PreTrainedModel] = getattr(transformers, chosen.model)
+    model_class: type[PreTrainedModel] | None = getattr(transformers, chosen.model, None)
+    if model_class is None:
+        raise MissingFamilyError(f"transformers {transformers.__version__} has no {chosen.model}")
+    if chosen.since and Version(transformers.__version__) < Version(chosen.since):
+        raise MissingFamilyError(f"{chosen.model} of transformers before {chosen.since} is made otherwise")
     config = tiny_config(model_class.config_class, **{**chosen.changes, **changes})
     torch.manual_seed(seed)
     return config, model_class(config).eval()

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from sida_ext.errors import PredictorError
 from sida_ext.experts.runtime import Runtime
+from sida_ext.models.cache_names import cache_of
 from sida_ext.models.guards import BoundMethod
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import check_table, is_decoder_predictor
@@ -237,7 +238,7 @@ def _forward(runtime: Runtime, layers: list[str], decoder: nn.Module, *args: Any
 def hand_over(cache: Cache | None, output: Any, steps: DecoderSteps) -> None:
     """Put the state into a cache that the stack made itself, with which a caller may go on."""
     if cache is None and not isinstance(output, tuple):
-        made = next((output[name] for name in ("cache", "past_key_values") if name in output), None)
+        made = cache_of(output)
         if isinstance(made, Cache):
             steps_of(made)
             cast(PredictedCache, made).sida_steps = steps

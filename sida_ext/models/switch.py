@@ -58,7 +58,8 @@ class Top1Router(SwitchTransformersTop1Router):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.input_dtype = hidden_states.dtype
-        self.classifier = self.classifier.to(self.dtype)
+        if self.classifier.weight.dtype != self.dtype:  # torch 2.10 cannot compile a module's `to`
+            self.classifier = self.classifier.to(self.dtype)
         logits = self.classifier(hidden_states.to(self.dtype))
         # transformers rounds the probabilities to the router's dtype, then to the input's; the second rounding
         # changes nothing when the router computes in fp32 or the input is fp32.

@@ -13,6 +13,7 @@ from typing import Any
 
 from sida_ext.experts.budget import parse_memory
 from sida_ext.experts.folders import default_cache
+from sida_ext.models.cache_names import cache_argument, cache_of
 from sida_ext.planning.capacity import experts_bytes
 from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.headers import read_headers
@@ -143,12 +144,12 @@ class _Runner:
 
     def steps(self) -> _Timed:
         _, output = self._call(input_ids=self._ids(SHORT))
-        seconds = []
+        seconds, cache = [], cache_argument(self._model)
         for number in range(STEPS_BEFORE + STEPS):
             if number == STEPS_BEFORE:
                 self._runtime.reset_stats()
             token = output.logits[:, -1:].argmax(-1)
-            taken, output = self._call(input_ids=token, past_key_values=output.past_key_values)
+            taken, output = self._call(input_ids=token, **{cache: cache_of(output)})
             seconds.append(taken)
         return self._finished("decode", seconds[STEPS_BEFORE:], 1)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutput
 
+from sida_ext.models.cache_names import cache_argument, cache_of
 from sida_ext.serving.attention import SwitchedAttention
 from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact, attention_joins
@@ -72,6 +73,7 @@ class JoinedModel:
         self.model = model
         self.shared = shared
         self.seq2seq = bool(model.config.is_encoder_decoder)
+        self._cache_argument = cache_argument(model)
         self._own: KvPool | None = None
         self._cross: KvPool | None = None
         self.attention = SwitchedAttention(model)
@@ -139,7 +141,7 @@ class JoinedModel:
 
         with self.attention.switched(attend), self._products(lengths, left=True) as exact:
             output = self.model(input_ids=given, position_ids=positions, use_cache=True, logits_to_keep=1)
-        states = _states(output.cache)
+        states = _states(cache_of(output))
         _check_attended(attended, len(states))
         self.split_products += exact.split if exact is not None else 0
         self._own = self._own or KvPool(len(states))
@@ -175,7 +177,8 @@ class JoinedModel:
                 decoder_input_ids=torch.full((len(prompts), 1), first),
                 use_cache=True,
             )
-        own, cross = _states(output.cache.self_attention_cache), _states(output.cache.cross_attention_cache)
+        cache = cache_of(output)
+        own, cross = _states(cache.self_attention_cache), _states(cache.cross_attention_cache)
         self._own = self._own or KvPool(len(own))
         self._cross = self._cross or KvPool(len(cross))
         found = []
@@ -202,7 +205,7 @@ class JoinedModel:
         for row in rows:
             self._own.make_room(row.own)
         step = _Step(self, rows)
-        given = torch.tensor(tokens)[:, None]
+        given, cached = torch.tensor(tokens)[:, None], {self._cache_argument: step.cache}
         with self.attention.switched(step.attend), self._products([1] * len(rows)) as exact:
             if self.seq2seq:
                 # Only its presence tells the decoder that there is an encoder: keys and values are in the pool.
@@ -210,12 +213,12 @@ class JoinedModel:
                 output = self.model(
                     decoder_input_ids=given,
                     encoder_outputs=MoEModelOutput(last_hidden_state=encoded),
-                    cache=step.cache,
                     use_cache=True,
+                    **cached,
                 )
             else:
                 positions = torch.tensor([row.own.length for row in rows])[:, None]
-                output = self.model(input_ids=given, position_ids=positions, cache=step.cache, use_cache=True)
+                output = self.model(input_ids=given, position_ids=positions, use_cache=True, **cached)
         _check_attended(step.attended, self._own.layers)
         self.split_products += exact.split if exact is not None else 0
         for row in rows:

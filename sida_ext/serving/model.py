@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sida_ext.experts.runtime import Runtime
+from sida_ext.models.cache_names import cache_argument, cache_of
 from sida_ext.serving.joined import JoinedModel, Row, joins
 from sida_ext.serving.joined_encoder import JoinedEncoder, batches, packed_batches, spare_tokens
 from sida_ext.serving.shared import share_rows
@@ -119,6 +120,7 @@ class ServedModel(ModelFacts):
         if self.generates:
             self.ends = _ends(model)
             self._note_settings()
+            self._cache_argument = cache_argument(model)
             obstacle = joins(model)
             if rows > 1 and obstacle is None:
                 self.joined = JoinedModel(model, shared)
@@ -175,7 +177,7 @@ class ServedModel(ModelFacts):
         else:
             keep = {"logits_to_keep": 1} if self._keeps_logits else {}
             output = self.model(input_ids=given, attention_mask=mask, use_cache=True, **keep)
-        cache = output.get("cache", output.get("past_key_values"))
+        cache = cache_of(output)
         logits = output.logits[0, -1].clone()
         if self.joined is not None:
             return logits, self.joined.take(cache, new_tokens)
@@ -209,18 +211,18 @@ class ServedModel(ModelFacts):
         return torch.stack([self._step_alone(row, token) for row, token in zip(rows, tokens, strict=True)])  # type: ignore[arg-type]
 
     def _step_alone(self, row: Alone, token: int) -> Tensor:
-        given = torch.tensor([[token]])
+        given, cached = torch.tensor([[token]]), {self._cache_argument: row.cache}
         if row.encoded is not None:
             output = self.model(
                 encoder_outputs=row.encoded,
                 attention_mask=torch.ones(1, row.encoded.last_hidden_state.shape[1], dtype=torch.long),
                 decoder_input_ids=given,
-                cache=row.cache,
                 use_cache=True,
+                **cached,
             )
         else:
             mask = torch.ones(1, row.length + 1, dtype=torch.long)
-            output = self.model(input_ids=given, attention_mask=mask, cache=row.cache, use_cache=True)
+            output = self.model(input_ids=given, attention_mask=mask, use_cache=True, **cached)
         row.length += 1
         return output.logits[0, -1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import statistics
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sida_ext.models.cache_names import cache_argument
 from sida_ext.prediction.decoder_predictor import RecurrentPredictor, TokenTableDecoder
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.token_table import TokenTablePredictor
@@ -91,13 +91,6 @@ def train_decoder_predictor(
         progress=progress,
         keep_traces=keep_traces,
     )
-
-
-def cache_argument(stack: nn.Module) -> str:
-    """What a decoder stack calls its cache, as an argument and in its output: transformers has changed the name within
-    its fifth release."""
-    known = inspect.signature(type(stack).forward).parameters
-    return "past_key_values" if "past_key_values" in known else "cache"
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.causal.tiny_families import tiny_model
 from sida_ext import StoreError
 from sida_ext.experts import folders, identity
 from sida_ext.experts.cache import check_source, ensure_store
@@ -22,6 +21,7 @@ from sida_ext.experts.identity import identity_of
 from sida_ext.experts.store import open_store
 from sida_ext.models.packing import pack, source_of
 from tests.support.checkpoints import edit_weights
+from tests.support.families import tiny_model
 
 
 def flip(path: Path, position: int) -> None:

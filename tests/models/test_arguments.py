@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, OlmoeForCausalLM, SwitchTransformersEncoderModel
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext import Options
 from sida_ext.models.layers import swapped_layers
+from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 
 IDS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, SwitchTransformersEncoderModel
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext.models.checkpoint_files import resolve_checkpoint
 from sida_ext.models.packing import pack, source_of
 from tests.support.checkpoints import assert_experts_are, edit_config
+from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 
 SHARDS = {"max_shard_size": "20KB"}

@@ -24,7 +24,7 @@ from transformers import (
 
 import sida_ext
 from bench.causal.families import logits_of
-from bench.causal.tiny_families import FAMILIES, tiny_config, tiny_model
+from bench.causal.tiny_families import FAMILIES, tiny_config
 from sida_ext import Options
 from sida_ext.experts.options import DENSE_DTYPES
 from sida_ext.models import dense, swap
@@ -32,6 +32,7 @@ from sida_ext.models.dense import DenseLinear, Matrix, StoredWeight
 from sida_ext.models.families import family_of
 from sida_ext.prediction.router_asking import find_routers
 from tests.support.checkpoints import edit_weights
+from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 from tests.support.tiny_models import tiny_causal
 

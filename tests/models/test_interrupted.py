@@ -12,9 +12,9 @@ import torch
 from transformers import SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext.models.families import moe_layers
 from sida_ext.prediction.decoder_predictor import RecurrentPredictor
+from tests.support.families import tiny_model
 from tests.support.predictors import ByToken
 from tests.support.reference import build, small_config
 

@@ -10,12 +10,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from bench.causal.tiny_families import FAMILIES, tiny_config, tiny_model
+from bench.causal.tiny_families import FAMILIES, tiny_config
 from sida_ext.experts.store import open_store
 from sida_ext.models.layouts import EXPERTWISE
 from sida_ext.models.packing import pack, source_of
 from sida_ext.models.seam_source import SeamModules
 from tests.support.checkpoints import assert_experts_are, edit_config, edit_weights, expected_expert
+from tests.support.families import tiny_model
 
 # One of each way to lie in a file.
 LAYOUTS = [

@@ -9,11 +9,11 @@ import torch
 from transformers import SwitchTransformersEncoderModel, SwitchTransformersForConditionalGeneration
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
 from sida_ext.errors import StoreError
 from sida_ext.experts.runtime import Runtime
 from sida_ext.models.packing import pack
+from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))

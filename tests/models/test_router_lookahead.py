@@ -13,12 +13,12 @@ import torch
 from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
 from sida_ext.models.layers import swapped_layers
 from sida_ext.models.layouts import experts_modules
 from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.router_asking import AskedRouter, find_routers
+from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 
 # A norm before the block; arguments behind the hidden states; a router on the residual stream itself; no norm at all;

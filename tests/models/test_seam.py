@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
 from sida_ext.experts.quantise import Quantised
 from sida_ext.models.layers import swapped_layers
+from tests.support.families import here, tiny_model
 from tests.support.reference import assert_within
 
 # One of each layout and gate: one matrix for each expert, fused, transposed, interleaved, biases, without a gate, a
@@ -88,7 +88,7 @@ def test_bits_do_not_depend_on_the_budget(reference, family):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    family=st.sampled_from(FAMILIES),
+    family=st.sampled_from(here(FAMILIES)),
     dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8", "int4", "mxfp4"]),
     slots=st.integers(1, 12),
     eviction=st.sampled_from(["next_use", "lru", "lfu", "fifo"]),

@@ -12,7 +12,6 @@ import torch
 from transformers import SwitchTransformersEncoderModel
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
 from sida_ext.experts.options import EVICTIONS
 from sida_ext.models.layers import swapped_layers
@@ -25,6 +24,7 @@ from sida_ext.planning.hit_rates import (
     record_routing,
     record_steps,
 )
+from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 
 

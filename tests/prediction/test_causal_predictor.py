@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sida_ext
-from bench.causal.tiny_families import FAMILIES, tiny_model
+from bench.causal.tiny_families import FAMILIES
 from sida_ext.planning.counting import CHOICES as COUNTED
 from sida_ext.prediction.calibration import fit_chosen_temperature, fit_mixture
 from sida_ext.prediction.drift import DriftWatch
@@ -23,6 +23,7 @@ from sida_ext.training.distill import TrainingOptions, train_predictor
 from sida_ext.training.evaluation import evaluate
 from sida_ext.training.objective import membership_loss
 from sida_ext.training.traces import join_traces
+from tests.support.families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,10 +15,11 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import sida_ext
 from sida_ext import _C, DecoderPredictor, HashPredictor
+from sida_ext.models.cache_names import cache_of
 from sida_ext.models.decoding import DecoderSteps, PredictedCache
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import load_predictor
-from tests.support.decoders import EXPERTS, GENERATE, LAYERS, Random, generate, inputs, recurrent, swap
+from tests.support.decoders import EXPERTS, GENERATE, LAYERS, Random, cached, generate, inputs, recurrent, swap
 from tests.support.reference import build, small_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,7 +144,12 @@ def test_state_follows_speculation_and_a_cache_of_the_callers(model):
         encoded = model.encoder(**batch)
 
         def run(span):
-            model(encoder_outputs=encoded, attention_mask=batch["attention_mask"], decoder_input_ids=span, cache=cache)
+            model(
+                encoder_outputs=encoded,
+                attention_mask=batch["attention_mask"],
+                decoder_input_ids=span,
+                **cached(model, cache),
+            )
             return recorder.tables[-1]
 
         run(tokens[:, :5])
@@ -181,7 +187,7 @@ def test_a_manual_loop_goes_on_with_the_models_own_cache(model):
     batch, tokens = inputs(2), torch.randint(2, 97, (2, 4))
     with torch.no_grad():
         first = model(**batch, decoder_input_ids=tokens[:, :3])
-        model(**batch, decoder_input_ids=tokens[:, 3:], cache=first.cache)
+        model(**batch, decoder_input_ids=tokens[:, 3:], **cached(model, cache_of(first)))
     afresh, _ = predictor.step(predictor.start(*recorder.begun[0]), tokens)
     torch.testing.assert_close(recorder.tables[-1].probability, afresh.probability[:, -1:], rtol=1e-4, atol=1e-5)
 
@@ -193,14 +199,14 @@ def test_a_cache_that_was_filled_elsewhere_is_predicted_from_here_on(model):
         first = model(**batch, decoder_input_ids=tokens[:, :2])
         model.sida.decoder_predictor = recorder
         for place in (2, 3):
-            model(**batch, decoder_input_ids=tokens[:, place : place + 1], cache=first.cache)
+            model(**batch, decoder_input_ids=tokens[:, place : place + 1], **cached(model, cache_of(first)))
         assert len(recorder.begun) == 1
         # A step that nobody predicted: the state has a gap, and prediction begins anew behind it.
         model.sida.decoder_predictor = None
-        model(**batch, decoder_input_ids=tokens[:, :1], cache=first.cache)
+        model(**batch, decoder_input_ids=tokens[:, :1], **cached(model, cache_of(first)))
         model.sida.decoder_predictor = recorder
         for place in (2, 3):
-            model(**batch, decoder_input_ids=tokens[:, place : place + 1], cache=first.cache)
+            model(**batch, decoder_input_ids=tokens[:, place : place + 1], **cached(model, cache_of(first)))
     assert len(recorder.begun) == 2
     afresh, _ = recorder.predictor.step(recorder.predictor.start(*recorder.begun[0]), tokens[:, 2:])
     torch.testing.assert_close(recorder.tables[-1].probability, afresh.probability[:, -1:], rtol=1e-4, atol=1e-5)

@@ -8,11 +8,12 @@ from transformers import SwitchTransformersForConditionalGeneration
 
 import sida_ext
 from sida_ext.cli import read_pairs
+from sida_ext.models.cache_names import cache_argument
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.protocol import RecurrentPredictor, TokenTableDecoder, load_predictor
 from sida_ext.training import decoder_distill
 from sida_ext.training import trainer as trainer_module
-from sida_ext.training.decoder_distill import cache_argument, decoder_cost, train_decoder_predictor
+from sida_ext.training.decoder_distill import decoder_cost, train_decoder_predictor
 from sida_ext.training.decoder_traces import collect_decoder_traces, paired_batches, read_by_decoder
 from sida_ext.training.distill import TrainingOptions
 from sida_ext.training.evaluation import evaluate

@@ -11,7 +11,6 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from sida_ext import DecoderPredictor
 from sida_ext.models.causal_steps import WATCHED
 from sida_ext.prediction.drift import DriftWarning, DriftWatch
@@ -31,7 +30,8 @@ from sida_ext.prediction.protocol import HashPredictor, PredictorError, TokenTab
 from sida_ext.prediction.router_asking import AskedRouter
 from sida_ext.training.causal_traces import collect_causal_traces
 from sida_ext.training.step_fit import fit_steps, judge_steps, trace_steps
-from tests.support.decoders import Random
+from tests.support.decoders import Random, cached
+from tests.support.families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +64,8 @@ def served(plain, predictor=None, **options):
 
 @pytest.fixture
 def model(plain):
-    model = served(plain)
+    """Its guard never rests: that goes by the time that reads take."""
+    model = served(plain, sida_ext.RouterLookahead(guard=GuardOptions(idle=10**9, window=10**9)))
     yield model
     model.sida.close()
 
@@ -259,7 +260,7 @@ def test_state_follows_tokens_that_are_taken_back_and_copies(plain, table, model
     with torch.no_grad():
 
         def run(span, cache):
-            model(input_ids=span, cache=cache)
+            model(input_ids=span, **cached(model, cache))
 
         run(ids[:, :5], cache)
         for at in (5, 6, 7):
@@ -284,11 +285,11 @@ def test_what_was_chosen_moves_with_the_rows(plain, table, model):
     model.sida.decoder_predictor = recorder = Recorder(drawn(table))
     ids, cache = tokens(2, 8), DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids[:, :6], cache=cache)
-        model(input_ids=ids[:, 6:7], cache=cache)
+        model(input_ids=ids[:, :6], **cached(model, cache))
+        model(input_ids=ids[:, 6:7], **cached(model, cache))
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.crop(-1)
-        model(input_ids=ids.flip(0)[:, 7:], cache=cache)
+        model(input_ids=ids.flip(0)[:, 7:], **cached(model, cache))
     kept = torch.cat([ids.flip(0)[:, :6], ids.flip(0)[:, 7:]], dim=1)
     torch.testing.assert_close(recorder.told_odds[-1][1], afresh(recorder, plain, kept), rtol=1e-4, atol=1e-4)
 
@@ -331,11 +332,11 @@ def test_a_step_is_announced_before_its_first_layer_and_is_over_with_it(table, m
     model.sida.predictor.steps = learned
     ids, cache = tokens(1, 5), DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids, cache=cache)
+        model(input_ids=ids, **cached(model, cache))
         model.sida.reset_stats()
         prompts = len(events)
         assert prompts == 1  # of the whole prompt, by the network
-        model(input_ids=ids[:, :1], cache=cache)
+        model(input_ids=ids[:, :1], **cached(model, cache))
         _, wanted, options = events[prompts]
         least = model.sida.ahead.least
         odds = learned.odds(learned.start(torch.zeros(1, 0, 0), None), ids[:, :1])
@@ -352,7 +353,7 @@ def test_a_step_is_announced_before_its_first_layer_and_is_over_with_it(table, m
 
             hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
             with pytest.raises(kind):
-                model(input_ids=ids[:, :1], cache=cache)
+                model(input_ids=ids[:, :1], **cached(model, cache))
             hook.remove()
             assert sorted(gone) == sorted(number for number, _, _ in events)
             assert model.sida.current.number == 0
@@ -376,7 +377,7 @@ def test_what_routers_say_ahead_joins_what_was_known(plain, table, monkeypatch):
     weighed = torch.tensor([0.2, 3.0, -0.1]).expand(LAYERS, DISTANCES, JOINED)
     model.sida.decoder_predictor = recorder = Recorder(LearnedSteps(table, drawn(table).weights, weighed))
     with model.sida, torch.no_grad():
-        model(input_ids=tokens(1, 1), cache=DynamicCache())
+        model(input_ids=tokens(1, 1), **cached(model, DynamicCache()))
     ((_, odds),) = recorder.told_odds
     names = model.sida.header.layers
     assert [list(wanted) for wanted in announced] == [[names[0]], [names[1]], [names[2]]]
@@ -418,7 +419,7 @@ def test_what_is_predicted_is_read_ahead(plain, model):
         cache = DynamicCache()
         with torch.no_grad():
             for at in range(ids.shape[1]):
-                model(input_ids=ids[:, at : at + 1], cache=cache)
+                model(input_ids=ids[:, at : at + 1], **cached(model, cache))
         return model.sida.stats()
 
     missed = run().misses
@@ -444,7 +445,7 @@ def test_steps_reach_further_than_the_routers_that_are_asked(plain):
             cache = DynamicCache()
             with torch.no_grad():
                 for at in range(ids.shape[1]):
-                    model(input_ids=ids[:, at : at + 1], cache=cache)
+                    model(input_ids=ids[:, at : at + 1], **cached(model, cache))
             found[name] = model.sida.stats().lookahead
     assert found["routers alone"].depth <= 1
     assert found["steps too"].depth == LAYERS
@@ -454,15 +455,15 @@ def test_while_the_guard_rests_nobody_predicts(table, model):
     model.sida.decoder_predictor = recorder = Recorder(drawn(table))
     cache = DynamicCache()
     with torch.no_grad():
-        model(input_ids=tokens(1, 4), cache=cache)
-        model(input_ids=tokens(1, 1), cache=cache)
+        model(input_ids=tokens(1, 4), **cached(model, cache))
+        model(input_ids=tokens(1, 1), **cached(model, cache))
         guard = model.sida.ahead.guard
         guard._rest_until(float("inf"))
         for seed in (1, 2):
-            model(input_ids=tokens(1, 1, seed), cache=cache)
+            model(input_ids=tokens(1, 1, seed), **cached(model, cache))
         assert len(recorder.told_odds) == 1
         guard._enter(1, "probing")
-        model(input_ids=tokens(1, 1, 3), cache=cache)
+        model(input_ids=tokens(1, 1, 3), **cached(model, cache))
     assert len(recorder.told_odds) == 2
     ids = torch.cat([tokens(1, 4), *(tokens(1, 1, seed) for seed in range(4))], dim=1)
     # What ran meanwhile was taken in.
@@ -478,9 +479,9 @@ def test_drift_is_watched(table, model):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", DriftWarning)
         for at in range(3 * WATCHED):  # of four tokens that are looked at
-            model(input_ids=tokens(1, 1, at), cache=cache)
+            model(input_ids=tokens(1, 1, at), **cached(model, cache))
         with pytest.raises(DriftWarning, match=r"its report says 100\.0%"):
-            model(input_ids=tokens(1, 1), cache=cache)
+            model(input_ids=tokens(1, 1), **cached(model, cache))
 
 
 def test_another_models_predictor_is_refused(table, model):
@@ -488,7 +489,7 @@ def test_another_models_predictor_is_refused(table, model):
     model.sida.decoder_predictor = LearnedSteps.untrained(small)
     cache = DynamicCache()
     with torch.no_grad(), pytest.raises(PredictorError, match="are of 2 layers of 8 experts, expected this model's 3"):
-        model(input_ids=tokens(1, 1), cache=cache)
+        model(input_ids=tokens(1, 1), **cached(model, cache))
     with pytest.raises(ValueError, match="expected one of a decoder-only model"):
         LearnedSteps.untrained(TokenTablePredictor(VOCABULARY, LAYERS, EXPERTS, "x"))
     with pytest.raises(ValueError, match=r"weights is .* expected finite numbers \(3, 5\)"):

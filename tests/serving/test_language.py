@@ -10,10 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 import sida_ext
-from bench.causal.tiny_families import tiny_model
 from examples.demo_language import MODEL
 from sida_ext.cli import app
 from sida_ext.serving.language import continuations, is_language_model, likelihoods, perplexity
+from tests.support.families import tiny_model
 
 TEXTS = [[5, 9, 7, 22, 31], [8, 4], [3, 3, 60, 17, 9, 12, 44, 2], [11]]
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import nn
+from transformers.cache_utils import Cache
 
 import sida_ext
+from sida_ext.models.cache_names import cache_argument
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import RecurrentPredictor
 
@@ -70,3 +73,8 @@ class Random:
 
     def reorder(self, state, index):
         return int(index.numel())
+
+
+def cached(model: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The keyword under which this release's model takes a cache."""
+    return {cache_argument(model): cache}
