@@ -25,7 +25,7 @@ from sida_ext.prediction.learned_steps import (
     needed,
     odds_of_table,
 )
-from sida_ext.prediction.lookahead_guard import GuardOptions
+from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
 from sida_ext.prediction.protocol import HashPredictor, PredictorError, TokenTablePredictor, load_predictor
 from sida_ext.prediction.router_asking import AskedRouter
 from sida_ext.training.causal_traces import collect_causal_traces
@@ -64,10 +64,17 @@ def served(plain, predictor=None, **options):
 
 @pytest.fixture
 def model(plain):
-    """Its guard never rests: that goes by the time that reads take."""
-    model = served(plain, sida_ext.RouterLookahead(guard=GuardOptions(idle=10**9, window=10**9)))
+    model = served(plain)
     yield model
     model.sida.close()
+
+
+@pytest.fixture
+def steady(model):
+    """Its guard never rests, which would go by the time that reads take: every step is predicted."""
+    never = GuardOptions(idle=10**9, window=10**9)
+    model.sida.ahead.guard = LookaheadGuard(LAYERS, model.sida.header.record_bytes, never)
+    return model
 
 
 def tokens(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -234,9 +241,9 @@ def test_bits_do_not_depend_on_the_predictor_or_the_budget(plain, table, mode):
                     assert all(map(torch.equal, actual.logits, expected[seed].logits)), (type(predictor), seed, slots)
 
 
-def test_state_follows_the_beams(plain, table, model):
+def test_state_follows_the_beams(plain, table, steady):
     """What was predicted for each beam is what is known of that beam's own tokens."""
-    model.sida.decoder_predictor = recorder = Recorder(drawn(table))
+    steady.sida.decoder_predictor = recorder = Recorder(drawn(table))
     history: list[torch.Tensor] = []
 
     def watch(input_ids, scores):
@@ -244,7 +251,7 @@ def test_state_follows_the_beams(plain, table, model):
         return scores
 
     processors = transformers.LogitsProcessorList([watch])
-    model.generate(tokens(2, 5), num_beams=3, max_new_tokens=8, logits_processor=processors)
+    steady.generate(tokens(2, 5), num_beams=3, max_new_tokens=8, logits_processor=processors)
     assert len(recorder.told_odds) == len(history) - 1 == 7  # the prompt is not a step
     crossed = False
     for before, ids, (given, odds) in zip(history[:-1], history[1:], recorder.told_odds, strict=True):
@@ -254,13 +261,13 @@ def test_state_follows_the_beams(plain, table, model):
     assert crossed, "no beam was ever copied or dropped; the test shows nothing"
 
 
-def test_state_follows_tokens_that_are_taken_back_and_copies(plain, table, model):
-    model.sida.decoder_predictor = recorder = Recorder(drawn(table))
+def test_state_follows_tokens_that_are_taken_back_and_copies(plain, table, steady):
+    steady.sida.decoder_predictor = recorder = Recorder(drawn(table))
     ids, cache = tokens(1, 12), DynamicCache()
     with torch.no_grad():
 
         def run(span, cache):
-            model(input_ids=span, **cached(model, cache))
+            steady(input_ids=span, **cached(steady, cache))
 
         run(ids[:, :5], cache)
         for at in (5, 6, 7):
@@ -280,16 +287,16 @@ def test_state_follows_tokens_that_are_taken_back_and_copies(plain, table, model
         torch.testing.assert_close(recorder.told_odds[-1][1], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_chosen_moves_with_the_rows(plain, table, model):
+def test_what_was_chosen_moves_with_the_rows(plain, table, steady):
     """Beams change places, and then tokens are taken back: the state is made again of the right rows."""
-    model.sida.decoder_predictor = recorder = Recorder(drawn(table))
+    steady.sida.decoder_predictor = recorder = Recorder(drawn(table))
     ids, cache = tokens(2, 8), DynamicCache()
     with torch.no_grad():
-        model(input_ids=ids[:, :6], **cached(model, cache))
-        model(input_ids=ids[:, 6:7], **cached(model, cache))
+        steady(input_ids=ids[:, :6], **cached(steady, cache))
+        steady(input_ids=ids[:, 6:7], **cached(steady, cache))
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.crop(-1)
-        model(input_ids=ids.flip(0)[:, 7:], **cached(model, cache))
+        steady(input_ids=ids.flip(0)[:, 7:], **cached(steady, cache))
     kept = torch.cat([ids.flip(0)[:, :6], ids.flip(0)[:, 7:]], dim=1)
     torch.testing.assert_close(recorder.told_odds[-1][1], afresh(recorder, plain, kept), rtol=1e-4, atol=1e-4)
 
