@@ -11,7 +11,13 @@ The gap closed is (stall without - with) / (stall without - with the oracle).
 ``--grid`` runs the clock over budgets from 10 to 90 % and disks of 0.2 to 4 GB/s, with the guard of ``stream``, and
 says for each predictor the time beside that without one: the least, the most, and where; beside them one that is always
 wrong (it names what the batch does not want), so that what the guard lets through is seen. What predicting takes is not
-on the clock: it runs on a thread of its own. Exit status 1 where a predictor is slower than none by more than 2 %.
+on the clock: it runs on a thread of its own. Each cell is the sum of four runs, which begin with different batches:
+which one comes first decides where misses lie, and so the time without a predictor, by a few percent. Exit status 1
+where a trained predictor, or one that knows everything, is slower than none by more than 2 %.
+
+``--grid --engine`` runs the engine over four budgets and three disks, which are this one with reads made slower
+(one lane): in rounds in which all rows take turns, the median of the rounds' ratios. Before them is a run that does not
+count, in which the guards learn what a predictor takes. RouterLookahead is a row there.
 """
 
 from __future__ import annotations
@@ -43,6 +49,9 @@ WRONG = "always wrong"
 NAMES = ("none", "token table", "hash predictor", "oracle")
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
 DISKS = (0.2, 0.5, 1.0, 2.0, 4.0)  # GB/s
+ROTATIONS = 4
+REAL_BUDGETS, REAL_DISKS = (0.1, 0.25, 0.5, 0.9), (0.2, 0.5, 0.0)
+LOOKAHEAD = "RouterLookahead"
 BATCHES = {1: 48, 4: 16, 16: 6}  # batch -> batches of a run
 
 
@@ -93,11 +102,30 @@ class Routed:
             layer.observer = None
 
 
-def served(arguments: argparse.Namespace, budget: str, delay: float = 0.0) -> Any:
+def served(
+    arguments: argparse.Namespace,
+    budget: str,
+    delay: float = 0.0,
+    *,
+    lanes: int | None = None,
+    ahead: bool = False,
+) -> Any:
+    """The model, cold.
+
+    Args:
+        delay: milliseconds by which every read is made longer.
+        ahead: its layers' routers are asked.
+    """
     slow = round(delay * 1000)
-    faults = _C.Faults(delay_us_min=slow, delay_us_max=slow) if slow else None
     return sida_ext.from_pretrained(
-        arguments.model, expert_memory=budget, expert_dtype="bfloat16", dtype=torch.float32, faults=faults
+        arguments.model,
+        expert_memory=budget,
+        expert_dtype="bfloat16",
+        dtype=torch.float32,
+        lanes=lanes,
+        predictor=sida_ext.RouterLookahead() if ahead else None,
+        read_ahead=False,
+        faults=_C.Faults(delay_us_min=slow, delay_us_max=slow) if slow else None,
     )
 
 
@@ -157,20 +185,34 @@ def grid(
     routings = {name: record_routing(model, batches, predictor) for name, predictor in predictors.items()}
     routings |= {"oracle": plain, WRONG: Routing(plain.layers, plain.experts, plain.batches, never_wanted(plain))}
     rows = []
+
+    def runs(routing: Routing, slots: int, clock: ModelledTime, **options: Any) -> tuple[float, int, float]:
+        """Seconds and reads of all rotations, and how much longer the longest is than the shortest."""
+        found = [on_the_clock(rotated(routing, part), slots, clock, **options) for part in range(ROTATIONS)]
+        seconds = [row.seconds for row in found]
+        return sum(seconds), sum(row.loads for row in found), max(seconds) / min(seconds)
+
     for budget in BUDGETS:
         slots = max(1, round(budget * header.total_experts))
         for disk in DISKS:
             clock = ModelledTime(
                 header.record_bytes / (disk * 1e9), arguments.before / 1e3, arguments.compute / 1e3, arguments.lanes
             )
-            none = on_the_clock(plain, slots, clock, lookahead=0)
-            row: dict[str, Any] = {"budget": budget, "disk": disk, "none": none.seconds}
+            seconds, loads, spread = runs(plain, slots, clock, lookahead=0)
+            row: dict[str, Any] = {"budget": budget, "disk": disk, "none": seconds, "none, spread": spread}
             for name, routing in routings.items():
-                found = on_the_clock(routing, slots, clock, lookahead=4, guard=GuardOptions())
-                row[name] = found.seconds / none.seconds
-                row[f"{name}, reads"] = found.loads / max(none.loads, 1)
+                taken, read, _ = runs(routing, slots, clock, lookahead=4, guard=GuardOptions())
+                row[name] = taken / seconds
+                row[f"{name}, reads"] = read / max(loads, 1)
             rows.append(row)
     return rows
+
+
+def rotated(routing: Routing, part: int) -> Routing:
+    """The same batches, from another one on."""
+    first = len(routing.batches) * part // ROTATIONS
+    batches, predicted = (them[first:] + them[:first] for them in (routing.batches, routing.predicted))
+    return Routing(routing.layers, routing.experts, batches, predicted)
 
 
 def never_wanted(routing: Routing) -> list[list[tuple[int, list[int]]]]:
@@ -197,6 +239,69 @@ def ends(rows: list[dict[str, Any]], names: Iterable[str]) -> str:
             f"({most['budget']:.0%}, {most['disk']:g} GB/s)"
         )
     return "; ".join(said)
+
+
+def real_grid(
+    arguments: argparse.Namespace, batches: list[dict[str, Any]], predictors: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Seconds of each predictor over those without, on the engine, by budget and disk (0: as it is)."""
+    model = served(arguments, "50%", lanes=1)
+    for _ in sida_ext.stream(model, batches):
+        pass
+    _, _, loads, own, _ = model.sida.pace()
+    record = model.sida.header.record_bytes
+    model.sida.close()
+    rows = []
+    for budget in REAL_BUDGETS:
+        for disk in REAL_DISKS:
+            delay = max(0.0, 1e3 * (record / (disk * 1e9) - own / loads)) if disk else 0.0
+            models = {
+                name: served(arguments, f"{budget:.0%}", delay, lanes=1, ahead=name == LOOKAHEAD)
+                for name in ("none", *predictors)
+            }
+            taken: dict[str, list[float]] = {name: [] for name in models}
+            stalls: dict[str, list[float]] = {name: [] for name in models}
+            read: dict[str, list[float]] = {name: [] for name in models}
+            found = 0.0
+            for turn in range(1 + arguments.rounds):
+                for name, model in models.items():
+                    slots = model.sida.slots
+                    model.sida.set_budget(record)  # nothing is in memory but one expert
+                    model.sida.set_budget(slots * record)
+                    model.sida.reset_stats()
+                    begin = time.perf_counter()
+                    for _ in sida_ext.stream(model, batches, predictors.get(name), drift=False):
+                        pass
+                    seconds = time.perf_counter() - begin
+                    _, _, loads, lane, stall = model.sida.pace()
+                    if turn == 0:
+                        continue  # what the guards learn of a predictor they learn once
+                    taken[name].append(seconds)
+                    stalls[name].append(stall)
+                    read[name].append(loads)
+                    found = loads * record / max(lane, 1e-9) / 1e9
+            worth = {name: model.sida.stats().announcing for name, model in models.items()}
+            for model in models.values():
+                model.sida.close()
+            row: dict[str, Any] = {"budget": budget, "disk": disk, "GB/s": found}
+            row["none"] = statistics.median(taken["none"])
+            for name in predictors:
+                ratios = [one / none for one, none in zip(taken[name], taken["none"], strict=True)]
+                row[name] = statistics.median(ratios)
+                row[f"{name}, least"], row[f"{name}, most"] = min(ratios), max(ratios)
+            row |= {f"{name}, stall": statistics.median(them) for name, them in stalls.items()}
+            row |= {f"{name}, reads": statistics.median(them) for name, them in read.items()}
+            row |= {f"{name}, predicted": state is None or state.worth for name, state in worth.items()}
+            rows.append(row)
+            print(
+                f"  {budget:.0%}, {row['GB/s']:.2f} GB/s: none {row['none']:.3f} s; "
+                + "; ".join(
+                    f"{name} {row[name]:.3f} ({row[name + ', least']:.3f} to {row[name + ', most']:.3f})"
+                    for name in predictors
+                ),
+                flush=True,
+            )
+    return rows
 
 
 def for_real(
@@ -269,11 +374,15 @@ def main() -> None:
         count = BATCHES.get(size, 8)
         batches = batches_of(tokenizer, size, max(2, count // 3) if arguments.quick else count, arguments.tokens)
         if arguments.grid:
-            rows = grid(arguments, model, batches, predictors)
+            if arguments.engine:
+                rows = real_grid(arguments, batches, predictors | {"oracle": Replay(model, batches), LOOKAHEAD: None})
+                names = (*NAMES[1:], LOOKAHEAD)
+            else:
+                rows = grid(arguments, model, batches, predictors)
+                names = (*NAMES[1:], WRONG)
             found[str(size)] = rows
-            names = (*NAMES[1:], WRONG)
             print(f"grid batch {size}: {ends(rows, names)}", flush=True)
-            slower += sum(row[name] > 1.02 for row in rows for name in names)
+            slower += sum(row[name] > 1.02 for row in rows for name in names if name != WRONG)
             continue
         if arguments.engine:
             given = predictors | {"oracle": Replay(model, batches)}

@@ -237,9 +237,11 @@ py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>
     admission = [&admit](const ClockProgress& progress) {
       const py::gil_scoped_acquire held;
       const Pace& pace = progress.pace;
-      return admit(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
-                   pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds)
-          .cast<int64_t>();
+      const auto [wanted, early] =
+          admit(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds)
+              .cast<std::pair<int64_t, bool>>();
+      return Admitted{wanted, early};
     };
   }
   const PolicyOptions options{.eviction = parse_eviction(eviction), .slots = slots, .lookahead = lookahead};
@@ -477,6 +479,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("capacity", &TransferEngine::capacity)
       .def("set_budget", &TransferEngine::set_budget, py::arg("slots"), WithoutLock())
       .def("set_max_low_bit", &TransferEngine::set_max_low_bit, py::arg("share"), WithoutLock())
+      .def("set_early_prefetch", &TransferEngine::set_early_prefetch, py::arg("early"), WithoutLock())
       .def("set_settled", &TransferEngine::set_settled, py::arg("settled"), WithoutLock())
       .def("load_all",
            [](TransferEngine& engine) {

@@ -368,6 +368,11 @@ void Residency::set_low_bit(int64_t share) {
   end_event();
 }
 
+void Residency::set_early_prefetch(bool early) {
+  early_prefetch_ = early;
+  end_event();
+}
+
 void Residency::leave_slot(int32_t expert) {
   Expert& state = experts_[expert];
   expert_in_slot_[state.slot] = -1;
@@ -511,6 +516,7 @@ UseTime Residency::near_until() const {
 // With next_use the choice is the one that Belady's rule makes at that time: what is used latest after it. If that
 // one is still to be used before, the prefetch waits for it, for every eviction that the rule would not make is one
 // more read later. Near uses do not wait where the rule is undecided: their copies must begin now to be there in time.
+// With set_early_prefetch they do not wait at all.
 std::optional<int32_t> Residency::prefetch_victim(UseTime time) const {
   const bool near = time <= near_until();
   if (options_.eviction != Eviction::next_use) {
@@ -519,7 +525,7 @@ std::optional<int32_t> Residency::prefetch_victim(UseTime time) const {
   const std::optional<int32_t> victim = evictable_.first_used_after(time);
   if (!victim) return std::nullopt;
   const UseTime use = next_use(*victim);
-  if (near && use == never) return victim;
+  if (near && (use == never || early_prefetch_)) return victim;
   for (const int32_t expert : expert_in_slot_) {
     if (expert < 0) continue;
     const Expert& other = experts_[expert];

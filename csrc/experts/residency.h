@@ -101,6 +101,11 @@ class Residency {
   // Share of all choices that low-bit copies may serve from now on, in millionths: 0, as at the start, is never.
   void set_low_bit(int64_t millionths);
 
+  // Whether prefetches for the next `prefetch_layers` layers begin as early as they can in any case. It costs reads, as
+  // what goes for them is chosen too early, and saves the time in which everybody waits for a layer of which nothing is
+  // there. Not so at the start: the fewest reads.
+  void set_early_prefetch(bool early);
+
   [[nodiscard]] std::optional<Command> next_command();
 
   // What the demand can compute now and has not been given; pins it. Empty if nothing is ready (or left).
@@ -213,6 +218,7 @@ class Residency {
   int in_flight_ = 0;
   int64_t tick_ = 0;
   int64_t low_bit_millionths_ = 0;
+  bool early_prefetch_ = false;
   int64_t low_bit_credit_ = 0, low_bit_earned_ = 0;  // millionths of a choice; earned: since the last reset
   int64_t last_owed_ = 0;
   LayerClock clock_;

@@ -314,6 +314,13 @@ void TransferEngine::set_max_low_bit(double share) {
   impl_->residency.set_low_bit(std::llround(share * 1e6));
 }
 
+void TransferEngine::set_early_prefetch(bool early) {
+  impl_->check_process();
+  const std::lock_guard lock(impl_->mutex);
+  impl_->check_usable("set_early_prefetch");
+  impl_->residency.set_early_prefetch(early);
+}
+
 void TransferEngine::set_settled(bool settled) {
   impl_->check_process();
   const std::lock_guard lock(impl_->mutex);

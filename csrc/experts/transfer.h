@@ -80,6 +80,8 @@ class TransferEngine {
 
   // Share of the choices that low-bit copies may serve from now on; 0, as at the start: none, every layer waits.
   void set_max_low_bit(double share);
+  // Residency::set_early_prefetch: what is announced for the next layer is read as early as can be.
+  void set_early_prefetch(bool early);
   // For tests and measurements, one caller at a time: a demand begins when no read is under way, and what is not there
   // then counts as not there in time. With one lane, which experts low-bit copies serve depends on the demands alone.
   void set_settled(bool settled);

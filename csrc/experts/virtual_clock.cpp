@@ -144,6 +144,7 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
   Lanes lanes(residency, time);
   ClockResult result;
   std::vector<BatchId> numbers;
+  residency.set_early_prefetch(true);  // as long as nobody says otherwise
   for (size_t i = 0; i < trace.batches.size(); ++i) {
     if (options.lookahead > 0) {
       const size_t until = std::min(tables.size(), i + static_cast<size_t>(options.lookahead) + 1);
@@ -153,12 +154,15 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
           numbers.push_back(residency.announce(table));
           continue;
         }
-        const int64_t admitted = admit(progress_of(residency, lanes, time.read, result.stalled));
-        if (admitted < 0) fail(ErrorKind::invalid, "admit gave ", admitted, ", expected a number of experts");
-        if (admitted == 0) {
+        const Admitted admitted = admit(progress_of(residency, lanes, time.read, result.stalled));
+        if (admitted.experts < 0) {
+          fail(ErrorKind::invalid, "admit gave ", admitted.experts, ", expected a number of experts");
+        }
+        residency.set_early_prefetch(admitted.early);
+        if (admitted.experts == 0) {
           for (size_t waiting = i; waiting < numbers.size(); ++waiting) residency.retire(numbers[waiting]);
         }
-        numbers.push_back(residency.announce(cut(table, admitted)));
+        numbers.push_back(residency.announce(cut(table, admitted.experts)));
       }
       lanes.start();
     }

@@ -33,9 +33,15 @@ struct ClockProgress {
   Pace pace;
 };
 
-// Asked before a table is announced: how many of its experts may be, the first layers' first. 0: none, and the tables
-// that wait are taken back.
-using Admission = std::function<int64_t(const ClockProgress&)>;
+// How many experts of a table may be announced, the first layers' first; 0: none, and the tables that wait are taken
+// back. And whether they are read early (Residency::set_early_prefetch).
+struct Admitted {
+  int64_t experts = 0;
+  bool early = false;
+};
+
+// Asked before a table is announced.
+using Admission = std::function<Admitted(const ClockProgress&)>;
 
 // As `run_policy`, over time. A table is announced as soon as there is room for it in the look-ahead: what predicting
 // takes is not part of the model.

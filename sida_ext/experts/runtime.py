@@ -164,6 +164,7 @@ class Runtime(ServingState):
             engines.append(self._low_bit.engine)
             self._engine.set_max_low_bit(options.max_low_bit)
         self.max_low_bit = 0.0 if self._low_bit is None else options.max_low_bit
+        self._reads_early = False
         self.eviction = options.eviction
         self._handles: dict[str, int] = {}
         self._thread = threading.local()
@@ -219,6 +220,14 @@ class Runtime(ServingState):
         then the same in every run. Prompts are not read ahead unasked. Not on a GPU."""
         self._engine.set_settled(settled)
         self.settled = settled
+
+    def read_early(self, early: bool) -> None:
+        """Whether what is announced for the next layer is read as early as can be, or with the fewest reads: see
+        :mod:`sida_ext.prediction.announcing`. A settled run always reads early, as it is to be the same every time."""
+        early = early or self.settled
+        if early != self._reads_early:
+            self._engine.set_early_prefetch(early)
+            self._reads_early = early
 
     def _read_plan(self, lanes: int | None, read_bytes: int | None) -> ReadPlan:
         if lanes is not None and read_bytes is not None:

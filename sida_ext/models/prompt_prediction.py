@@ -46,16 +46,19 @@ def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args:
         return type(model).forward(model, *args, **kwargs)
     announcing = announcing_of(runtime, runtime.predictor)
     announcing.begin(shared=runtime.ahead is not None)
-    room = announcing.room(runtime.header.total_experts)
+    room = announcing.room(runtime.header.total_experts) if announcing.may_predict() else 0
     if not room:  # predictions were worth nothing of late: not even asked
         return type(model).forward(model, *args, **kwargs)
+    begin = time.monotonic()
     number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
+    predicted = time.monotonic()
     try:
         with runtime.batch(number, table, runtime.current.chosen):
             return type(model).forward(model, *args, **kwargs)
     finally:
         runtime.retire(number)
         announcing.judge()
+        announcing.done(predicted - begin, time.monotonic() - predicted)  # the model waited for all of it
 
 
 def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any, room: int) -> tuple[int, Any]:
@@ -72,4 +75,5 @@ def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any,
     runtime.record_prediction("prompt", begin, time.perf_counter_ns())
     wanted = PrefetchPolicy().experts_by_layer(table, experts)
     kept = within_room(list(zip(layers, wanted, strict=True)), room)
+    runtime.read_early(announcing_of(runtime, predictor).early)
     return runtime.announce(dict(kept)), table

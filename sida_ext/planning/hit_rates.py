@@ -138,9 +138,9 @@ class _Admission:
         self._counts: tuple[int, int, int, int, int, float, float] = (0, 0, 0, 0, 0, 0.0, 0.0)
         self._state = AnnouncingState(None, options, lanes, lambda: self._counts, lambda: self._seconds)
 
-    def __call__(self, seconds: float, *counts: Any) -> int:
+    def __call__(self, seconds: float, *counts: Any) -> tuple[int, bool]:
         self._seconds, self._counts = seconds, counts
-        return self._state.room(self._experts)
+        return self._state.room(self._experts), self._state.early
 
 
 def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predictor: Predictor | None = None) -> Routing:

@@ -8,6 +8,12 @@
 - Of the experts that are *read* ahead, likewise; and where the disk never rests, more. What is read ahead of a batch
   has the time of a whole batch. Where what is read takes r times as long as what is computed meanwhile, one of r such
   reads is hidden, and with the share p of useful ones p / r > 1 - p has to hold.
+
+What predicting itself takes is judged as well (:mod:`~sida_ext.prediction.worth`).
+
+And how early the next layer's experts are read. At the last moment, what goes for them is chosen best, and the fewest
+reads are needed, but a layer then waits for all of them at once. Early, they are hidden behind what is computed, for up
+to a third more reads. Where the disk rests nearly all of the time, layers hardly wait, and the fewest reads are better.
 """
 
 from __future__ import annotations
@@ -19,8 +25,13 @@ from typing import Any
 
 from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
 from sida_ext.prediction.pace import Pace
+from sida_ext.prediction.worth import PredictionWorth
 
 __all__ = ["AnnounceStats", "AnnouncingState"]
+
+
+# Of the pressure: from which on the next layer is read early, and below which it no longer is.
+EARLY_FROM, EARLY_UNTIL = 0.35, 0.25
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class AnnounceStats:
         read_share: experts that were wanted among the latest that were read ahead; None likewise.
         pressure: what the disk takes for all that is read, over what is computed meanwhile; 0 while little was read.
         admitted, refused: batches that were announced, and that were not since it rested.
+        early: whether the next layer's experts are read as early as can be.
+        worth: whether predictions save more time than they take; while they do not, nothing is predicted.
     """
 
     state: str
@@ -41,6 +54,8 @@ class AnnounceStats:
     pressure: float
     admitted: int
     refused: int
+    early: bool
+    worth: bool
 
 
 class AnnouncingState:
@@ -53,6 +68,9 @@ class AnnouncingState:
         counts: tells (named experts that were wanted, named ones that were not, experts read ahead and then wanted,
             experts read ahead and evicted unused, reads, seconds of reads, seconds of stalls), since any beginning.
         now: seconds.
+
+    Attributes:
+        early: whether the next layer's experts are to be read as early as can be, by the latest look.
     """
 
     def __init__(
@@ -67,10 +85,13 @@ class AnnouncingState:
         self.names, self.reads = LookaheadGuard(1, 1, options), LookaheadGuard(1, 1, options)
         self.pace = Pace(lanes)
         self._counts, self._now = counts, now
+        self._worth = PredictionWorth(options.loss, options.rest, options.longest_rest)
+        self._useful = counts()[2]  # experts that were read ahead and wanted, when a batch was done last
         self._last = counts()
         self._at: float | None = None  # of the last look
         self._lock = threading.Lock()
         self._admitted = self._refused = 0
+        self.early = True
 
     def begin(self, shared: bool) -> None:
         """Batches follow one another from now on.
@@ -97,6 +118,23 @@ class AnnouncingState:
             self._admitted, self._refused = self._admitted + (state != "resting"), self._refused + (state == "resting")
             return {"open": most, "probing": min(most, self.names.options.window), "resting": 0}[state]
 
+    def may_predict(self) -> bool:
+        """Whether the next batch is to be predicted, going by what predicting took before."""
+        with self._lock:
+            return self._worth.may(self._now())
+
+    def done(self, cost: float, seconds: float) -> None:
+        """A batch that was predicted is done.
+
+        Args:
+            cost: seconds that the model was kept waiting, or without a processor, for the prediction.
+            seconds: that the batch took beside that.
+        """
+        with self._lock:
+            useful = self._counts()[2]
+            fresh, self._useful = useful - self._useful if useful >= self._useful else useful, useful
+            self._worth.observe(self._now(), cost, fresh * self.pace.read_seconds, seconds)
+
     def judge(self) -> None:
         """A batch is done, and no other follows at once."""
         with self._lock:
@@ -114,6 +152,8 @@ class AnnouncingState:
         self.pace.observe(loads, read, stall, None if self._at is None else now - self._at)
         self._last, self._at = counts, now
         pressure, each = self.pace.pressure, self.pace.read_seconds
+        if pressure:
+            self.early = pressure >= (EARLY_UNTIL if self.early else EARLY_FROM)
         # What was named in vain costs a read at the most: here, or where what was evicted for it is wanted.
         self.names.observe(now, right, wrong, 0, min(pressure, 1.0), wrong * each)
         # The guard takes one off, since a read one layer ahead may take that layer's time for nothing; here it may not.
@@ -129,4 +169,6 @@ class AnnouncingState:
                 self.pace.pressure,
                 self._admitted,
                 self._refused,
+                self.early,
+                not self._worth.resting,
             )

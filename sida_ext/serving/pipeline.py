@@ -7,6 +7,7 @@ queue; an end, an error and the consumer's leaving all pass through it.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from sida_ext.experts.cuda import on_predictor
 from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.models.prompt_prediction import announcing_of
+from sida_ext.prediction.announcing import AnnouncingState
 from sida_ext.prediction.drift import DriftWatch
 from sida_ext.prediction.moe_facts import check_vocabulary
 from sida_ext.prediction.prefetch import WASTE_COST, PrefetchPolicy, candidates_of
@@ -51,6 +53,7 @@ class _Item:
     wanted: dict[str, list[int]] = field(default_factory=dict)  # MoE layer -> experts to read ahead
     bits: int = 0  # the same experts, where another order may be chosen
     number: int = 0
+    seconds: float = 0.0  # that its prediction took
     error: BaseException | None = None
 
 
@@ -153,6 +156,8 @@ class _HashBuilder:
         # A table that replaces the router is never wrong, and at no cost for waste nothing is in vain.
         judged = prefetch.routing != "predicted" and prefetch.waste_cost > 0
         self.announcing = announcing_of(runtime, predictor) if judged else None
+        # Where nothing but what is read ahead depends on tables, a batch may go without one.
+        self._may_skip = judged and prefetch.routing == "router" and order == "given"
         self._open = lookahead is None
         self._window = window
         self.queue = _Queue(self.lookahead)
@@ -218,14 +223,17 @@ class _HashBuilder:
         mask = batch.get("attention_mask")
         if self.runtime.device.type != "cpu":
             input_ids, mask = on_predictor(self.predictor, input_ids, mask)
+        if self._may_skip and self.announcing is not None and not self.announcing.may_predict():
+            return _Item(position=position, batch=batch)
         begin = time.perf_counter_ns()
         with torch.profiler.record_function("sida::predict"):
             table = self.predictor.predict(input_ids, mask, top_k=candidates_of(self.predictor, self.num_experts))
-        self.runtime.record_prediction(f"batch {position}", begin, time.perf_counter_ns())
+        end = time.perf_counter_ns()
+        self.runtime.record_prediction(f"batch {position}", begin, end)
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)
         wanted = dict(zip(self.layers, self.prefetch.experts_by_layer(table, self.num_experts), strict=True))
         bits = bits_of(wanted.values(), self.num_experts) if self.order == "overlap" else 0
-        return _Item(position=position, batch=batch, table=table, wanted=wanted, bits=bits)
+        return _Item(position=position, batch=batch, table=table, wanted=wanted, bits=bits, seconds=(end - begin) / 1e9)
 
     def _send(self, window: list[_Item]) -> bool:
         """Announce one batch of the window and put it in the queue: the oldest, or the one that shares most experts
@@ -251,6 +259,7 @@ class _HashBuilder:
             wanted = dict(within_room(list(wanted.items()), room))
             for item in [] if room else self.queue.waiting():
                 self.runtime.retire(item.number)  # announced before it was known to be in vain
+        self.runtime.read_early(self.announcing is None or self.announcing.early)
         return self.runtime.announce(wanted)
 
 
@@ -269,16 +278,23 @@ def _from_queue(queue: _Queue, timeout: float | None) -> Iterator[_Item]:
 
 
 def _compute(
-    model: PreTrainedModel, runtime: Runtime, items: Iterator[_Item], watch: DriftWatch | None = None
+    model: PreTrainedModel,
+    runtime: Runtime,
+    items: Iterator[_Item],
+    watch: DriftWatch | None = None,
+    announcing: AnnouncingState | None = None,
 ) -> Iterator[Any]:
     """Outputs in the caller's order, whatever order the items come in."""
     finished: dict[int, Any] = {}
     turn = 0
+    processors = len(os.sched_getaffinity(0))
     while True:
+        asked = time.monotonic()
         with at_work():
             item = next(items, None)
         if item is None:
             return
+        begin = time.monotonic()
         chosen: dict[int, torch.Tensor] | None = None if watch is None else {}
         try:
             with at_work(), torch.no_grad(), runtime.batch(item.number, item.table, chosen):
@@ -286,6 +302,11 @@ def _compute(
         finally:
             if item.number:
                 runtime.retire(item.number)
+        if announcing is not None and item.table is not None:
+            # An iterable that is slow is not the predictor's fault. Where the model computes on every processor, it
+            # goes without its share of them while the predictor is at work.
+            shared = item.seconds / processors if torch.get_num_threads() >= processors else 0.0
+            announcing.done(min(begin - asked, item.seconds) + shared, time.monotonic() - begin)
         while turn in finished:
             yield finished.pop(turn)
             turn += 1
@@ -413,7 +434,7 @@ def _stream(
         builder.started.wait(JOIN_SECONDS)
         torch.set_num_threads(threads)
     try:
-        yield from _compute(model, runtime, _from_queue(queue, timeout), watch)
+        yield from _compute(model, runtime, _from_queue(queue, timeout), watch, builder.announcing)
     finally:
         for item in queue.close():
             if item.number:

@@ -348,7 +348,7 @@ int32_t ResidencyModel::choose_prefetch_victim(Time time) const {
     return near ? choose_victim(false, Time{no_time.first - 1, 0}) : -1;
   }
   const int32_t victim = choose_victim(false, time);
-  if (victim < 0) return -1;
+  if (victim < 0 || (near && early_prefetch)) return victim;
   for (const Slot& slot : slots) {
     if (slot.expert < 0) continue;
     Time later = no_time;

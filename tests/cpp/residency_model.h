@@ -36,6 +36,7 @@ class ResidencyModel {
   void given_back(int32_t slot, int32_t count);
   void set_budget(int64_t slots) { budget = slots; }
   void set_low_bit(int64_t millionths);
+  void set_early_prefetch(bool early) { early_prefetch = early; }
 
   void begin_commands();                 // before the commands that follow an event
   void command(const Command& command);  // each of them
@@ -72,6 +73,7 @@ class ResidencyModel {
 
   const ResidencyOptions options;
   int64_t budget;
+  bool early_prefetch = false;
   std::vector<Slot> slots;
   std::vector<History> history;
   std::map<DemandId, Demand> demands;

@@ -236,11 +236,17 @@ class Run {
   }
 
   void take_low_bit(const Step& step) {
+    if (step.b % 64 == 1) return set_early_prefetch(step.a % 2 == 0);
     if (step.b % 64 == 0) return set_low_bit(step.a % 3 == 0 ? 0 : step.a % 1'000'001);
     const auto number = pick(step.a);
     if (!number) return;
     model_.take_low_bit(*number, real_.take_low_bit(*number));
     if (real_.exhausted(*number) != model_.demands.at(*number).wanted.empty()) throw Violation("exhausted() is wrong");
+  }
+
+  void set_early_prefetch(bool early) {
+    real_.set_early_prefetch(early);
+    model_.set_early_prefetch(early);
   }
 
   void set_low_bit(int64_t millionths) {

@@ -166,6 +166,21 @@ SIDA_TEST(a_prefetch_waits_for_the_victim_that_the_optimum_would_take) {
   CHECK_EQ(driver.started(), "2.2p");
 }
 
+SIDA_TEST(an_early_prefetch_waits_for_no_better_victim) {
+  Driver driver(2, 8, Eviction::next_use, 1);
+  driver.serve(0, {0});
+  driver.serve(1, {1});
+  // As above: with early prefetches 1.1, which is used latest, goes for the next layer's 2.2 while 0.0 is computed from.
+  const BatchId batch = driver.residency.announce({{{0, {0}}, {2, {2}}, {1, {1}}}});
+  const DemandId first = driver.demand(0, {0}, batch);
+  const Wave wave = driver.residency.take_ready(first);
+  CHECK_EQ(driver.started(), "");
+  driver.residency.set_early_prefetch(true);
+  CHECK_EQ(driver.started(), "2.2p");
+  driver.residency.release(first, wave);
+  CHECK_EQ(driver.started(), "");  // 1.1 is not of the next layer
+}
+
 SIDA_TEST(what_a_table_had_named_is_counted_when_its_layer_runs) {
   Driver driver(12, 1);
   const BatchId batch = driver.residency.announce({{{0, {0, 1, 2}}, {1, {1}}}});
