@@ -291,7 +291,7 @@ def real_grid(
                 row[f"{name}, least"], row[f"{name}, most"] = min(ratios), max(ratios)
             row |= {f"{name}, stall": statistics.median(them) for name, them in stalls.items()}
             row |= {f"{name}, reads": statistics.median(them) for name, them in read.items()}
-            row |= {f"{name}, predicted": state is None or state.worth for name, state in worth.items()}
+            row |= {f"{name}, worth": state.worth for name, state in worth.items() if state is not None}
             rows.append(row)
             print(
                 f"  {budget:.0%}, {row['GB/s']:.2f} GB/s: none {row['none']:.3f} s; "

@@ -46,10 +46,13 @@ def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args:
         return type(model).forward(model, *args, **kwargs)
     announcing = announcing_of(runtime, runtime.predictor)
     announcing.begin(shared=runtime.ahead is not None)
+    begin = time.monotonic()
     room = announcing.room(runtime.header.total_experts) if announcing.may_predict() else 0
     if not room:  # predictions were worth nothing of late: not even asked
-        return type(model).forward(model, *args, **kwargs)
-    begin = time.monotonic()
+        try:
+            return type(model).forward(model, *args, **kwargs)
+        finally:
+            announcing.done(time.monotonic() - begin, input_ids.numel(), None)
     number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
     predicted = time.monotonic()
     try:
@@ -58,7 +61,7 @@ def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args:
     finally:
         runtime.retire(number)
         announcing.judge()
-        announcing.done(predicted - begin, time.monotonic() - predicted)  # the model waited for all of it
+        announcing.done(time.monotonic() - begin, input_ids.numel(), predicted - begin)
 
 
 def _announce(runtime: Runtime, layers: list[str], input_ids: Tensor, mask: Any, room: int) -> tuple[int, Any]:

@@ -45,7 +45,8 @@ class AnnounceStats:
         pressure: what the disk takes for all that is read, over what is computed meanwhile; 0 while little was read.
         admitted, refused: batches that were announced, and that were not since it rested.
         early: whether the next layer's experts are read as early as can be.
-        worth: whether predictions save more time than they take; while they do not, nothing is predicted.
+        worth: whether predictions save more time than they take: "on"; "without" and "again" while that is tried
+            without them, and with them again; "resting": they did not, and nothing is predicted.
     """
 
     state: str
@@ -55,7 +56,7 @@ class AnnounceStats:
     admitted: int
     refused: int
     early: bool
-    worth: bool
+    worth: str
 
 
 class AnnouncingState:
@@ -86,7 +87,6 @@ class AnnouncingState:
         self.pace = Pace(lanes)
         self._counts, self._now = counts, now
         self._worth = PredictionWorth(options.loss, options.rest, options.longest_rest)
-        self._useful = counts()[2]  # experts that were read ahead and wanted, when a batch was done last
         self._last = counts()
         self._at: float | None = None  # of the last look
         self._lock = threading.Lock()
@@ -123,17 +123,10 @@ class AnnouncingState:
         with self._lock:
             return self._worth.may(self._now())
 
-    def done(self, cost: float, seconds: float) -> None:
-        """A batch that was predicted is done.
-
-        Args:
-            cost: seconds that the model was kept waiting, or without a processor, for the prediction.
-            seconds: that the batch took beside that.
-        """
+    def done(self, seconds: float, tokens: int, predicting: float | None) -> None:
+        """A batch is done; as :meth:`~sida_ext.prediction.worth.PredictionWorth.observe` takes it."""
         with self._lock:
-            useful = self._counts()[2]
-            fresh, self._useful = useful - self._useful if useful >= self._useful else useful, useful
-            self._worth.observe(self._now(), cost, fresh * self.pace.read_seconds, seconds)
+            self._worth.observe(self._now(), seconds, tokens, predicting)
 
     def judge(self) -> None:
         """A batch is done, and no other follows at once."""
@@ -170,5 +163,5 @@ class AnnouncingState:
                 self._admitted,
                 self._refused,
                 self.early,
-                not self._worth.resting,
+                self._worth.state,
             )

@@ -1,23 +1,39 @@
-"""Whether predicting is worth the time that it takes, judged while it runs: a state machine without threads or a clock.
+"""Whether predicting is worth the time that it takes, found by trying: a state machine without threads or a clock.
 
 A predictor of a large model takes next to nothing beside it. One of a small model may take as long as the model: then
-whoever waits for its tables, or shares the processors with it, loses more than reads that come in time save. For each
-batch that was predicted it is told
+who waits for its tables, or shares processors and interpreter with it, may lose more than reads that come in time save.
+What that costs cannot be told from the predictor's own time. So where that time is not negligible, a few batches go
+without a prediction, and the time of a token is compared:
 
-    cost       seconds that the model was kept waiting, or without a processor, for the prediction
-    saved      seconds of reads that came in time, at most: of experts that were read ahead and then wanted
-
-and where they together cost more than they saved, nothing is predicted until a rest is over. A rest is so long that
-attempts in vain take no more than a share of the time. Nothing is decided before some time was spent: a cost that
-nobody would notice is not worth a decision.
+    on --it takes time--> trying without --faster--> resting --time is up--> trying again --slower--> resting, longer
+     ^                          |                                                  |
+     +----------not faster------+-------------------------------not slower---------+
 """
 
 from __future__ import annotations
 
 __all__ = ["PredictionWorth"]
 
-ENOUGH = 0.05  # seconds of cost, before anything is decided
-SLIGHT = 0.01  # of the batches' own time: a lower cost is let pass
+ENOUGH = 0.05  # seconds of predictions, before anything is tried
+SLIGHT = 0.01  # of the batches' time: predictions that take less are never in question
+TRIED = 4  # batches of a trial
+AGAIN = 50.0  # after a trial nothing is tried for that many times its time
+
+
+class _Sum:
+    """Time of batches, by token."""
+
+    def __init__(self) -> None:
+        self.seconds = self.predicting = 0.0
+        self.tokens = self.batches = 0
+
+    def add(self, seconds: float, predicting: float, tokens: int) -> None:
+        self.seconds, self.predicting = self.seconds + seconds, self.predicting + predicting
+        self.tokens, self.batches = self.tokens + tokens, self.batches + 1
+
+    @property
+    def rate(self) -> float:
+        return self.seconds / max(self.tokens, 1)
 
 
 class PredictionWorth:
@@ -30,15 +46,15 @@ class PredictionWorth:
         longest_rest: seconds.
 
     Attributes:
-        resting: whether predicting was worth less than it cost when it was tried last.
+        state: "on", "without" (trying), "resting" or "again" (trying).
     """
 
     def __init__(self, loss: float = 0.02, rest: float = 10.0, longest_rest: float = 300.0) -> None:
         self._loss, self._least, self._longest = loss, rest, longest_rest
         self._rest = rest
-        self._cost = self._saved = self._seconds = 0.0  # since the last decision
-        self._wake = 0.0
-        self.resting = False
+        self.state = "on"
+        self._on, self._off = _Sum(), _Sum()
+        self._until = float("-inf")  # on: nothing is tried before; resting: its end
 
     def may(self, now: float) -> bool:
         """Whether the next batch is to be predicted.
@@ -46,21 +62,45 @@ class PredictionWorth:
         Args:
             now: seconds of any clock that does not run backwards.
         """
-        return not self.resting or now >= self._wake
+        if self.state == "resting" and now >= self._until:
+            self.state, self._on = "again", _Sum()
+        return self.state in ("on", "again")
 
-    def observe(self, now: float, cost: float, saved: float, seconds: float) -> None:
-        """A predicted batch is done.
+    def observe(self, now: float, seconds: float, tokens: int, predicting: float | None) -> None:
+        """A batch is done.
 
         Args:
-            seconds: that the batch took, without ``cost``.
+            seconds: that it took, with those that the model waited for its prediction.
+            predicting: seconds of its prediction; None: it had none.
         """
-        self._cost, self._saved, self._seconds = self._cost + cost, self._saved + saved, self._seconds + seconds
-        if self._cost < ENOUGH:
+        if predicting is None:
+            if self.state in ("without", "resting"):
+                self._off.add(seconds, 0.0, tokens)
+            if self.state == "without" and self._off.batches >= TRIED:
+                self._decide(now)
             return
-        if self._cost <= max(self._saved, SLIGHT * self._seconds):
-            self.resting, self._rest = False, self._least
-        elif not self.resting or now >= self._wake:
-            self.resting = True
-            self._wake = now + min(max(self._rest, self._cost / self._loss), self._longest)
-            self._rest = min(2 * self._rest, self._longest)
-        self._cost = self._saved = self._seconds = 0.0
+        if self.state == "resting":
+            return  # predicted before the rest
+        if self.state != "without":
+            self._on.add(seconds, predicting, tokens)
+        tried = self._on.predicting >= ENOUGH and self._on.batches >= TRIED
+        if self.state == "again" and tried:
+            self._decide(now)
+        elif self.state == "on" and tried:
+            if self._on.predicting > SLIGHT * self._on.seconds and now >= self._until:
+                self.state, self._off = "without", _Sum()
+            elif self._on.batches >= 64:
+                self._on = _Sum()  # of late, not of ever
+
+    def _decide(self, now: float) -> None:
+        on, off = self._on, self._off
+        if on.rate <= off.rate:
+            self.state, self._rest = "on", self._least
+            self._until = now + AGAIN * off.seconds
+            self._on = _Sum()
+            return
+        lost = on.seconds - off.rate * on.tokens
+        self.state = "resting"
+        self._until = now + min(max(self._rest, lost / self._loss), self._longest)
+        self._rest = min(2 * self._rest, self._longest)
+        self._off = _Sum()

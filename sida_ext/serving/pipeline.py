@@ -7,7 +7,6 @@ queue; an end, an error and the consumer's leaving all pass through it.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -287,7 +286,6 @@ def _compute(
     """Outputs in the caller's order, whatever order the items come in."""
     finished: dict[int, Any] = {}
     turn = 0
-    processors = len(os.sched_getaffinity(0))
     while True:
         asked = time.monotonic()
         with at_work():
@@ -302,11 +300,12 @@ def _compute(
         finally:
             if item.number:
                 runtime.retire(item.number)
-        if announcing is not None and item.table is not None:
-            # An iterable that is slow is not the predictor's fault. Where the model computes on every processor, it
-            # goes without its share of them while the predictor is at work.
-            shared = item.seconds / processors if torch.get_num_threads() >= processors else 0.0
-            announcing.done(min(begin - asked, item.seconds) + shared, time.monotonic() - begin)
+        if announcing is not None and item.position > 0:  # the first finds the memory cold
+            # An iterable that is slow is not the predictor's fault.
+            waited = min(begin - asked, item.seconds)
+            assert item.batch is not None
+            tokens = item.batch["input_ids"].numel()
+            announcing.done(waited + time.monotonic() - begin, tokens, None if item.table is None else item.seconds)
         while turn in finished:
             yield finished.pop(turn)
             turn += 1

@@ -9,59 +9,79 @@ import torch
 
 import sida_ext
 from sida_ext.prediction.hash_table import HashTable
-from sida_ext.prediction.worth import ENOUGH, PredictionWorth
+from sida_ext.prediction.worth import ENOUGH, TRIED, PredictionWorth
 from tests.support.families import tiny_model
 
 
-def judged(worth, now, cost, saved, seconds=1.0, batches=1):
-    for _ in range(batches):
-        worth.observe(now, cost, saved, seconds)
+class Clocked:
+    """Batches of 100 tokens, one after the other: predicted ones take ``on`` seconds, the others ``off``."""
+
+    def __init__(self, on: float, off: float, predicting: float = 0.1, **options: float) -> None:
+        self.worth, self.now = PredictionWorth(**options), 0.0
+        self.on, self.off, self.predicting = on, off, predicting
+
+    def run(self, batches: int) -> str:
+        """``1`` for each batch that was predicted, ``0`` for each that was not."""
+        done = ""
+        for _ in range(batches):
+            predicts = self.worth.may(self.now)
+            seconds = self.on if predicts else self.off
+            self.now += seconds
+            self.worth.observe(self.now, seconds, 100, self.predicting if predicts else None)
+            done += "1" if predicts else "0"
+        return done
 
 
-def test_nothing_is_decided_before_some_time_was_spent():
-    worth = PredictionWorth()
-    judged(worth, 0.0, 0.4 * ENOUGH, 0.0, 0.1, batches=2)
-    assert worth.may(0.0)
-    judged(worth, 0.0, 0.4 * ENOUGH, 0.0, 0.1)
-    assert worth.resting
-    assert not worth.may(9.9)
-    assert worth.may(10.0)
+def test_what_takes_next_to_nothing_is_never_in_question():
+    assert Clocked(on=9.0, off=1.0, predicting=0.05).run(300) == "1" * 300
 
 
-def test_what_saves_more_than_it_takes_goes_on_and_so_does_what_takes_next_to_nothing():
-    worth = PredictionWorth()
-    judged(worth, 0.0, 0.06, 0.07, batches=5)
-    judged(worth, 0.0, 0.06, 0.0, seconds=7.0, batches=5)
-    assert worth.may(0.0)
+def test_what_is_slower_rests_and_each_rest_is_longer():
+    clocked = Clocked(on=2.0, off=1.0, rest=10.0, loss=0.5)
+    assert clocked.run(TRIED) == "1" * TRIED
+    assert clocked.run(TRIED) == "0" * TRIED  # and that was faster
+    assert clocked.worth.state == "resting"
+    assert clocked.run(10) == "0" * 10
+    assert clocked.run(TRIED) == "1" * TRIED  # tries again
+    assert clocked.run(20 + TRIED) == "0" * 20 + "1" * TRIED
 
 
-def test_a_rest_keeps_attempts_to_their_share_of_the_time_and_doubles():
-    worth = PredictionWorth(loss=0.02, rest=10.0, longest_rest=300.0)
-    judged(worth, 0.0, 1.0, 0.5)
-    assert not worth.may(49.9)  # a second of them is 2 % of fifty
-    assert worth.may(50.0)
-    judged(worth, 40.0, 1.0, 0.0)  # was under way when the rest began
-    assert worth.may(50.0)
-    judged(worth, 50.0, 0.06, 0.0)
-    assert not worth.may(69.9)
-    assert worth.may(70.0)
-    judged(worth, 70.0, 0.06, 0.1)
-    assert not worth.resting
-    judged(worth, 71.0, 0.06, 0.0)
-    assert worth.may(81.0), "the first rest again, after an attempt that was worth it"
-    judged(worth, 100.0, 100.0, 0.0)
-    assert worth.may(400.0), "never longer than the longest"
+def test_attempts_take_no_more_than_their_share_of_the_time():
+    clocked = Clocked(on=2.0, off=1.0)
+    done = clocked.run(3000)
+    assert done.count("1") <= 0.03 * 3000
+    assert done.count("1") > TRIED
+
+
+def test_what_is_faster_goes_on_and_is_tried_without_seldom():
+    clocked = Clocked(on=1.0, off=1.5)
+    done = clocked.run(3000)
+    assert done.startswith("1" * TRIED + "0" * TRIED + "1" * 200)
+    assert done.count("0") <= 0.03 * 3000
+
+
+def test_what_becomes_worth_it_is_found_out():
+    clocked = Clocked(on=2.0, off=1.0)
+    clocked.run(100)
+    clocked.on = 0.5
+    assert clocked.run(600).endswith("1" * 100)
+
+
+def test_nothing_is_tried_before_some_time_was_spent():
+    clocked = Clocked(on=0.002, off=0.001, predicting=0.001)
+    assert clocked.run(int(ENOUGH / 0.001) - 1).count("0") == 0
+    assert clocked.run(10).count("0") > 0
 
 
 class Slow:
-    """Right, and slower than the model."""
+    """Takes longer than the model."""
 
-    def __init__(self, experts: int, layers: int, chosen: int) -> None:
-        self.shape, self.experts, self.asked = (layers, chosen), experts, 0
+    def __init__(self, layers: int, chosen: int) -> None:
+        self.shape, self.asked = (layers, chosen), 0
 
     def predict(self, input_ids, attention_mask=None, top_k=1):
         self.asked += 1
-        time.sleep(0.04)
+        time.sleep(0.08)
         index = torch.arange(self.shape[1]).expand(*input_ids.shape, *self.shape).int()
         return HashTable(index, torch.ones(index.shape), torch.ones(index.shape))
 
@@ -75,34 +95,31 @@ def served():
 
 
 def batches(count):
-    return [
-        {"input_ids": torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(n))} for n in range(count)
-    ]
+    random = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, 128, (2, 12), generator=random)} for _ in range(count)]
 
 
 def test_a_predictor_that_keeps_the_model_waiting_is_left_out_and_the_outputs_are_the_same(served):
-    given = batches(12)
+    given = batches(24)
     expected = [output.logits for output in sida_ext.stream(served, given)]
-    layers = len(served.sida.header.layers)
-    slow = Slow(served.sida.header.num_experts, layers, 2)
+    slow = Slow(len(served.sida.header.layers), 2)
     found = [output.logits for output in sida_ext.stream(served, given, slow, drift=False)]
     assert all(map(torch.equal, found, expected))
-    assert not served.sida.stats().announcing.worth
-    assert slow.asked < 12
+    assert served.sida.stats().announcing.worth == "resting"
+    assert slow.asked < 16
     again = slow.asked
     found = [output.logits for output in sida_ext.stream(served, given, slow, drift=False)]
     assert all(map(torch.equal, found, expected))
     assert slow.asked == again, "it rests from stream to stream"
     for _ in sida_ext.stream(served, given, slow, drift=False, waste_cost=0):
         pass
-    assert slow.asked == again + 12, "not judged"
+    assert slow.asked == again + 24, "not judged"
 
 
 def test_prompts_of_generate_are_judged_too(served):
-    slow = Slow(served.sida.header.num_experts, len(served.sida.header.layers), 2)
-    served.sida.predictor = slow
+    served.sida.predictor = slow = Slow(len(served.sida.header.layers), 2)
     with torch.no_grad():
-        for batch in batches(6):
+        for batch in batches(12):
             served(**batch)
-    assert slow.asked == 2
-    assert not served.sida.stats().announcing.worth
+    assert slow.asked == TRIED
+    assert served.sida.stats().announcing.worth == "resting"
