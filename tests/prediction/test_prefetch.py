@@ -159,6 +159,7 @@ class Reported:
 @pytest.mark.parametrize("routing", ["router", "confident"])
 def test_drift_in_a_stream_is_warned_of_once_and_names_the_command(folder, routing):
     def run(right, count=110, **arguments):
+        arguments["waste_cost"] = 0.0  # this predictor is the model, and takes its time: judged, it would rest
         predictor = Reported(folder, right)
         model = sida_ext.from_pretrained(
             folder, expert_memory="100%", routing=routing, confidence=2.0, predictor=predictor
