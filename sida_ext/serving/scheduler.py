@@ -104,6 +104,7 @@ class Scheduler:
         self._began = 0.0  # when the first of the rows that run, or ran last, was admitted
         self._ended: set[int] = set()  # requests whose rows have ended since others were last admitted
         self._until: float | None = None  # so long others may follow those
+        self._waited: set[int] = set()  # requests that waited when those had ended
         self._boundary = float("-inf")  # when the last step was asked for
 
     @property
@@ -188,8 +189,13 @@ class Scheduler:
             return None
         if self._until is None:
             self._until = now + min(self.limits.gather, GATHERING * (now - self._began))
-        come = {item.request for item in self._waiting.values()}
-        return self._until if now < self._until and len(come) < len(self._ended) else None
+            self._waited = {item.request for item in self._waiting.values()}
+        if now >= self._until or len(self._waiting) >= self.limits.rows:
+            return None
+        # Whoever waits already would run while the others come back, and these would wait for him in turn: two halves
+        # would take turns for good, where all of them are computed in little more time than one half.
+        come = {item.request for item in self._waiting.values()} - self._waited
+        return self._until if len(come) < len(self._ended) else None
 
     def _admit(self, held: Experts) -> list[int]:
         admitted: list[int] = []

@@ -154,6 +154,30 @@ def test_a_row_is_held_for_a_part_of_the_time_of_the_batch_before_and_never_beyo
     assert scheduler.next_step(100.021).join == [10]
 
 
+def test_clients_whose_rows_waited_meanwhile_are_joined_by_those_that_come_back():
+    """Else two halves of the clients would take turns for good."""
+    scheduler = Scheduler(Limits(rows=8))
+    scheduler.submit([item(number) for number in range(4)])
+    assert len(scheduler.next_step(0.0).join) == 4
+    scheduler.submit([item(number) for number in range(10, 14)])  # while those are computed
+    for number in range(4):
+        scheduler.leave(number)
+    held = scheduler.next_step(0.1)
+    assert held.empty
+    assert held.until == pytest.approx(0.13)
+    scheduler.submit([item(number) for number in range(20, 23)])
+    assert scheduler.next_step(0.11).empty
+    scheduler.submit([item(23)])
+    assert scheduler.next_step(0.12).join == [10, 11, 12, 13, 20, 21, 22, 23]
+    # As many wait as may run: nobody is held.
+    for number in (10, 11):
+        scheduler.leave(number)
+    scheduler.submit([item(number) for number in range(30, 40)])
+    for number in (12, 13, 20, 21, 22, 23):
+        scheduler.leave(number)
+    assert len(scheduler.next_step(0.2).join) == 8
+
+
 def test_a_row_that_comes_long_after_a_batch_is_not_held():
     scheduler = Scheduler(Limits())
     ended(scheduler, 3, 0.1)

@@ -41,6 +41,11 @@ sida_mutation("a prefetch evicts what is used sooner" experts/residency.cpp
               [=[if (const auto first = evictable_.first()) slot = evict(*first);]=])
 sida_mutation("a prefetch does not wait for a better victim" experts/residency.cpp
               [=[if (later > use || (!near && later == use && frequency < experts_[*victim].frequency)) return std::nullopt;]=] [=[]=])
+sida_mutation("far layers are read early too" experts/residency.cpp
+              [=[if (near && (use == never || early_prefetch_)) return victim;]=]
+              [=[if ((near && use == never) || early_prefetch_) return victim;]=])
+sida_mutation("nothing is read early" experts/residency.cpp
+              [=[(use == never || early_prefetch_)]=] [=[(use == never)]=])
 sida_mutation("the near layers are one too many" experts/residency.cpp
               [=[if (left <= ahead) return left == 0 ? 0 : use_time(number, batch.passed + static_cast<size_t>(left) - 1);]=]
               [=[if (left <= ahead) return use_time(number, batch.passed + static_cast<size_t>(left));]=])
