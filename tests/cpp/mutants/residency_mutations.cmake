@@ -45,7 +45,7 @@ sida_mutation("far layers are read early too" experts/residency.cpp
               [=[if (near && (use == never || early_prefetch_)) return victim;]=]
               [=[if ((near && use == never) || early_prefetch_) return victim;]=])
 sida_mutation("nothing is read early" experts/residency.cpp
-              [=[(use == never || early_prefetch_)]=] [=[(use == never)]=])
+              [=[early_prefetch_ = early;]=] [=[early_prefetch_ = false;]=])
 sida_mutation("the near layers are one too many" experts/residency.cpp
               [=[if (left <= ahead) return left == 0 ? 0 : use_time(number, batch.passed + static_cast<size_t>(left) - 1);]=]
               [=[if (left <= ahead) return use_time(number, batch.passed + static_cast<size_t>(left));]=])
