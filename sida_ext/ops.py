@@ -59,7 +59,7 @@ for _name in __all__:
 
 
 def _is_recorded(*arguments: Any, **keywords: Any) -> bool:
-    """Whether autograd would record a call. A loop: this is asked at every call, and `any` takes twice as long."""
+    """Whether autograd would record a call. A loop: this is asked at every call, and ``any`` takes twice as long."""
     for value in (*arguments, *keywords.values()):  # noqa: SIM110
         if isinstance(value, Tensor) and value.requires_grad:
             return True

@@ -29,10 +29,10 @@ import transformers
 import sida_ext
 from bench.causal.tiny_families import tiny_model
 from sida_ext import _C
-from sida_ext.models.cache_names import cache_argument, cache_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.models.router_lookahead import LayerAhead
 from sida_ext.models.seam import SeamFamily
+from sida_ext.prediction.cache_names import cache_argument, cache_of
 from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
 from sida_ext.prediction.router_asking import find_routers
 from sida_ext.prediction.router_lookahead import most_wanted, within_room

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 import sida_ext
 from examples.running_text import DOMAINS, load_documents, token_stream
 from sida_ext import _C
-from sida_ext.models.cache_names import cache_argument, cache_of
+from sida_ext.prediction.cache_names import cache_argument, cache_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "demo_language_model"

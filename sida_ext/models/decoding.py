@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from sida_ext.errors import PredictorError
 from sida_ext.experts.runtime import Runtime
-from sida_ext.models.cache_names import cache_of
 from sida_ext.models.guards import BoundMethod
+from sida_ext.prediction.cache_names import cache_of
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import check_table, is_decoder_predictor
 

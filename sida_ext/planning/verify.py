@@ -13,7 +13,6 @@ from typing import Any
 
 from sida_ext.experts.budget import parse_memory
 from sida_ext.experts.folders import default_cache
-from sida_ext.models.cache_names import cache_argument, cache_of
 from sida_ext.planning.capacity import experts_bytes
 from sida_ext.planning.counting import ModelFacts, count_experts
 from sida_ext.planning.headers import read_headers
@@ -21,6 +20,7 @@ from sida_ext.planning.layer_time import measure_layer
 from sida_ext.planning.rates import Rates, measured_rates
 from sida_ext.planning.routing import Batches, Recorded, Tokens
 from sida_ext.planning.speed import decode_speed, prompt_speed
+from sida_ext.prediction.cache_names import cache_argument, cache_of
 
 __all__ = ["Verified", "verify"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutput
 
-from sida_ext.models.cache_names import cache_argument, cache_of
+from sida_ext.prediction.cache_names import cache_argument, cache_of
 from sida_ext.serving.attention import SwitchedAttention
 from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact, attention_joins

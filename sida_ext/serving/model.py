@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sida_ext.experts.runtime import Runtime
-from sida_ext.models.cache_names import cache_argument, cache_of
+from sida_ext.prediction.cache_names import cache_argument, cache_of
 from sida_ext.serving.joined import JoinedModel, Row, joins
 from sida_ext.serving.joined_encoder import JoinedEncoder, batches, packed_batches, spare_tokens
 from sida_ext.serving.shared import share_rows

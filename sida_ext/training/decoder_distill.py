@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sida_ext.models.cache_names import cache_argument
+from sida_ext.prediction.cache_names import cache_argument
 from sida_ext.prediction.decoder_predictor import RecurrentPredictor, TokenTableDecoder
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.token_table import TokenTablePredictor

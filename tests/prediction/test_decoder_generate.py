@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import sida_ext
 from sida_ext import _C, DecoderPredictor, HashPredictor
-from sida_ext.models.cache_names import cache_of
 from sida_ext.models.decoding import DecoderSteps, PredictedCache
+from sida_ext.prediction.cache_names import cache_of
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import load_predictor
 from tests.support.decoders import EXPERTS, GENERATE, LAYERS, Random, cached, generate, inputs, recurrent, swap

@@ -8,7 +8,7 @@ from transformers import SwitchTransformersForConditionalGeneration
 
 import sida_ext
 from sida_ext.cli import read_pairs
-from sida_ext.models.cache_names import cache_argument
+from sida_ext.prediction.cache_names import cache_argument
 from sida_ext.prediction.moe_facts import stack_facts
 from sida_ext.prediction.protocol import RecurrentPredictor, TokenTableDecoder, load_predictor
 from sida_ext.training import decoder_distill

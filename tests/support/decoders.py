@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 import sida_ext
-from sida_ext.models.cache_names import cache_argument
+from sida_ext.prediction.cache_names import cache_argument
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.protocol import RecurrentPredictor
 

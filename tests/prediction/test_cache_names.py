@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from sida_ext.models.cache_names import NAMES, cache_argument, cache_of
+from sida_ext.prediction.cache_names import NAMES, cache_argument, cache_of
 from tests.support.families import tiny_model
 
 
