@@ -36,6 +36,7 @@ class _Standing:
         self.hidden: Tensor | None = None  # what the layer under way reads
         self.began: float | None = None  # when the layer before began, in this forward
         self.named: dict[tuple[str, int], list[int]] = {}  # (layer, distance) -> experts
+        self.asking: float | None = None  # seconds that asking took at the layer before; None: nobody was asked
         self.step: StepOdds | None = None  # what is known of the step under way, where one was predicted
 
     def retire(self) -> None:
@@ -47,7 +48,7 @@ class _Standing:
         """A forward is over, or has failed."""
         self.retire()
         self.named.clear()
-        self.began = self.step = self.hidden = None
+        self.began = self.step = self.hidden = self.asking = None
 
     def __del__(self) -> None:
         # A thread that ended between two layers: its forward raised.
@@ -157,7 +158,12 @@ class LayerAhead:
             return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before
+        if passed is not None and standing.step is None:
+            state.took(passed, expert_index.shape[0], standing.asking)
+        standing.asking = None
         level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))
+        if standing.step is None and not state.may_ask():
+            level = 0
         if not level and not standing.named:
             return
         chosen = most_wanted(expert_index, None, runtime.header.num_experts)
@@ -167,6 +173,7 @@ class LayerAhead:
         room = runtime.slots - len(chosen)
         if not level or room <= 0:
             return
+        asked = state.now()
         wanted = []
         for distance, target in enumerate(self.targets[:level], 1):
             experts = self._named(target, distance, hidden, standing.step)
@@ -179,6 +186,7 @@ class LayerAhead:
         state.announced(sum(len(experts) for _, experts in kept))
         if kept:
             standing.number = runtime.announce(dict(kept), begin=False)
+        standing.asking = state.now() - asked
 
     def _named(self, target: Target, distance: int, hidden: Tensor | None, step: StepOdds | None) -> list[int] | None:
         """Experts of a layer ahead, most wanted first; None: nobody knows."""
@@ -218,9 +226,9 @@ def attach_lookahead(
         level = logging.INFO if lookahead.prompts_only else logging.WARNING
         logger.log(level, "RouterLookahead does not ask %d of %d routers: %s", len(obstacles), len(layers), what)
     record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
-    state = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked=obstacles)
-    shared = _Shared(runtime, state)
     ran = list(dict.fromkeys(order))
+    state = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, obstacles, len(ran))
+    shared = _Shared(runtime, state)
     for at, name in enumerate(ran):
         if name not in found:
             continue
@@ -251,7 +259,7 @@ def attach_steps(runtime: Runtime, layers: list[ServedLayer]) -> Any:
         if runtime.ahead is None:
             lookahead = RouterLookahead(len(layers))
             record, lanes = runtime.header.record_bytes, runtime.read_plan.lanes
-            runtime.ahead = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, not_asked={})
+            runtime.ahead = LookaheadState(lookahead, record, lanes, runtime.pace, time.monotonic, {}, len(layers))
         shared = next((layer.ahead.shared for layer in layers if layer.ahead is not None), None)
         shared = shared or _Shared(runtime, runtime.ahead)
         for at, layer in enumerate(layers):

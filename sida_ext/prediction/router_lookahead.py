@@ -20,6 +20,7 @@ from torch import Tensor
 from sida_ext.prediction.lookahead_guard import GuardOptions, LookaheadGuard
 from sida_ext.prediction.pace import Pace
 from sida_ext.prediction.prefetch import WASTE_COST
+from sida_ext.prediction.worth import TRIED, PredictionWorth
 
 __all__ = [
     "LookaheadState",
@@ -167,6 +168,8 @@ class LookaheadStats:
         depth: the most layers ahead.
         level: layers ahead that are announced now; 0: the guard has stopped it.
         state: of the guard: "open", "resting" or "probing".
+        worth: whether asking saves more time than it takes: "on"; "without" and "again" while that is tried without,
+            and with it again; "resting": it did not, and no router is asked.
         slowness: what a read takes, over what a layer computes; 0 while too little was read.
         useful_share: bytes that were wanted among the latest that were read ahead; None while too few were judged.
         asked: layers at which routers were asked.
@@ -180,6 +183,7 @@ class LookaheadStats:
     depth: int
     level: int
     state: str
+    worth: str
     slowness: float
     useful_share: float | None
     asked: int
@@ -200,6 +204,7 @@ class LookaheadState:
             reads, seconds of stalls), since any beginning.
         now: seconds.
         not_asked: layer's name -> why its router is not asked.
+        layers: of the model: how many are compared when it is tried without.
     """
 
     def __init__(
@@ -210,7 +215,10 @@ class LookaheadState:
         counts: Callable[[], tuple[int, int, int, float, float]],
         now: Callable[[], float],
         not_asked: Mapping[str, str],
+        layers: int = 1,
     ) -> None:
+        options = lookahead.guard
+        self._worth = PredictionWorth(options.loss, options.rest, options.longest_rest, TRIED * layers)
         self.guard = LookaheadGuard(lookahead.depth, record_bytes, lookahead.guard)
         self.pace = Pace(lanes)
         self.not_asked = dict(not_asked)
@@ -236,6 +244,20 @@ class LookaheadState:
             self.pace.observe(loads, read, stall, passed)
             record = self._record_bytes
             return self.guard.observe(self.now(), useful * record, wasted * record, asked, self.pace.slowness)
+
+    def may_ask(self) -> bool:
+        """Whether asking is worth the time that it takes."""
+        with self._lock:
+            return self._worth.may(self.now())
+
+    def took(self, seconds: float, tokens: int, asking: float | None) -> None:
+        """From one layer's beginning to the next one's.
+
+        Args:
+            asking: seconds of them in which routers were asked; None: none was.
+        """
+        with self._lock:
+            self._worth.observe(self.now(), seconds, tokens, asking)
 
     @property
     def least(self) -> float:
@@ -280,6 +302,7 @@ class LookaheadState:
                 guard.depth,
                 guard.level,
                 guard.state,
+                self._worth.state,
                 self.pace.slowness,
                 guard.share,
                 self._asked,

@@ -16,7 +16,7 @@ __all__ = ["PredictionWorth"]
 
 ENOUGH = 0.05  # seconds of predictions, before anything is tried
 SLIGHT = 0.01  # of the batches' time: predictions that take less are never in question
-TRIED = 4  # batches of a trial
+TRIED = 4  # batches of a trial, by default
 AGAIN = 50.0  # after a trial nothing is tried for that many times its time
 
 
@@ -44,13 +44,14 @@ class PredictionWorth:
         rest: seconds of the first rest at least; it doubles from one to the next, and begins anew after an attempt that
             was worth it.
         longest_rest: seconds.
+        tried: batches of a trial.
 
     Attributes:
         state: "on", "without" (trying), "resting" or "again" (trying).
     """
 
-    def __init__(self, loss: float = 0.02, rest: float = 10.0, longest_rest: float = 300.0) -> None:
-        self._loss, self._least, self._longest = loss, rest, longest_rest
+    def __init__(self, loss: float = 0.02, rest: float = 10.0, longest_rest: float = 300.0, tried: int = TRIED) -> None:
+        self._loss, self._least, self._longest, self._tried = loss, rest, longest_rest, tried
         self._rest = rest
         self.state = "on"
         self._on, self._off = _Sum(), _Sum()
@@ -76,20 +77,20 @@ class PredictionWorth:
         if predicting is None:
             if self.state in ("without", "resting"):
                 self._off.add(seconds, 0.0, tokens)
-            if self.state == "without" and self._off.batches >= TRIED:
+            if self.state == "without" and self._off.batches >= self._tried:
                 self._decide(now)
             return
         if self.state == "resting":
             return  # predicted before the rest
         if self.state != "without":
             self._on.add(seconds, predicting, tokens)
-        tried = self._on.predicting >= ENOUGH and self._on.batches >= TRIED
+        tried = self._on.predicting >= ENOUGH and self._on.batches >= self._tried
         if self.state == "again" and tried:
             self._decide(now)
         elif self.state == "on" and tried:
             if self._on.predicting > SLIGHT * self._on.seconds and now >= self._until:
                 self.state, self._off = "without", _Sum()
-            elif self._on.batches >= 64:
+            elif self._on.batches >= 16 * self._tried:
                 self._on = _Sum()  # of late, not of ever
 
     def _decide(self, now: float) -> None:

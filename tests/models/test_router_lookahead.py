@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import threading
+import time
 import weakref
 
 import pytest
@@ -369,3 +370,25 @@ def test_an_announcement_can_leave_the_first_reads_to_the_demand(models):
         copies = [event.name for event in runtime.take_trace() if event.kind == "copy"]
         assert copies[0] == f"{layers[0].name} expert 5"
         assert not copies[0].startswith(layers[1].name)
+
+
+def test_asking_that_takes_longer_than_it_saves_rests_and_changes_no_bit(models, monkeypatch):
+    """The guard of bytes would let it go on: what is read ahead is right."""
+    model = models("olmoe")
+    plain = swapped(model, read_ahead=False)
+    with plain.sida, torch.no_grad():
+        expected = [plain(input_ids=tokens(seed=seed)).logits for seed in range(30)]
+    ask, asked = AskedRouter.ask, []
+
+    def slow(self, *arguments):
+        asked.append(time.monotonic())
+        time.sleep(0.01)
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(AskedRouter, "ask", slow)
+    served = swapped(model, sida_ext.RouterLookahead(guard=GuardOptions(waste_cost=0.0, idle=10**9)))
+    with served.sida, torch.no_grad():
+        found = [served(input_ids=tokens(seed=seed)).logits for seed in range(30)]
+        assert served.sida.stats().lookahead.worth == "resting"
+    assert_same_bits(found, expected)
+    assert len(asked) < 20
