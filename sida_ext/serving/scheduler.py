@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 __all__ = ["Item", "Limits", "QueueFullError", "Scheduler", "Step"]
 
 # Of the time that a batch of rows took, the part that the next one is held for at the longest.
-GATHERING = 0.3
+GATHERING = 0.5
+# Batches that are not held in a row at the most, after others did not come back in time.
+LONGEST_PASS = 63
 
 Experts = frozenset[tuple[int, int]]  # (MoE layer, expert)
 
@@ -105,6 +107,7 @@ class Scheduler:
         self._ended: set[int] = set()  # requests whose rows have ended since others were last admitted
         self._until: float | None = None  # so long others may follow those
         self._waited: set[int] = set()  # requests that waited when those had ended
+        self._in_vain = self._pass = 0  # batches that will not be held after the next hold in vain, and now
         self._boundary = float("-inf")  # when the last step was asked for
 
     @property
@@ -171,6 +174,7 @@ class Scheduler:
         joined = self._admit(held)
         if joined:
             self._ended.clear()
+            self._until = None  # of those that end next
         return Step(expired, joined, rows)
 
     def _gathers(self, now: float) -> bool:
@@ -188,14 +192,24 @@ class Scheduler:
             self._until = None
             return None
         if self._until is None:
-            self._until = now + min(self.limits.gather, GATHERING * (now - self._began))
+            longest = 0.0 if self._pass else min(self.limits.gather, GATHERING * (now - self._began))
+            self._pass = max(self._pass - 1, 0)
+            self._until = now + longest
             self._waited = {item.request for item in self._waiting.values()}
-        if now >= self._until or len(self._waiting) >= self.limits.rows:
-            return None
+            if not longest:
+                return None
         # Whoever waits already would run while the others come back, and these would wait for him in turn: two halves
         # would take turns for good, where all of them are computed in little more time than one half.
-        come = {item.request for item in self._waiting.values()} - self._waited
-        return self._until if len(come) < len(self._ended) else None
+        come = len({item.request for item in self._waiting.values()} - self._waited)
+        if come >= len(self._ended) or len(self._waiting) >= self.limits.rows:
+            self._in_vain = 0
+            return None
+        if now < self._until:
+            return self._until
+        if self._waiting and 2 * come < len(self._ended):  # they were no clients that ask again at once
+            self._in_vain = min(2 * self._in_vain + 1, LONGEST_PASS)
+            self._pass = self._in_vain
+        return None
 
     def _admit(self, held: Experts) -> list[int]:
         admitted: list[int] = []

@@ -135,7 +135,7 @@ def test_the_first_that_comes_after_a_batch_is_held_until_as_many_have_come():
         scheduler.submit([item(number)])
         step = scheduler.next_step(0.11)
         assert step.empty
-        assert step.until == pytest.approx(0.13)  # 0.3 of the 0.1 s that the batch took
+        assert step.until == pytest.approx(0.15)  # half of the 0.1 s that the batch took
     scheduler.submit([item(12)])
     assert scheduler.next_step(0.12).join == [10, 11, 12]
     assert scheduler.next_step(0.12).rows == [10, 11, 12]
@@ -145,8 +145,8 @@ def test_a_row_is_held_for_a_part_of_the_time_of_the_batch_before_and_never_beyo
     scheduler = Scheduler(Limits())
     ended(scheduler, 3, 0.1)
     scheduler.submit([item(10)])
-    assert scheduler.next_step(0.1299).empty
-    assert scheduler.next_step(0.1301).join == [10]
+    assert scheduler.next_step(0.1499).empty
+    assert scheduler.next_step(0.1501).join == [10]
     scheduler = Scheduler(Limits(gather=0.02))
     ended(scheduler, 3, 100.0)
     scheduler.submit([item(10)])
@@ -164,18 +164,46 @@ def test_clients_whose_rows_waited_meanwhile_are_joined_by_those_that_come_back(
         scheduler.leave(number)
     held = scheduler.next_step(0.1)
     assert held.empty
-    assert held.until == pytest.approx(0.13)
+    assert held.until == pytest.approx(0.15)
     scheduler.submit([item(number) for number in range(20, 23)])
     assert scheduler.next_step(0.11).empty
     scheduler.submit([item(23)])
     assert scheduler.next_step(0.12).join == [10, 11, 12, 13, 20, 21, 22, 23]
+    # And so after every batch.
+    for number in (10, 11, 12, 13, 20, 21, 22, 23):
+        scheduler.leave(number)
+    scheduler.submit([item(number) for number in range(30, 34)])
+    held = scheduler.next_step(0.22)
+    assert held.empty
+    assert held.until == pytest.approx(0.27)
     # As many wait as may run: nobody is held.
-    for number in (10, 11):
-        scheduler.leave(number)
-    scheduler.submit([item(number) for number in range(30, 40)])
-    for number in (12, 13, 20, 21, 22, 23):
-        scheduler.leave(number)
-    assert len(scheduler.next_step(0.2).join) == 8
+    scheduler.submit([item(number) for number in range(40, 46)])
+    assert len(scheduler.next_step(0.23).join) == 8
+
+
+def test_nobody_is_held_for_those_that_do_not_come_back():
+    """Holds in vain are left out, ever more of them, until others come back in time again."""
+    scheduler = Scheduler(Limits(rows=8))
+    now, number, held = 0.0, 0, ""
+    for batch in range(40):
+        scheduler.submit([item(number + place) for place in range(4)])
+        step = scheduler.next_step(now)
+        if step.empty:
+            now = step.until
+            assert scheduler.next_step(now).join
+            held += "1"
+        else:
+            held += "0" if batch else ""
+        for place in range(4):
+            scheduler.leave(number + place)
+        number, now = number + 4, now + 0.1
+        scheduler.submit([item(10_000 + number)])  # one of four
+        step = scheduler.next_step(now)
+        if step.empty and step.until is not None:
+            now = step.until
+            scheduler.next_step(now)
+        scheduler.leave(10_000 + number)
+    assert held.count("1") <= 8
 
 
 def test_a_row_that_comes_long_after_a_batch_is_not_held():
