@@ -86,7 +86,10 @@ class PredictionWorth:
             self._on.add(seconds, predicting, tokens)
         tried = self._on.predicting >= ENOUGH and self._on.batches >= self._tried
         if self.state == "again" and tried:
-            self._decide(now)
+            if self._off.batches >= self._tried:
+                self._decide(now)
+            else:  # hardly anything ran during the rest: there is nothing to compare with
+                self.state = "without"
         elif self.state == "on" and tried:
             if self._on.predicting > SLIGHT * self._on.seconds and now >= self._until:
                 self.state, self._off = "without", _Sum()

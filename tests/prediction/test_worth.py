@@ -67,6 +67,15 @@ def test_what_becomes_worth_it_is_found_out():
     assert clocked.run(600).endswith("1" * 100)
 
 
+def test_after_a_rest_in_which_nothing_ran_it_is_compared_anew():
+    clocked = Clocked(on=2.0, off=1.0)
+    assert clocked.run(2 * TRIED) == "1" * TRIED + "0" * TRIED
+    clocked.now += 1000.0
+    clocked.on = 0.5
+    assert clocked.run(2 * TRIED) == "1" * TRIED + "0" * TRIED
+    assert clocked.run(20) == "1" * 20
+
+
 def test_nothing_is_tried_before_some_time_was_spent():
     clocked = Clocked(on=0.002, off=0.001, predicting=0.001)
     assert clocked.run(int(ENOUGH / 0.001) - 1).count("0") == 0
