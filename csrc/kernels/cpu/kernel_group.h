@@ -66,8 +66,9 @@ struct GroupedRows {
   using T = Tile<S, DType::f32, R, N>;
   using F = typename S::F;
 
-  // A Simd may have a shorter way to a weight's value, `unfold_units`, for scales that are not extreme.
-  static constexpr bool has_units = requires(F scale) { S::template units<dtype>(scale); };
+  // A Simd may have a shorter way to a weight's value, `unfold_units`, for scales that are not extreme. A single row,
+  // one of the last few, goes the other way.
+  static constexpr bool has_units = R > 1 && requires(F scale) { S::template units<dtype>(scale); };
   static constexpr int64_t segment_groups = S::segment / group_columns;
 
   // The scales of a segment, converted once: in a group's own turn one would cost as much as its weights.

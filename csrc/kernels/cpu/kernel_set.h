@@ -189,15 +189,16 @@ struct KernelSet {
           const int64_t groups = columns / group_columns;
           const float* const x = args.x.data + token * width + begin * N;
           float* const out = args.sums + token * args.sums_stride + row;
-          if (GroupedRows<S, dtype, R, N>::run_segment(
-                  segment, args.row_bytes, its_scales, args.scale_row_bytes, groups, x,
-                  i == 0 && next != nullptr ? next + R * before * G::bytes : nullptr, out, args.sums_stride,
-                  begin == 0)) {
-            continue;
+          using Rows = GroupedRows<S, dtype, R, N>;
+          [[maybe_unused]] const bool done = Rows::run_segment(
+              segment, args.row_bytes, its_scales, args.scale_row_bytes, groups, x,
+              i == 0 && next != nullptr ? next + R * before * G::bytes : nullptr, out, args.sums_stride, begin == 0);
+          if constexpr (Rows::has_units) {
+            if (done) continue;
+            unfold_rows<S, dtype>(segment, args.row_bytes, its_scales, args.scale_row_bytes, R, groups, args.unfolded);
+            Tile<S, DType::f32, R, N>::run_segment(reinterpret_cast<const char*>(args.unfolded), columns * 4, columns,
+                                                   x, nullptr, 0, out, args.sums_stride, begin == 0);
           }
-          unfold_rows<S, dtype>(segment, args.row_bytes, its_scales, args.scale_row_bytes, R, groups, args.unfolded);
-          Tile<S, DType::f32, R, N>::run_segment(reinterpret_cast<const char*>(args.unfolded), columns * 4, columns, x,
-                                                 nullptr, 0, out, args.sums_stride, begin == 0);
         }
       });
     }
