@@ -170,7 +170,8 @@ SIDA_TEST(an_early_prefetch_waits_for_no_better_victim) {
   Driver driver(2, 8, Eviction::next_use, 1);
   driver.serve(0, {0});
   driver.serve(1, {1});
-  // As above: with early prefetches 1.1, which is used latest, goes for the next layer's 2.2 while 0.0 is computed from.
+  // As above: with early prefetches 1.1, which is used latest, goes for the next layer's 2.2 while 0.0 is computed
+  // from.
   const BatchId batch = driver.residency.announce({{{0, {0}}, {2, {2}}, {1, {1}}}});
   const DemandId first = driver.demand(0, {0}, batch);
   const Wave wave = driver.residency.take_ready(first);
