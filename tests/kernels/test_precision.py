@@ -111,7 +111,8 @@ def stated_bound(arguments: dict, activation: str, stored: torch.dtype | str) ->
         hidden_error = (moved - hidden).abs().max(0).values * 1.01 + 1e-6 * hidden.abs()
         out[token] = gate * (wo[slot] @ hidden)
         allowed[token] = abs(gate) * fast_error(wo[slot], hidden, hidden_error, stored)
-    ulp = out.abs() * torch.finfo(arguments["x"].dtype).eps
+    info = torch.finfo(arguments["x"].dtype)
+    ulp = out.abs().clamp(min=info.smallest_normal) * info.eps  # denormals stand as far apart as the smallest others
     return out, allowed + ulp + 1e-30
 
 
