@@ -224,15 +224,14 @@ def test_an_error_in_mid_generation_reaches_only_its_own_request(tmp_path, strea
             return step(rows, tokens)
 
         doomed: list[object] = []
-        start = model.start
+        start_all = model.start_all
 
-        def started(ids, new):
-            logits, row = start(ids, new)
-            if ids[0] == 66:
-                doomed.append(row)
-            return logits, row
+        def started(prompts, new):  # together or one by one, as they come
+            rows = start_all(prompts, new)
+            doomed.extend(row for ids, (_, row) in zip(prompts, rows, strict=True) if ids[0] == 66)
+            return rows
 
-        model.step, model.start = failing, started
+        model.step, model.start_all = failing, started
         found = {}
 
         def ask(prompt: int) -> None:
