@@ -130,7 +130,7 @@ def render(record: dict[str, Any]) -> str:
         "not in this table was not run.",
         "",
         "torch 2.10 is the first whose stable ABI has what the extension uses; an older one is refused at import. One "
-        "build serves all: what is tested here beside each release is the same file.",
+        "build serves all: the extension is not made again for a release.",
         "",
         "Switch Transformers need transformers 5.18 or later, which pyproject.toml asks for; with an older one they "
         "are refused by its name. What the model's own layer does:",
