@@ -51,16 +51,19 @@ void attention(const AttentionArgs& args, const ParallelFor& parallel) {
   const int64_t tasks = args.sequences * args.heads;
   if (tasks == 0 || args.value_dim == 0) return;
   const AttentionKernels& kernels = chosen();
-  int64_t scores = 0, longest = 0;
+  int64_t scores = 0, longest = 0, turned = 0;
   for (int64_t b = 0; b < args.sequences; ++b) {
     const AttentionSpan& span = args.spans[b];
     const int64_t count = span.last - span.first;
     scores += count * (span.last_query - span.first_query);
     longest = std::max(longest, count);
+    if (turns_keys(span, kernels.together)) turned = std::max(turned, count);
   }
   const bool serial = scores * args.heads * (args.dim + args.value_dim) <= serial_work;
   const int64_t workers = serial ? 1 : std::min<int64_t>(std::max(parallel.threads, 1), tasks);
-  const int64_t floats = round_up(round_up(args.dim, kernels.lanes) + round_up(longest, kernels.lanes), cache_line / 4);
+  const auto padded = [&](int64_t count) { return round_up(count, kernels.lanes); };
+  const int64_t floats = round_up(
+      kernels.together * (padded(args.dim) + padded(longest)) + padded(args.dim) * padded(turned), cache_line / 4);
   ScopedScratch scratch;
   Call call{args,
             args.dtype == DType::f32    ? kernels.f32

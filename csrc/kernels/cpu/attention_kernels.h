@@ -7,11 +7,22 @@
 
 namespace sida::cpu {
 
-// Computes one head of one sequence; `memory`: fp32, `dim` and the span's keys, each rounded up to the lanes.
+// Of the keys of a prompt that are turned at the most: they are fp32, for each thread.
+inline constexpr int64_t most_turned = 1024;
+
+// Whether a sequence has so many queries that its keys are turned first, so that a vector holds one dimension of many
+// keys. Its results are the same.
+static inline bool turns_keys(const AttentionSpan& span, int64_t together) {
+  return span.last_query - span.first_query >= together && span.last - span.first <= most_turned;
+}
+
+// Computes one head of one sequence; `memory`: fp32, `together` times (`dim` and the span's keys), and where they are
+// turned `dim` times the keys, each rounded up to the lanes.
 using AttendHead = void (*)(const AttentionArgs& args, int64_t sequence, int64_t head, float* memory);
 
 struct AttentionKernels {
   int64_t lanes;
+  int64_t together;  // queries
   AttendHead f32, bf16, f16;
 };
 

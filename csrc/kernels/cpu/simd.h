@@ -60,7 +60,7 @@ template <class S>
 
 template <class S>
 [[gnu::always_inline]] static inline typename S::F broadcast(float value) {
-  return typename S::F{} + value;
+  return value - typename S::F{};  // 0 + value would be an addition: it is not -0 for -0
 }
 
 template <class To, class From>
@@ -73,8 +73,12 @@ template <class To, class From>
 template <class S>
 [[gnu::always_inline]] static inline typename S::F load_bf16(const void* from) {
   using T = typename S::Types;
-  const typename T::HalfWords half = *static_cast<const typename T::HalfWordsAnywhere*>(from);
-  return bits_as<typename S::F>(__builtin_convertvector(half, typename T::U) << 16);
+  if constexpr (requires { S::load_u16(from); }) {
+    return bits_as<typename S::F>(S::load_u16(from) << 16);
+  } else {
+    const typename T::HalfWords half = *static_cast<const typename T::HalfWordsAnywhere*>(from);
+    return bits_as<typename S::F>(__builtin_convertvector(half, typename T::U) << 16);
+  }
 }
 
 template <class S>

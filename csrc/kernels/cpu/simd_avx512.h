@@ -45,6 +45,10 @@ struct Simd : Simd512Shape {
   static Types::U load_u8(const void* from) {
     return bits_as<Types::U>(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
   }
+  // In one instruction, where the compiler takes five.
+  static Types::U load_u16(const void* from) {
+    return bits_as<Types::U>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+  }
   // A register holds all sixteen values of 4 bits: scaled, it is the table in which the weights are looked up.
   template <DType dtype>
   static void unfold_group(F (&weight)[2], const char* at, F scale) {
