@@ -2,8 +2,10 @@
 beside transformers' own batch of 16. ``python -m bench.serving.front
 [MODEL ...] [--requests N] [--shared] [--json FILE]``.
 
-All rows of one model are measured in one process, one after the other; clients run in a process of their own
-(:mod:`bench.serving.client`), so that what they cost is not counted as the server's.
+All rows of one model are measured by turns. Clients run in a process of their own (:mod:`bench.serving.client`), so that
+what they cost is not counted as the server's; direct calls and the library's batches in another
+(:mod:`bench.serving.direct`), as threads that have computed in the server's process would slow the server's down, and
+the other way round (docs/serving.md). What is measured computes alone.
 """
 
 from __future__ import annotations
@@ -15,19 +17,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-import sida_ext
+from bench.serving.direct import NEW_TOKENS, Direct
+from sida_ext.serving.command import load
 from sida_ext.serving.scheduler import Limits
-from tests.support.served import served_here
+from tests.support.served import serving
 
 ROOT = Path(__file__).parents[2]
-NEW_TOKENS = 32
 
 
 def corpus(count: int) -> list[str]:
@@ -53,115 +56,95 @@ def drive(port: int, path: str, bodies: Sequence[dict[str, Any]], clients: int) 
     return found["seconds"], found["latencies"], found["written"]
 
 
+def _over_library(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """How much faster than the library's batches, of rounds of (seconds of ours, of the library's) by turns."""
+    ratios = sorted(library / ours for ours, library in pairs)
+    return {"over_library": statistics.median(ratios), "over_library_from": ratios[0], "over_library_to": ratios[-1]}
+
+
+@contextmanager
+def _served(folder: str, shared: bool) -> Iterator[int]:
+    """The port behind which a model is served, as ``sida serve`` does it."""
+    served = load(folder, name="bench", context=None, rows=16, predictor=None, shared=shared, expert_memory="auto")
+    if served.generates:
+        served.ends = frozenset()  # every row writes as many tokens
+    with serving(served, Limits(queue=1024, shared=shared)) as server:
+        yield int(server.url.rsplit(":", 1)[1])
+
+
 def classifier(folder: str, requests: int, rounds: int, shared: bool) -> dict[str, Any]:
     """Classification: the front's cost at the median, and texts a second."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = sida_ext.from_pretrained(folder, expert_memory="auto")
-    # The library's batch is that of a model as it was loaded: --shared changes the one that is served.
-    untouched = sida_ext.from_pretrained(folder, expert_memory="auto") if shared else model
     texts = [text for text in corpus(4 * requests) if len(tokenizer(text)["input_ids"]) <= 64][:requests]
-    with served_here(model, tokenizer, name="bench", limits=Limits(queue=1024, shared=shared)) as server:
-        port = int(server.url.rsplit(":", 1)[1])
-        served = server.service.model
-        ids = [tokenizer(text)["input_ids"] for text in texts]
-        bodies = [{"input": text} for text in texts]
+    bodies = [{"input": text} for text in texts]
+    direct: list[float] = []
+    latencies: list[float] = []
+    pairs: list[tuple[float, float]] = []
+    alone = direct_cpu = http_cpu = 0.0
+    with Direct(folder, shared) as elsewhere, _served(folder, shared) as port:
         drive(port, "/classify", bodies[:32], 4)
-        direct: list[float] = []
-        latencies: list[float] = []
-        alone = direct_cpu = http_cpu = 0.0
-        for _ in range(rounds):  # by turns, so that what else the machine does meets both
+        for _ in range(rounds):  # by turns, so that what else the machine does meets all
+            seconds, cpu = elsewhere.ask("classify", texts)
+            direct += seconds
+            direct_cpu += cpu
             cpu = time.process_time()
-            for row in ids:
-                begin = time.perf_counter()
-                served.classify([row])
-                direct.append(time.perf_counter() - begin)
-            direct_cpu += time.process_time() - cpu
-            cpu = time.process_time()
-            seconds, found, _ = drive(port, "/classify", bodies, 1)
+            whole, found, _ = drive(port, "/classify", bodies, 1)
             http_cpu += time.process_time() - cpu
-            alone += seconds / rounds
+            alone += whole / rounds
             latencies += found
-        together = min(drive(port, "/classify", bodies, 16)[0] for _ in range(rounds))
-        library = float("inf")
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            for start in range(0, len(texts), 16):
-                batch = tokenizer(texts[start : start + 16], return_tensors="pt", padding=True)
-                with torch.no_grad():
-                    untouched(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            library = min(library, time.perf_counter() - begin)
+            together = drive(port, "/classify", bodies, 16)[0]
+            pairs.append((together, elsewhere.ask("library_classify", texts)))
+    ours, library = (statistics.median(part) for part in zip(*pairs, strict=True))
     return {
         "direct_ms": 1e3 * statistics.median(direct),
         "http_ms": 1e3 * statistics.median(latencies),
         "front_ms": 1e3 * (statistics.median(latencies) - statistics.median(direct)),
-        "front_cpu_ms": 1e3 * (http_cpu - direct_cpu) / len(latencies),  # mean, of this process alone
+        "front_cpu_ms": 1e3 * (http_cpu - direct_cpu) / len(latencies),  # mean, of the server's process alone
         "one_by_one_per_s": len(texts) / alone,
-        "clients_16_per_s": len(texts) / together,
+        "clients_16_per_s": len(texts) / ours,
         "library_16_per_s": len(texts) / library,
-        "over_one_by_one": alone / together,
-        "over_library": library / together,
+        "over_one_by_one": alone / ours,
+        **_over_library(pairs),
     }
-
-
-def _decode_alone(served: Any, ids: Sequence[int]) -> float:
-    """Seconds of one greedy answer without server: the prompt and every step, nothing else."""
-    begin = time.perf_counter()
-    logits, row = served.start(ids, NEW_TOKENS)
-    token = int(logits.argmax())
-    for _ in range(NEW_TOKENS - 1):
-        token = int(served.step([row], [token])[0].argmax())
-    served.drop(row)
-    return time.perf_counter() - begin
 
 
 def generator(folder: str, requests: int, rounds: int, shared: bool) -> dict[str, Any]:
     """Generation: tokens a second, and what the server adds to a step of the model's own."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = sida_ext.from_pretrained(folder, expert_memory="auto")
-    # The library's batch is that of a model as it was loaded: --shared changes the one that is served.
-    untouched = sida_ext.from_pretrained(folder, expert_memory="auto") if shared else model
     texts = [" ".join(text.split()[:12]) for text in corpus(requests)]
-    for each in (model, untouched):
-        each.generation_config.eos_token_id = None  # every row writes as many tokens
-    with served_here(model, tokenizer, name="bench", limits=Limits(queue=1024, shared=shared)) as server:
-        port = int(server.url.rsplit(":", 1)[1])
-        served = server.service.model
-        bodies = [{"prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0} for text in texts]
+    bodies = [{"prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0} for text in texts]
+    few = max(requests // 4, 4)
+    direct: list[float] = []
+    latencies: list[float] = []
+    pairs: list[tuple[float, float]] = []
+    alone, direct_cpu, http_cpu, tokens = 0.0, 0.0, 0.0, len(texts) * NEW_TOKENS
+    with Direct(folder, shared) as elsewhere, _served(folder, shared) as port:
         drive(port, "/v1/completions", bodies[:16], 16)
-        few = bodies[: max(requests // 4, 4)]
-        direct: list[float] = []
-        latencies: list[float] = []
-        alone, written, direct_cpu, http_cpu = 0.0, 0, 0.0, 0.0
         for _ in range(rounds):
+            seconds, cpu = elsewhere.ask("generate", texts[:few])
+            direct += seconds
+            direct_cpu += cpu
             cpu = time.process_time()
-            direct += [_decode_alone(served, tokenizer(body["prompt"])["input_ids"]) for body in few]
-            direct_cpu += time.process_time() - cpu
-            cpu = time.process_time()
-            seconds, found, tokens = drive(port, "/v1/completions", few, 1)
+            whole, found, written = drive(port, "/v1/completions", bodies[:few], 1)
             http_cpu += time.process_time() - cpu
-            alone, written = alone + seconds, written + tokens
+            alone += whole
             latencies += found
-        together, _, all_written = min(drive(port, "/v1/completions", bodies, 16) for _ in range(rounds))
-        library = float("inf")
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            for start in range(0, len(texts), 16):
-                batch = tokenizer(texts[start : start + 16], return_tensors="pt", padding=True)
-                ids, mask = batch["input_ids"], batch["attention_mask"]
-                untouched.generate(ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
-            library = min(library, time.perf_counter() - begin)
-    rate = {"one": written / alone, "sixteen": all_written / together, "library": len(texts) * NEW_TOKENS / library}
+            together, _, all_written = drive(port, "/v1/completions", bodies, 16)
+            if (written, all_written) != (few * NEW_TOKENS, tokens):
+                raise RuntimeError(f"{written} and {all_written} tokens, expected {few * NEW_TOKENS} and {tokens}")
+            pairs.append((together, elsewhere.ask("library_generate", texts)))
+    ours, library = (statistics.median(part) for part in zip(*pairs, strict=True))
+    one = rounds * few * NEW_TOKENS / alone
     step, over_http = (1e3 * statistics.median(part) / NEW_TOKENS for part in (direct, latencies))
     return {
         "direct_step_ms": step,
         "http_step_ms": over_http,
         "front_share_of_a_step": over_http / step - 1,
         "front_cpu_share_of_a_step": http_cpu / direct_cpu - 1,
-        "one_by_one_tokens_per_s": rate["one"],
-        "clients_16_tokens_per_s": rate["sixteen"],
-        "library_16_tokens_per_s": rate["library"],
-        "over_one_by_one": rate["sixteen"] / rate["one"],
-        "over_library": rate["sixteen"] / rate["library"],
+        "one_by_one_tokens_per_s": one,
+        "clients_16_tokens_per_s": tokens / ours,
+        "library_16_tokens_per_s": tokens / library,
+        "over_one_by_one": tokens / ours / one,
+        **_over_library(pairs),
     }
 
 

@@ -499,6 +499,8 @@ PYBIND11_MODULE(_C, m) {
       .def("take_trace", &take_trace)
       .def("close", &TransferEngine::close, WithoutLock());
 
+  m.def("release_threads", &release_threads, WithoutLock());
+
   py::class_<DiskRate>(m, "DiskRate")
       .def_readonly("bytes_per_second", &DiskRate::bytes_per_second)
       .def_readonly("direct", &DiskRate::direct);

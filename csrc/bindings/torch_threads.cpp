@@ -7,6 +7,11 @@
 
 #include "bindings/tensors.h"
 
+// Found where torch has loaded GNU's OpenMP runtime, null elsewhere.
+extern "C" [[gnu::weak]] int omp_pause_resource_all(int kind);
+// LLVM's runtime alone has this one. It keeps one set of threads for all, and pausing would end them for all.
+extern "C" [[gnu::weak]] int kmp_get_blocktime(void);
+
 namespace sida {
 namespace {
 
@@ -48,6 +53,12 @@ ParallelFor torch_threads() {
                        check_torch(torch_parallel_for(0, count, 1, &Loop::run, &loop), "torch_parallel_for");
                        if (loop.failed) std::rethrow_exception(loop.error);
                      }};
+}
+
+void release_threads() {
+  constexpr int soft = 1;
+  if (is_forked || omp_pause_resource_all == nullptr || kmp_get_blocktime != nullptr) return;
+  omp_pause_resource_all(soft);  // fails inside a parallel region: then they are at work
 }
 
 }  // namespace sida

@@ -66,7 +66,7 @@ def tokens_of(service: Front, given: str | list[str] | list[int] | list[list[int
     vocabulary = model.vocabulary
     found = []
     for prompt in prompts:
-        ids = list(model.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+        ids = model.text_tokens(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError(400, f"{field!r} holds a text of no token", field)
         wrong = next((number for number in ids if not 0 <= number < vocabulary), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,7 @@ def load(
     **options: Any,
 ) -> ServedModel:
     """Load what is served; ``options`` go to :func:`sida_ext.from_pretrained`."""
+    from sida_ext._load import _C
     from sida_ext.experts.runtime import runtime_of
     from sida_ext.models.swap import from_pretrained
     from sida_ext.prediction.protocol import find_predictor, split_predictors
@@ -162,6 +164,10 @@ def load(
     served = ServedModel(loaded, tokenizer, name or served_name(model), context=context, rows=rows, shared=shared)
     for note in served.notes:
         console.print(f"note: {note}", markup=False)
+    _C.release_threads()  # the driver's thread computes from now on
+    # What is there stays. The collector would look through all of it, a quarter of a second long, while requests wait.
+    gc.collect()
+    gc.freeze()
     return served
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sida_ext._load import _C
 from sida_ext.serving.generation import Delta, Sampling, Writer, choose
 from sida_ext.serving.model import ServedModel
 from sida_ext.serving.protocol import RequestError
@@ -213,6 +214,7 @@ class Driver:
                         self._drop_left()
                         return
                     if not self._left:
+                        _C.release_threads()  # they would wait actively, and take the requests' processors
                         self._changed.wait(None if step.until is None else max(0.0, step.until - time.monotonic()))
                     self._drop_left()
                     continue

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sida_ext.batching import padded
-from sida_ext.models.classification import SwitchTransformersForSequenceClassification, masked_mean
+from sida_ext.models.classification import SwitchTransformersForSequenceClassification
 from sida_ext.serving.attention import SwitchedAttention
 from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact
@@ -68,10 +68,10 @@ class JoinedEncoder:
             texts = [hidden[:, first:last] for first, last in packing.bounds]
         else:
             texts = self._padded(prompts)
-        pooled = [masked_mean(text, torch.ones(text.shape[:2], dtype=torch.long)) for text in texts]
+        pooled = self.model.dropout(_means(texts))
         if self.shared:  # the classifier's rows too
-            return list(self.model.classifier(self.model.dropout(torch.cat(pooled))).float())
-        return [self.model.classifier(self.model.dropout(part))[0].float() for part in pooled]
+            return list(self.model.classifier(pooled).float())
+        return [self.model.classifier(row)[0].float() for row in pooled.split(1)]
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         """The last hidden states of each text, of a batch with padding behind the shorter ones."""
@@ -99,6 +99,13 @@ class JoinedEncoder:
         with self.attention.switched(attend), nullcontext() if self.shared else RowExact(lengths):
             hidden = self.model.encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return [hidden[row : row + 1, :length] for row, length in enumerate(lengths)]
+
+
+def _means(texts: Sequence[Tensor]) -> Tensor:
+    """:func:`~sida_ext.models.classification.masked_mean` of texts [1, tokens, d_model] without padding: [texts,
+    d_model]."""
+    totals = torch.cat([text.sum(dim=1, dtype=torch.float32) for text in texts])
+    return (totals / torch.tensor([[text.shape[1]] for text in texts])).to(texts[0].dtype)
 
 
 def spare_tokens(model: nn.Module) -> int:

@@ -6,16 +6,19 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sida_ext._load import _C
 from sida_ext.experts.runtime import Runtime
 from sida_ext.prediction.cache_names import cache_argument, cache_of
 from sida_ext.serving.joined import JoinedModel, Row, joins
 from sida_ext.serving.joined_encoder import JoinedEncoder, batches, packed_batches, spare_tokens
 from sida_ext.serving.shared import share_rows
+from sida_ext.serving.tokens import TextTokens
 
 __all__ = ["Alone", "ModelFacts", "ServedModel"]
 
@@ -60,6 +63,11 @@ class ModelFacts:
     layers: int
     experts: int
     tokenizer: Any = None
+
+    @cached_property
+    def text_tokens(self) -> TextTokens:
+        """A text's token ids; asked for once the tokenizer is there."""
+        return TextTokens(self.tokenizer)
 
 
 @dataclass
@@ -285,7 +293,11 @@ class ServedModel(ModelFacts):
     def predicted(self, ids: Sequence[int]) -> Experts:
         """The experts that a prompt is predicted to want, one prediction a token; empty without a predictor."""
         predictor = getattr(self.runtime, "predictor", None)
-        return frozenset() if predictor is None else predicted_experts(predictor, ids)
+        if predictor is None:
+            return frozenset()
+        found = predicted_experts(predictor, ids)
+        _C.release_threads()  # of the thread that takes requests: the driver's alone are to wait for work
+        return found
 
 
 def predicted_experts(predictor: Any, ids: Sequence[int]) -> Experts:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sida_ext._load import _C
 from sida_ext.experts.cuda import on_predictor
 from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
@@ -227,6 +228,8 @@ class _HashBuilder:
         begin = time.perf_counter_ns()
         with torch.profiler.record_function("sida::predict"):
             table = self.predictor.predict(input_ids, mask, top_k=candidates_of(self.predictor, self.num_experts))
+        # MKL has a number of threads of its own; a team that waits would keep the model's from waiting actively.
+        _C.release_threads()
         end = time.perf_counter_ns()
         self.runtime.record_prediction(f"batch {position}", begin, end)
         check_table(table, self.predictor, input_ids, len(self.layers), self.num_experts)

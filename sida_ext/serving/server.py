@@ -255,7 +255,7 @@ def _add_once(app: FastAPI, service: Front) -> None:
             )
         prompt = tokens_of(service, body.prompt, "prompt")[0]
         tokenizer = service.model.tokenizer
-        continuations = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in body.continuations]
+        continuations = [service.model.text_tokens(text, add_special_tokens=False) for text in body.continuations]
         if not all(continuations):
             raise RequestError(400, "'continuations' holds a text of no token", "continuations")
         found = await rows(request, [Work("score", prompt, None, ids) for ids in continuations], deadline)

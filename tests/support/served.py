@@ -16,7 +16,7 @@ from sida_ext.serving.server import create_app
 from sida_ext.serving.service import Service
 from sida_ext.serving.settings import ServerSettings
 
-__all__ = ["ServedHere", "served_here"]
+__all__ = ["ServedHere", "served_here", "serving"]
 
 
 class ServedHere:
@@ -41,6 +41,13 @@ def served_here(
     """Serve on a free port of 127.0.0.1 until the block ends."""
     limits = limits or Limits()
     served = ServedModel(model, tokenizer, name, rows=limits.rows, shared=limits.shared)
+    with serving(served, limits, **settings) as server:
+        yield server
+
+
+@contextmanager
+def serving(served: ServedModel, limits: Limits, **settings: Any) -> Iterator[ServedHere]:
+    """The same with a model that is ready to be served."""
     service = Service(served, limits, ServerSettings(**settings))
     server = uvicorn.Server(
         uvicorn.Config(create_app(service), port=0, log_level="warning", timeout_graceful_shutdown=5)
