@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import re
 import struct
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -40,6 +39,7 @@ from sida_ext.serving.protocol import (
     RequestError,
     ScoreRequest,
 )
+from sida_ext.serving.routes import BodyRoute, invalid
 from sida_ext.serving.service import ClientLeftError, Front, until_left
 
 __all__ = ["create_app"]
@@ -60,6 +60,7 @@ def create_app(service: Front) -> FastAPI:
 
     # No pages that load scripts from elsewhere: the interface is described at /openapi.json alone.
     app = FastAPI(title="sida serve", docs_url=None, redoc_url=None, lifespan=life)
+    app.router.route_class = BodyRoute
     app.state.service = service
     _add_errors(app)
     _add_generation(app, service)
@@ -92,18 +93,8 @@ def _add_errors(app: FastAPI) -> None:
         return Response(status_code=499)  # nobody reads it; it is what the metrics count
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        place = [str(part) for part in found["loc"] if part != "body"]
-        if found["type"] == "json_invalid":
-            return _answer(RequestError(400, f"the body is no JSON: {found.get('ctx', {}).get('error', found['msg'])}"))
-        if not place and "application/json" not in request.headers.get("content-type", ""):
-            return _answer(RequestError(400, "expected a JSON body: send the header Content-Type: application/json"))
-        name = ".".join(place) or None
-        message = found["msg"].removeprefix("Value error, ")
-        named = re.match(r"the field '(\w+)'", message)
-        param = place[0] if place else named[1] if named else None
-        return _answer(RequestError(400, f"{name}: {message}" if name else message, param))
+    async def refused(request: Request, error: RequestValidationError) -> Response:
+        return _answer(invalid(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
