@@ -264,7 +264,9 @@ def real_grid(
             read: dict[str, list[float]] = {name: [] for name in models}
             found = 0.0
             for turn in range(1 + arguments.rounds):
-                for name, model in models.items():
+                order = list(models)
+                for name in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody is always the first
+                    model = models[name]
                     slots = model.sida.slots
                     model.sida.set_budget(record)  # nothing is in memory but one expert
                     model.sida.set_budget(slots * record)
@@ -289,6 +291,7 @@ def real_grid(
                 ratios = [one / none for one, none in zip(taken[name], taken["none"], strict=True)]
                 row[name] = statistics.median(ratios)
                 row[f"{name}, least"], row[f"{name}, most"] = min(ratios), max(ratios)
+                row[f"{name}, best"] = min(taken[name]) / min(taken["none"])
             row |= {f"{name}, stall": statistics.median(them) for name, them in stalls.items()}
             row |= {f"{name}, reads": statistics.median(them) for name, them in read.items()}
             row |= {f"{name}, worth": state.worth for name, state in worth.items() if state is not None}
@@ -296,7 +299,8 @@ def real_grid(
             print(
                 f"  {budget:.0%}, {row['GB/s']:.2f} GB/s: none {row['none']:.3f} s; "
                 + "; ".join(
-                    f"{name} {row[name]:.3f} ({row[name + ', least']:.3f} to {row[name + ', most']:.3f})"
+                    f"{name} {row[name]:.3f} ({row[name + ', least']:.3f} to {row[name + ', most']:.3f}; "
+                    f"best {row[name + ', best']:.3f})"
                     for name in predictors
                 ),
                 flush=True,

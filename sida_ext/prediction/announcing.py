@@ -45,8 +45,8 @@ class AnnounceStats:
         pressure: what the disk takes for all that is read, over what is computed meanwhile; 0 while little was read.
         admitted, refused: batches that were announced, and that were not since it rested.
         early: whether the next layer's experts are read as early as can be.
-        worth: whether predictions save more time than they take: "on"; "without" and "again" while that is tried
-            without them, and with them again; "resting": they did not, and nothing is predicted.
+        worth: whether predictions save more time than they take: "on"; "trying", with and without them by turns;
+            "resting": they did not, and nothing is predicted.
     """
 
     state: str

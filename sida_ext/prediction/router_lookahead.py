@@ -168,8 +168,8 @@ class LookaheadStats:
         depth: the most layers ahead.
         level: layers ahead that are announced now; 0: the guard has stopped it.
         state: of the guard: "open", "resting" or "probing".
-        worth: whether asking saves more time than it takes: "on"; "without" and "again" while that is tried without,
-            and with it again; "resting": it did not, and no router is asked.
+        worth: whether asking saves more time than it takes: "on"; "trying", with and without by turns; "resting": it
+            did not, and no router is asked.
         slowness: what a read takes, over what a layer computes; 0 while too little was read.
         useful_share: bytes that were wanted among the latest that were read ahead; None while too few were judged.
         asked: layers at which routers were asked.

@@ -2,12 +2,13 @@
 
 A predictor of a large model takes next to nothing beside it. One of a small model may take as long as the model: then
 who waits for its tables, or shares processors and interpreter with it, may lose more than reads that come in time save.
-What that costs cannot be told from the predictor's own time. So where that time is not negligible, a few batches go
-without a prediction, and the time of a token is compared:
+What that costs cannot be told from the predictor's own time. So where that time is not negligible, batches go without a
+prediction by turns, and the time of a token is compared. By turns, a few batches each way, since a machine's own speed
+changes from second to second; and the longer, the less the two ways differ:
 
-    on --it takes time--> trying without --faster--> resting --time is up--> trying again --slower--> resting, longer
-     ^                          |                                                  |
-     +----------not faster------+-------------------------------not slower---------+
+    on --it takes time--> trying, by turns --without is faster--> resting --time is up--> trying
+     ^                          |
+     +--------not faster--------+
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ __all__ = ["PredictionWorth"]
 
 ENOUGH = 0.05  # seconds of predictions, before anything is tried
 SLIGHT = 0.01  # of the batches' time: predictions that take less are never in question
-TRIED = 4  # batches of a trial, by default
+TRIED = 4  # batches of a trial either way, by default
+CLEAR = 1.25  # times as fast: no more batches are tried then
+LONGEST = 4  # times as many batches, where it is not clear
 AGAIN = 50.0  # after a trial nothing is tried for that many times its time
 
 
@@ -44,10 +47,10 @@ class PredictionWorth:
         rest: seconds of the first rest at least; it doubles from one to the next, and begins anew after an attempt that
             was worth it.
         longest_rest: seconds.
-        tried: batches of a trial.
+        tried: batches of a trial either way, at the least.
 
     Attributes:
-        state: "on", "without" (trying), "resting" or "again" (trying).
+        state: "on", "trying" or "resting".
     """
 
     def __init__(self, loss: float = 0.02, rest: float = 10.0, longest_rest: float = 300.0, tried: int = TRIED) -> None:
@@ -55,6 +58,7 @@ class PredictionWorth:
         self._rest = rest
         self.state = "on"
         self._on, self._off = _Sum(), _Sum()
+        self._asked = 0  # batches of the trial
         self._until = float("-inf")  # on: nothing is tried before; resting: its end
 
     def may(self, now: float) -> bool:
@@ -64,8 +68,11 @@ class PredictionWorth:
             now: seconds of any clock that does not run backwards.
         """
         if self.state == "resting" and now >= self._until:
-            self.state, self._on = "again", _Sum()
-        return self.state in ("on", "again")
+            self._try()
+        if self.state == "trying":
+            self._asked += 1
+            return (self._asked - 1) // max(self._tried // 2, 1) % 2 == 1
+        return self.state == "on"
 
     def observe(self, now: float, seconds: float, tokens: int, predicting: float | None) -> None:
         """A batch is done.
@@ -74,37 +81,36 @@ class PredictionWorth:
             seconds: that it took, with those that the model waited for its prediction.
             predicting: seconds of its prediction; None: it had none.
         """
-        if predicting is None:
-            if self.state in ("without", "resting"):
+        if self.state == "trying":
+            if predicting is None:
                 self._off.add(seconds, 0.0, tokens)
-            if self.state == "without" and self._off.batches >= self._tried:
-                self._decide(now)
-            return
-        if self.state == "resting":
-            return  # predicted before the rest
-        if self.state != "without":
+            else:
+                self._on.add(seconds, predicting, tokens)
+            least = min(self._on.batches, self._off.batches)
+            if least >= self._tried and self._on.predicting >= ENOUGH:
+                slower, faster = max(self._on.rate, self._off.rate), min(self._on.rate, self._off.rate)
+                if slower >= CLEAR * faster or least >= LONGEST * self._tried:
+                    self._decide(now)
+        elif self.state == "on" and predicting is not None:
             self._on.add(seconds, predicting, tokens)
-        tried = self._on.predicting >= ENOUGH and self._on.batches >= self._tried
-        if self.state == "again" and tried:
-            if self._off.batches >= self._tried:
-                self._decide(now)
-            else:  # hardly anything ran during the rest: there is nothing to compare with
-                self.state = "without"
-        elif self.state == "on" and tried:
+            if self._on.predicting < ENOUGH or self._on.batches < self._tried:
+                return
             if self._on.predicting > SLIGHT * self._on.seconds and now >= self._until:
-                self.state, self._off = "without", _Sum()
+                self._try()
             elif self._on.batches >= 16 * self._tried:
                 self._on = _Sum()  # of late, not of ever
 
+    def _try(self) -> None:
+        self.state, self._on, self._off, self._asked = "trying", _Sum(), _Sum(), 0
+
     def _decide(self, now: float) -> None:
         on, off = self._on, self._off
+        self._on = _Sum()
         if on.rate <= off.rate:
             self.state, self._rest = "on", self._least
             self._until = now + AGAIN * off.seconds
-            self._on = _Sum()
             return
         lost = on.seconds - off.rate * on.tokens
         self.state = "resting"
         self._until = now + min(max(self._rest, lost / self._loss), self._longest)
         self._rest = min(2 * self._rest, self._longest)
-        self._off = _Sum()

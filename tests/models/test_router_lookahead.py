@@ -391,4 +391,4 @@ def test_asking_that_takes_longer_than_it_saves_rests_and_changes_no_bit(models,
         found = [served(input_ids=tokens(seed=seed)).logits for seed in range(30)]
         assert served.sida.stats().lookahead.worth == "resting"
     assert_same_bits(found, expected)
-    assert len(asked) < 20
+    assert len(asked) < 30  # of 60

@@ -9,8 +9,11 @@ import torch
 
 import sida_ext
 from sida_ext.prediction.hash_table import HashTable
-from sida_ext.prediction.worth import ENOUGH, TRIED, PredictionWorth
+from sida_ext.prediction.worth import ENOUGH, LONGEST, TRIED, PredictionWorth
 from tests.support.families import tiny_model
+
+
+BY_TURNS = ("0" * (TRIED // 2) + "1" * (TRIED // 2)) * 2
 
 
 class Clocked:
@@ -39,11 +42,29 @@ def test_what_takes_next_to_nothing_is_never_in_question():
 def test_what_is_slower_rests_and_each_rest_is_longer():
     clocked = Clocked(on=2.0, off=1.0, rest=10.0, loss=0.5)
     assert clocked.run(TRIED) == "1" * TRIED
-    assert clocked.run(TRIED) == "0" * TRIED  # and that was faster
+    assert clocked.run(2 * TRIED) == BY_TURNS  # and without was faster
     assert clocked.worth.state == "resting"
     assert clocked.run(10) == "0" * 10
-    assert clocked.run(TRIED) == "1" * TRIED  # tries again
-    assert clocked.run(20 + TRIED) == "0" * 20 + "1" * TRIED
+    assert clocked.run(2 * TRIED) == BY_TURNS  # tries again
+    assert clocked.run(20 + 2 * TRIED) == "0" * 20 + BY_TURNS
+
+
+def test_the_less_they_differ_the_longer_they_are_compared():
+    clocked = Clocked(on=1.1, off=1.0)
+    assert clocked.run(TRIED * (1 + 2 * LONGEST)) == "1" * TRIED + BY_TURNS * LONGEST
+    assert clocked.worth.state == "resting"
+
+
+@pytest.mark.parametrize(("on", "ends"), [(1.1, "resting"), (0.9, "on")])
+def test_a_machine_whose_speed_changes_does_not_decide(on, ends):
+    """Its own speed changes by more than the two ways differ, once in the course of the trial."""
+    for change in range(1, TRIED * 2 * LONGEST):
+        for factor in (1.6, 1 / 1.6):
+            clocked = Clocked(on=on, off=1.0)
+            clocked.run(TRIED + change)
+            clocked.on, clocked.off = clocked.on * factor, clocked.off * factor
+            clocked.run(TRIED * 2 * LONGEST - change)
+            assert clocked.worth.state == ends, (change, factor)
 
 
 def test_attempts_take_no_more_than_their_share_of_the_time():
@@ -56,7 +77,7 @@ def test_attempts_take_no_more_than_their_share_of_the_time():
 def test_what_is_faster_goes_on_and_is_tried_without_seldom():
     clocked = Clocked(on=1.0, off=1.5)
     done = clocked.run(3000)
-    assert done.startswith("1" * TRIED + "0" * TRIED + "1" * 200)
+    assert done.startswith("1" * TRIED + BY_TURNS + "1" * 150)
     assert done.count("0") <= 0.03 * 3000
 
 
@@ -64,15 +85,16 @@ def test_what_becomes_worth_it_is_found_out():
     clocked = Clocked(on=2.0, off=1.0)
     clocked.run(100)
     clocked.on = 0.5
-    assert clocked.run(600).endswith("1" * 100)
+    clocked.run(400)
+    assert clocked.run(200).count("0") <= TRIED  # of a trial
 
 
 def test_after_a_rest_in_which_nothing_ran_it_is_compared_anew():
     clocked = Clocked(on=2.0, off=1.0)
-    assert clocked.run(2 * TRIED) == "1" * TRIED + "0" * TRIED
+    assert clocked.run(3 * TRIED) == "1" * TRIED + BY_TURNS
     clocked.now += 1000.0
     clocked.on = 0.5
-    assert clocked.run(2 * TRIED) == "1" * TRIED + "0" * TRIED
+    assert clocked.run(2 * TRIED) == BY_TURNS
     assert clocked.run(20) == "1" * 20
 
 
@@ -115,7 +137,7 @@ def test_a_predictor_that_keeps_the_model_waiting_is_left_out_and_the_outputs_ar
     found = [output.logits for output in sida_ext.stream(served, given, slow, drift=False)]
     assert all(map(torch.equal, found, expected))
     assert served.sida.stats().announcing.worth == "resting"
-    assert slow.asked < 16
+    assert slow.asked < 20
     again = slow.asked
     found = [output.logits for output in sida_ext.stream(served, given, slow, drift=False)]
     assert all(map(torch.equal, found, expected))
@@ -130,5 +152,5 @@ def test_prompts_of_generate_are_judged_too(served):
     with torch.no_grad():
         for batch in batches(12):
             served(**batch)
-    assert slow.asked == TRIED
+    assert slow.asked == 2 * TRIED
     assert served.sida.stats().announcing.worth == "resting"
