@@ -8,7 +8,7 @@
 #           them. They do so some thousand times where one team does it hardly ever. omp_pause_resource_all(), called
 #           by the thread that waits, ends its team, and the other one waits actively again; torch offers nothing for it.
 set -euo pipefail
-packages=(torch==2.13.0 numpy)
+packages=(torch==2.13.0)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 if [[ -z ${FINDINGS_VENV:-} ]]; then

@@ -50,6 +50,7 @@ NAMES = ("none", "token table", "hash predictor", "oracle")
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
 DISKS = (0.2, 0.5, 1.0, 2.0, 4.0)  # GB/s
 ROTATIONS = 4
+LEARNING = 3  # runs of the engine before those that count
 REAL_BUDGETS, REAL_DISKS = (0.1, 0.25, 0.5, 0.9), (0.2, 0.5, 0.0)
 LOOKAHEAD = "RouterLookahead"
 BATCHES = {1: 48, 4: 16, 16: 6}  # batch -> batches of a run
@@ -263,7 +264,7 @@ def real_grid(
             stalls: dict[str, list[float]] = {name: [] for name in models}
             read: dict[str, list[float]] = {name: [] for name in models}
             found = 0.0
-            for turn in range(1 + arguments.rounds):
+            for turn in range(LEARNING + arguments.rounds):
                 order = list(models)
                 for name in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody is always the first
                     model = models[name]
@@ -276,7 +277,7 @@ def real_grid(
                         pass
                     seconds = time.perf_counter() - begin
                     _, _, loads, lane, stall = model.sida.pace()
-                    if turn == 0:
+                    if turn < LEARNING:
                         continue  # what the guards learn of a predictor they learn once
                     taken[name].append(seconds)
                     stalls[name].append(stall)

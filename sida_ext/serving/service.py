@@ -20,6 +20,8 @@ from sida_ext.serving.settings import ServerSettings
 
 __all__ = ["Answers", "ClientLeftError", "Front", "Service", "until_left"]
 
+SOON = 0.03  # seconds: what takes one step is mostly answered by then
+
 log = logging.getLogger("sida_ext.serving")
 
 
@@ -162,7 +164,7 @@ class Service:
         answers = Answers(len(work))
         job = answers.job = Job(work, time.monotonic() + deadline, answers.tell, whole)
         self.driver.submit(job)
-        watch = asyncio.create_task(until_left(request, answers.left))
+        watch = _Watch(request, answers.left, 0.0 if any(part.kind == "generate" for part in work) else SOON)
         try:
             yield answers
         finally:
@@ -173,6 +175,29 @@ class Service:
 def _run(answers: Sequence[Callable[[], None]]) -> None:
     for answer in answers:
         answer()
+
+
+class _Watch:
+    """Tells when the client has left.
+
+    Args:
+        after: seconds; what is answered sooner is not watched.
+    """
+
+    def __init__(self, request: Request, tell: Callable[[], None], after: float) -> None:
+        self._request, self._tell = request, tell
+        self._task: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(after, self._begin) if after else None
+        if not after:
+            self._begin()
+
+    def _begin(self) -> None:
+        self._task = asyncio.create_task(until_left(self._request, self._tell))
+
+    def cancel(self) -> None:
+        for part in (self._timer, self._task):
+            if part is not None:
+                part.cancel()
 
 
 async def until_left(request: Request, tell: Callable[[], None]) -> None:

@@ -136,6 +136,37 @@ def test_a_query_alone_is_the_last_of_a_prompt():
     assert torch.equal(whole[:, -1:], last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [5, 33, 64, 1024, 1025], ids="{} keys".format)
+def test_queries_of_a_prompt_have_the_bits_they_have_alone(dtype, causal, keys):
+    """Together they share turned keys, up to 1,024 of them; alone, none are turned."""
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    for queries in (1, 3, 4, 5, 11):
+        query, key, value, _, scale, bias, _ = case(draw, dtype, causal, True, queries=queries, keys=keys)
+        first, last = draw.randint(0, 2), keys
+        together = attention(query[:1], key, value, [(0, first, last, 1)], scale, bias[:1], causal)
+        for m in range(queries):
+            end = last - (queries - 1 - m if causal else 0)
+            own = bias[:1, :, min(m, bias.shape[2] - 1)][:, :, None]
+            alone = attention(query[:1, :, m : m + 1], key, value, [(0, first, max(first, end), 1)], scale, own, False)
+            assert torch.equal(together[:, m : m + 1], alone), f"seed {seed}, query {m} of {queries}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_query_does_not_see_does_not_reach_it(dtype):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 19, 24, generator=generator).to(dtype) for _ in range(3))
+    expected = attention(query, key, value, [(0, 0, 19, 0)], 0.3, None, True)
+    for at in range(1, 19):
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            spoiled, moved = key.clone(), value.clone()
+            spoiled[:, :, at:], moved[:, :, at:] = bad, bad
+            found = attention(query, spoiled, moved, [(0, 0, 19, 0)], 0.3, None, True)
+            assert torch.equal(found[:, :at], expected[:, :at]), (at, bad)
+
+
 def test_extreme_scores_are_those_of_softmax():
     query = torch.tensor([1.0]).reshape(1, 1, 1, 1)
     for keys in ([300.0, -300.0, 299.0], [0.0, float("-inf"), 1.0], [float("nan"), 0.0]):

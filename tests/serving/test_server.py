@@ -287,7 +287,9 @@ def test_a_body_that_is_no_object(server, content, message):
     assert message in found.text
 
 
-@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/vnd.of-ours+json", "text/plain", None])
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/vnd.of-ours+json", "text/plain", None]
+)
 def test_a_body_is_json_where_its_type_says_so(server, kind):
     body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
     header = {} if kind is None else {"content-type": kind}

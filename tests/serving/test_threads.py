@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torch's wheels have GNU's OpenMP runtime on Linux alone")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="torch's wheels have GNU's OpenMP runtime on Linux alone"
+)
 
 START = """
 import os, sys, threading, time

@@ -160,8 +160,8 @@ struct AttentionKernel {
     if (j < count) store<S>(scores + j, sida::cpu::load<S>(scores + j) + load_some(bias + j * element, count - j));
   }
 
-  // exp(scores - their maximum) in place for n queries, 0 from where a query's keys end; each one's sum. The n go side by
-  // side, as each has to wait for its maximum. A NaN that the maximum passes over still makes the sum one.
+  // exp(scores - their maximum) in place for n queries, 0 from where a query's keys end; each one's sum. The n go side
+  // by side, as each has to wait for its maximum. A NaN that the maximum passes over still makes the sum one.
   template <int n>
   static void exponents(float* scores, int64_t columns, int64_t count, int64_t more, float* sums) {
     I places;
@@ -303,8 +303,8 @@ struct AttentionKernel {
       exponents<n>(scores, columns, common, more, inverse);
       for (float& each : inverse) each = 1.0f / each;
       const int64_t out_step = args.heads * args.value_dim * element;
-      char* const out = static_cast<char*>(args.out) + (span.row * args.queries + m) * out_step +
-                        head * args.value_dim * element;
+      char* const out =
+          static_cast<char*>(args.out) + (span.row * args.queries + m) * out_step + head * args.value_dim * element;
       add_up<n>(args, {scores, columns, inverse, common, more, out, out_step}, values);
     }
   };
@@ -319,13 +319,22 @@ struct AttentionKernel {
     float* const turned = memory + together * (padded + columns);
     const bool turns = turns_keys(span, together);
     if (turns) turn(args, keys, count, columns, turned);
-    const Head of{args,   span,   sequence, head, keys, values, padded, columns, memory, memory + together * padded,
+    const Head of{args,
+                  span,
+                  sequence,
+                  head,
+                  keys,
+                  values,
+                  padded,
+                  columns,
+                  memory,
+                  memory + together * padded,
                   turns ? turned : nullptr};
     int64_t m = span.first_query;
     for (; m < span.last_query && of.keys_of(m) <= 0; ++m) {
-      __builtin_memset(static_cast<char*>(args.out) +
-                           ((span.row * args.queries + m) * args.heads + head) * args.value_dim * element,
-                       0, args.value_dim * element);
+      __builtin_memset(
+          static_cast<char*>(args.out) + ((span.row * args.queries + m) * args.heads + head) * args.value_dim * element,
+          0, args.value_dim * element);
     }
     for (; m + together <= span.last_query; m += together) of.template attend<together>(m);
     for (; m < span.last_query; ++m) of.template attend<1>(m);
@@ -334,10 +343,9 @@ struct AttentionKernel {
 
 template <class S>
 struct AttentionTable {
-  static constexpr AttentionKernels table{S::lanes, AttentionKernel<S, DType::f32>::together,
-                                          AttentionKernel<S, DType::f32>::attend,
-                                          AttentionKernel<S, DType::bf16>::attend,
-                                          AttentionKernel<S, DType::f16>::attend};
+  static constexpr AttentionKernels table{
+      S::lanes, AttentionKernel<S, DType::f32>::together, AttentionKernel<S, DType::f32>::attend,
+      AttentionKernel<S, DType::bf16>::attend, AttentionKernel<S, DType::f16>::attend};
 };
 
 }  // namespace sida::cpu
