@@ -2,8 +2,8 @@
 beside transformers' own batch of 16. ``python -m bench.serving.front
 [MODEL ...] [--requests N] [--shared] [--json FILE]``.
 
-All rows of one model are measured by turns. Clients run in a process of their own (:mod:`bench.serving.client`), so that
-what they cost is not counted as the server's; direct calls and the library's batches in another
+All rows of one model are measured by turns. Clients run in a process of their own (:mod:`bench.serving.client`), so
+that what they cost is not counted as the server's; direct calls and the library's batches in another
 (:mod:`bench.serving.direct`), as threads that have computed in the server's process would slow the server's down, and
 the other way round (docs/serving.md). What is measured computes alone.
 """

@@ -12,7 +12,6 @@ from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.worth import ENOUGH, LONGEST, TRIED, PredictionWorth
 from tests.support.families import tiny_model
 
-
 BY_TURNS = ("0" * (TRIED // 2) + "1" * (TRIED // 2)) * 2
 
 
