@@ -38,13 +38,13 @@ class Connection:
         if not part:
             raise RuntimeError(f"the server closed the connection in the middle of an answer: {self.taken[:500]!r}")
         self.taken += part
-        head, _, body = self.taken.partition(b"\r\n\r\n")
-        _, found, length = head.lower().partition(b"content-length:")
-        if not found or len(body) < int(length.split(b"\r\n", 1)[0]):
-            if not found and b"\r\n\r\n" in self.taken:
-                raise RuntimeError(f"an answer without Content-Length: {self.taken[:500]!r}")
+        head, complete, body = self.taken.partition(b"\r\n\r\n")
+        if not complete:
             return None
-        return self.taken
+        _, found, length = head.lower().partition(b"content-length:")
+        if not found:
+            raise RuntimeError(f"an answer without Content-Length: {self.taken[:500]!r}")
+        return self.taken if len(body) >= int(length.split(b"\r\n", 1)[0]) else None
 
 
 def drive(port: int, requests: list[bytes], clients: int) -> tuple[float, list[float], list[bytes]]:

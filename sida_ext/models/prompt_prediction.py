@@ -47,12 +47,14 @@ def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args:
     announcing = announcing_of(runtime, runtime.predictor)
     announcing.begin(shared=runtime.ahead is not None)
     begin = time.monotonic()
-    room = announcing.room(runtime.header.total_experts) if announcing.may_predict() else 0
+    worth = announcing.may_predict()
+    room = announcing.room(runtime.header.total_experts) if worth else 0
     if not room:  # predictions were worth nothing of late: not even asked
         try:
             return type(model).forward(model, *args, **kwargs)
         finally:
-            announcing.done(time.monotonic() - begin, input_ids.numel(), None)
+            if not worth:  # else it is for other reasons that none was predicted, and is compared with nothing
+                announcing.done(time.monotonic() - begin, input_ids.numel(), None)
     number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
     predicted = time.monotonic()
     try:

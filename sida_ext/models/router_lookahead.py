@@ -37,6 +37,7 @@ class _Standing:
         self.began: float | None = None  # when the layer before began, in this forward
         self.named: dict[tuple[str, int], list[int]] = {}  # (layer, distance) -> experts
         self.asking: float | None = None  # seconds that asking took at the layer before; None: nobody was asked
+        self.judged = False  # nobody only so that it is seen what the asking is worth, or somebody was
         self.step: StepOdds | None = None  # what is known of the step under way, where one was predicted
 
     def retire(self) -> None:
@@ -49,6 +50,7 @@ class _Standing:
         self.retire()
         self.named.clear()
         self.began = self.step = self.hidden = self.asking = None
+        self.judged = False
 
     def __del__(self) -> None:
         # A thread that ended between two layers: its forward raised.
@@ -158,12 +160,12 @@ class LayerAhead:
             return
         before, standing.began = standing.began, state.now()
         passed = None if before is None else standing.began - before
-        if passed is not None and standing.step is None:
+        if passed is not None and standing.step is None and standing.judged:
             state.took(passed, expert_index.shape[0], standing.asking)
-        standing.asking = None
+        standing.asking, standing.judged = None, False
         level = min(state.level(passed, asked=min(len(self.targets), 1)), len(self.targets))
-        if standing.step is None and not state.may_ask():
-            level = 0
+        if level and standing.step is None and not state.may_ask():
+            level, standing.judged = 0, True
         if not level and not standing.named:
             return
         chosen = most_wanted(expert_index, None, runtime.header.num_experts)
@@ -186,7 +188,7 @@ class LayerAhead:
         state.announced(sum(len(experts) for _, experts in kept))
         if kept:
             standing.number = runtime.announce(dict(kept), begin=False)
-        standing.asking = state.now() - asked
+        standing.asking, standing.judged = state.now() - asked, True
 
     def _named(self, target: Target, distance: int, hidden: Tensor | None, step: StepOdds | None) -> list[int] | None:
         """Experts of a layer ahead, most wanted first; None: nobody knows."""

@@ -61,7 +61,7 @@ def _read(content: bytes, request: Request, model: type[BaseModel]) -> BaseModel
         found = json.loads(content)
     except json.JSONDecodeError as error:
         raise RequestError(400, f"the body is no JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, a number of too many digits, too deep
         raise RequestError(400, f"the body is no JSON: {error}") from error
     try:
         return model.model_validate(found)

@@ -19,6 +19,7 @@ from sida_ext.models.layers import swapped_layers
 from sida_ext.models.layouts import experts_modules
 from sida_ext.prediction.lookahead_guard import GuardOptions
 from sida_ext.prediction.router_asking import AskedRouter, find_routers
+from sida_ext.prediction.router_lookahead import LookaheadState
 from tests.support.families import tiny_model
 from tests.support.reference import build, small_config
 
@@ -370,6 +371,24 @@ def test_an_announcement_can_leave_the_first_reads_to_the_demand(models):
         copies = [event.name for event in runtime.take_trace() if event.kind == "copy"]
         assert copies[0] == f"{layers[0].name} expert 5"
         assert not copies[0].startswith(layers[1].name)
+
+
+def test_layers_at_which_nobody_could_be_asked_say_nothing_of_what_asking_is_worth(models, monkeypatch):
+    took = []
+    monkeypatch.setattr(LookaheadState, "took", lambda self, seconds, tokens, asking: took.append(asking))
+    served = swapped(models("olmoe"), sida_ext.RouterLookahead(guard=GuardOptions(waste_cost=0.0, idle=10**9)))
+    with served.sida, torch.no_grad():
+        served(input_ids=tokens())
+        asked = len(took)
+        assert asked > 0
+        assert None not in took
+        with monkeypatch.context() as without:  # tried without
+            without.setattr(LookaheadState, "may_ask", lambda self: False)
+            served(input_ids=tokens())
+        assert took[asked:] == [None] * asked
+        monkeypatch.setattr(LookaheadState, "level", lambda self, passed, asked=1: 0)  # the guard rests
+        served(input_ids=tokens())
+    assert len(took) == 2 * asked
 
 
 def test_asking_that_takes_longer_than_it_saves_rests_and_changes_no_bit(models, monkeypatch):

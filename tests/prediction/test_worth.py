@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sida_ext
+from sida_ext.prediction.announcing import AnnouncingState
 from sida_ext.prediction.hash_table import HashTable
 from sida_ext.prediction.worth import ENOUGH, LONGEST, TRIED, PredictionWorth
 from tests.support.families import tiny_model
@@ -144,6 +145,19 @@ def test_a_predictor_that_keeps_the_model_waiting_is_left_out_and_the_outputs_ar
     for _ in sida_ext.stream(served, given, slow, drift=False, waste_cost=0):
         pass
     assert slow.asked == again + 24, "not judged"
+
+
+def test_prompts_that_nothing_is_announced_of_for_another_reason_are_compared_with_nothing(served, monkeypatch):
+    served.sida.predictor = Slow(len(served.sida.header.layers), 2)
+    done = []
+    monkeypatch.setattr(AnnouncingState, "done", lambda self, seconds, tokens, predicting: done.append(predicting))
+    monkeypatch.setattr(AnnouncingState, "room", lambda self, most: 0)  # the guards rest
+    with torch.no_grad():
+        served(**batches(1)[0])
+        assert done == []
+        monkeypatch.setattr(AnnouncingState, "may_predict", lambda self: False)
+        served(**batches(1)[0])
+    assert done == [None]
 
 
 def test_prompts_of_generate_are_judged_too(served):

@@ -277,6 +277,8 @@ def test_a_field_that_is_not_served_is_named_unless_it_asks_for_nothing(server, 
     [
         (b"{", "the body is no JSON"),
         (b'{"prompt": "\xff"}', "the body is no JSON"),
+        pytest.param(b'{"seed": ' + b"1" * 5000 + b"}", "the body is no JSON", id="digits"),
+        pytest.param(b"[" * 50_000, "the body is no JSON", id="depth"),
         (b"", "expected a JSON body"),
         (b"[1]", "Input should be a valid dictionary"),
     ],
