@@ -74,7 +74,7 @@ struct AttentionKernel {
   static void transpose(F (&rows)[S::lanes]) {
     unroll<log2(S::lanes)>([&](auto level) SIDA_INLINE {
       constexpr int step = S::lanes >> (decltype(level)::value + 1);
-      I low, high;
+      I low{}, high{};
       for (int i = 0; i < S::lanes; ++i) {
         low[i] = (i & step) != 0 ? S::lanes + i - step : i;
         high[i] = (i & step) != 0 ? S::lanes + i : i + step;
