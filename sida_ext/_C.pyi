@@ -179,6 +179,7 @@ def run_clock(
     predicted: Sequence[Wanted],
     admit: Callable[[float, int, int, int, int, int, float, float], tuple[int, bool]] | None = None,
     shared: float = 0.0,
+    in_vain: Callable[[float, int, int, int, int, int, float, float], bool] | None = None,
 ) -> dict[str, float]: ...
 def run_optimal(layers: int, experts: int, batches: Sequence[Wanted], slots: int) -> tuple[int, int, int]: ...
 def register_layer(

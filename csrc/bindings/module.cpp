@@ -229,19 +229,27 @@ py::tuple run_optimal_of(int32_t layers, int32_t experts, const std::vector<Want
 
 py::dict run_clock_of(int32_t layers, int32_t experts, const std::vector<Wanted>& batches, const std::string& eviction,
                       int64_t slots, int lookahead, double read, double before, double compute, int lanes,
-                      const std::vector<Wanted>& predicted, const py::object& admit, double shared) {
+                      const std::vector<Wanted>& predicted, const py::object& admit, double shared,
+                      const py::object& in_vain) {
   const RoutingTrace trace = trace_from(layers, experts, batches);
   const RoutingTrace tables = trace_from(layers, experts, predicted);
+  const auto ask = [](const py::object& whom, const ClockProgress& progress) -> py::object {
+    const Pace& pace = progress.pace;
+    return whom(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
+                pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds);
+  };
   Admission admission;
   if (!admit.is_none()) {
-    admission = [&admit](const ClockProgress& progress) {
+    admission.admit = [&](const ClockProgress& progress) {
       const py::gil_scoped_acquire held;
-      const Pace& pace = progress.pace;
-      const auto [wanted, early] =
-          admit(progress.seconds, pace.named_wanted, pace.named - pace.named_wanted, pace.useful_prefetches,
-                pace.wasted_prefetches, pace.loads, pace.read_seconds, pace.stall_seconds)
-              .cast<std::pair<int64_t, bool>>();
+      const auto [wanted, early] = ask(admit, progress).cast<std::pair<int64_t, bool>>();
       return Admitted{wanted, early};
+    };
+  }
+  if (!in_vain.is_none()) {
+    admission.in_vain = [&](const ClockProgress& progress) {
+      const py::gil_scoped_acquire held;
+      return ask(in_vain, progress).cast<bool>();
     };
   }
   const PolicyOptions options{.eviction = parse_eviction(eviction), .slots = slots, .lookahead = lookahead};
@@ -534,7 +542,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("slots"), py::arg("lookahead"), py::arg("predicted"));
   m.def("run_clock", &run_clock_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("eviction"),
         py::arg("slots"), py::arg("lookahead"), py::arg("read"), py::arg("before"), py::arg("compute"),
-        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none(), py::arg("shared") = 0.0);
+        py::arg("lanes"), py::arg("predicted"), py::arg("admit") = py::none(), py::arg("shared") = 0.0,
+        py::arg("in_vain") = py::none());
   m.def("run_optimal", &run_optimal_of, py::arg("layers"), py::arg("experts"), py::arg("batches"), py::arg("slots"));
 
   py::class_<Borrow>(m, "Borrow")

@@ -58,19 +58,44 @@ void EvictionOrder::erase(const Resident& resident) {
   times_.erase(time);
 }
 
-std::optional<int32_t> EvictionOrder::first_unannounced() const {
-  const Unannounced* found = nullptr;
+int32_t EvictionOrder::latest_layer() const {
+  int32_t found = -1;
   double latest = 0;
-  for (size_t layer = 0; layer < unannounced_.size(); ++layer) {
-    if (unannounced_[layer].empty()) continue;
-    const Unannounced& head = *unannounced_[layer].begin();
-    const double wait = clock_.wait(static_cast<int32_t>(layer), head.weight);
-    if (found != nullptr && (wait < latest || (wait == latest && head.last_use > found->last_use))) continue;
-    found = &head;
+  int64_t used = 0;
+  for (int32_t layer = 0; layer < static_cast<int32_t>(unannounced_.size()); ++layer) {
+    const std::set<Unannounced>& its = unannounced_[static_cast<size_t>(layer)];
+    if (its.empty()) continue;
+    const double wait = clock_.wait(layer, its.begin()->weight);
+    if (found >= 0 && (wait < latest || (wait == latest && its.begin()->last_use > used))) continue;
+    found = layer;
     latest = wait;
+    used = its.begin()->last_use;
   }
-  if (found == nullptr) return std::nullopt;
-  return found->expert;
+  return found;
+}
+
+// Where turns do not fit, the latest is always one of the layer that has just run: alone it would lose all it has, and
+// whole layers be missing beside others that lose nothing. As many reads come of it, but a layer computes while it
+// waits for its own: most are hidden where each layer misses a few. So the fullest layer goes first among those that
+// run half a turn from now or later and whose first is wanted as rarely.
+std::optional<int32_t> EvictionOrder::first_unannounced() const {
+  const int32_t latest = latest_layer();
+  if (latest < 0) return std::nullopt;
+  const auto chance = [&](int32_t layer) {
+    return clock_.chance(layer, unannounced_[static_cast<size_t>(layer)].begin()->weight);
+  };
+  const double rarest = chance(latest);
+  const std::set<Unannounced>* found = &unannounced_[static_cast<size_t>(latest)];
+  double longest = clock_.until_run(latest) / clock_.turn(latest);
+  for (int32_t layer = 0; layer < static_cast<int32_t>(unannounced_.size()); ++layer) {
+    const std::set<Unannounced>& its = unannounced_[static_cast<size_t>(layer)];
+    if (its.size() < found->size() || its.empty() || chance(layer) > rarest) continue;
+    const double until = clock_.until_run(layer) / clock_.turn(layer);
+    if (until <= 0.5 || (its.size() == found->size() && until <= longest)) continue;
+    found = &its;
+    longest = until;
+  }
+  return found->begin()->expert;
 }
 
 std::optional<int32_t> EvictionOrder::first() const {

@@ -37,8 +37,8 @@ struct Resident {
 //   fifo      loaded longest ago
 //   lru       used longest ago
 //   lfu       used least often; ties: longest ago
-//   next_use  not announced: whose next use is expected latest (LayerClock), ties: longest ago; then announced for
-//             latest; ties: least often, then longest ago
+//   next_use  not announced: whose next use is expected latest (LayerClock), ties: longest ago; or one as rarely wanted
+//             of a layer that has more to lose; then announced for latest; ties: least often, then longest ago
 class EvictionOrder {
  public:
   // `clock` must outlive the order.
@@ -70,6 +70,8 @@ class EvictionOrder {
   };
   bool is_unannounced(const Resident& resident) const;
   Rank rank(const Resident& resident) const;
+  // The layer of the expert that is expected latest, which is the first of its layer; -1: there is none.
+  int32_t latest_layer() const;
   std::optional<int32_t> first_unannounced() const;
 
   Eviction policy_;

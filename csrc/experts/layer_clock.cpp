@@ -24,15 +24,23 @@ double LayerClock::chance(int32_t layer, UseWeight weight) const {
   return its.runs == 0 ? 0 : std::min(1.0, std::exp2(weight - its.age / half_life) / its.runs);
 }
 
-double LayerClock::wait(int32_t layer, UseWeight weight) const {
+double LayerClock::turn(int32_t layer) const {
   const Layer& its = layers_[static_cast<size_t>(layer)];
+  const int64_t period = its.period > 0 ? its.period : static_cast<int64_t>(layers_.size());
+  return static_cast<double>(std::max(period, now_ - its.last));
+}
+
+double LayerClock::until_run(int32_t layer) const {
+  const auto since = static_cast<double>(now_ - layers_[static_cast<size_t>(layer)].last);
+  const double its_turn = turn(layer);
+  // A layer whose turn has passed without it (an encoder's, while the decoder writes) may stay away as long again.
+  return since < its_turn ? its_turn - since : since;
+}
+
+double LayerClock::wait(int32_t layer, UseWeight weight) const {
   const double chance_now = chance(layer, weight);
   if (chance_now == 0) return std::numeric_limits<double>::infinity();
-  const auto period = static_cast<double>(its.period > 0 ? its.period : static_cast<int64_t>(layers_.size()));
-  const auto since = static_cast<double>(now_ - its.last);
-  // A layer whose turn has passed without it (an encoder's, while the decoder writes) may stay away as long again.
-  const double until_run = since < period ? period - since : since;
-  return until_run + std::max(period, since) * (1 / chance_now - 1);
+  return until_run(layer) + turn(layer) * (1 / chance_now - 1);
 }
 
 }  // namespace sida

@@ -38,6 +38,9 @@ class LayerClock {
   double chance(int32_t layer, UseWeight weight) const;
   // Runs of layers from now until such an expert is wanted again, expected.
   double wait(int32_t layer, UseWeight weight) const;
+  // Runs of layers from one run of this layer to the next, and from now to the next, expected.
+  double turn(int32_t layer) const;
+  double until_run(int32_t layer) const;
 
  private:
   struct Layer {

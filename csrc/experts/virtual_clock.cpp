@@ -120,7 +120,7 @@ void check(const char* name, double value) {
 }  // namespace
 
 ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, const ModelledTime& time,
-                      const std::vector<AnnouncedBatch>& predicted, const Admission& admit) {
+                      const std::vector<AnnouncedBatch>& predicted, const Admission& admission) {
   if (!predicted.empty() && predicted.size() != trace.batches.size()) {
     fail(ErrorKind::invalid, "the trace has ", trace.batches.size(), " batches, but ", predicted.size(),
          " tables are predicted for it");
@@ -144,24 +144,25 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
   Lanes lanes(residency, time);
   ClockResult result;
   std::vector<BatchId> numbers;
+  const auto take_back = [&](size_t first) {
+    for (size_t waiting = first; waiting < numbers.size(); ++waiting) residency.retire(numbers[waiting]);
+  };
   residency.set_early_prefetch(true);  // as long as nobody says otherwise
   for (size_t i = 0; i < trace.batches.size(); ++i) {
     if (options.lookahead > 0) {
       const size_t until = std::min(tables.size(), i + static_cast<size_t>(options.lookahead) + 1);
       while (numbers.size() < until) {
         const AnnouncedBatch& table = tables[numbers.size()];
-        if (!admit) {
+        if (!admission.admit) {
           numbers.push_back(residency.announce(table));
           continue;
         }
-        const Admitted admitted = admit(progress_of(residency, lanes, time.read, result.stalled));
+        const Admitted admitted = admission.admit(progress_of(residency, lanes, time.read, result.stalled));
         if (admitted.experts < 0) {
           fail(ErrorKind::invalid, "admit gave ", admitted.experts, ", expected a number of experts");
         }
         residency.set_early_prefetch(admitted.early);
-        if (admitted.experts == 0) {
-          for (size_t waiting = i; waiting < numbers.size(); ++waiting) residency.retire(numbers[waiting]);
-        }
+        if (admitted.experts == 0) take_back(i);
         numbers.push_back(residency.announce(cut(table, admitted.experts)));
       }
       lanes.start();
@@ -170,6 +171,10 @@ ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, c
     for (const auto& layer : trace.batches[i].layers) {
       lanes.advance(lanes.now() + time.before);
       result.stalled += serve(residency, lanes, layer, batch, time.compute);
+      if (batch != 0 && admission.in_vain &&
+          admission.in_vain(progress_of(residency, lanes, time.read, result.stalled))) {
+        take_back(i);
+      }
     }
     if (batch != 0) residency.retire(batch);
     lanes.start();

@@ -40,12 +40,16 @@ struct Admitted {
   bool early = false;
 };
 
-// Asked before a table is announced.
-using Admission = std::function<Admitted(const ClockProgress&)>;
+struct Admission {
+  std::function<Admitted(const ClockProgress&)> admit;  // asked before a table is announced
+  // Asked after each layer of a batch whose table was announced; empty: never. With true the table, and those that
+  // wait, are taken back.
+  std::function<bool(const ClockProgress&)> in_vain;
+};
 
 // As `run_policy`, over time. A table is announced as soon as there is room for it in the look-ahead: what predicting
 // takes is not part of the model.
 ClockResult run_clock(const RoutingTrace& trace, const PolicyOptions& options, const ModelledTime& time,
-                      const std::vector<AnnouncedBatch>& predicted = {}, const Admission& admit = {});
+                      const std::vector<AnnouncedBatch>& predicted = {}, const Admission& admission = {});
 
 }  // namespace sida

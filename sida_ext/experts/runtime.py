@@ -33,12 +33,14 @@ __all__ = ["Runtime", "runtime_of"]
 class _Batch:
     """What one thread computes now: the announced batch, for predicted routing its hash table, and, where somebody
     compares the two, a dict that takes each layer's choice of the router: table layer -> [B, S] or [B * S, top_k].
-    ``entered``: a forward runs that the table belongs to."""
+    ``entered``: a forward runs that the table belongs to. ``judge``: called at each MoE layer, while the batch is
+    announced."""
 
     number: int = 0
     table: Any = None
     chosen: dict[int, Any] | None = None
     entered: bool = False
+    judge: Callable[[], None] | None = None
 
 
 def _shut_down(
@@ -328,13 +330,19 @@ class Runtime(ServingState):
 
     @contextmanager
     def batch(
-        self, number: int, table: Any = None, chosen: dict[int, Any] | None = None, *, entered: bool = False
+        self,
+        number: int,
+        table: Any = None,
+        chosen: dict[int, Any] | None = None,
+        *,
+        entered: bool = False,
+        judge: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """What this thread computes inside the block is the announced batch ``number`` with hash table ``table``;
-        ``chosen`` takes what the layers' routers choose."""
+        ``chosen`` takes what the layers' routers choose, ``judge`` is called at each MoE layer."""
         before = self.current
         try:
-            self._thread.batch = _Batch(number, table, chosen, entered)
+            self._thread.batch = _Batch(number, table, chosen, entered, judge)
             _C.set_current_batch(number)
             yield
         finally:

@@ -45,6 +45,9 @@ class ServedLayer(nn.Module):
 
     def tell(self, expert_index: Tensor) -> None:
         """Tell those who watch which experts are in force."""
+        judge = self.runtime.current.judge
+        if judge is not None:
+            judge()
         if self.observer is not None:
             self.observer(self.name, expert_index)
 

@@ -57,8 +57,13 @@ def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args:
                 announcing.done(time.monotonic() - begin, input_ids.numel(), None)
     number, table = _announce(runtime, layers, input_ids, kwargs.get("attention_mask"), room)
     predicted = time.monotonic()
+
+    def judge() -> None:
+        if announcing.in_vain():
+            runtime.retire(number)
+
     try:
-        with runtime.batch(number, table, runtime.current.chosen):
+        with runtime.batch(number, table, runtime.current.chosen, judge=judge):
             return type(model).forward(model, *args, **kwargs)
     finally:
         runtime.retire(number)

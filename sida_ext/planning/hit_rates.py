@@ -125,22 +125,34 @@ def on_the_clock(
             time.compute,
             time.lanes,
             routing.predicted if lookahead else [],
-            None if guard is None else _Admission(guard, routing.layers * routing.experts, time.lanes),
+            *_asked(guard, routing.layers * routing.experts, time.lanes),
         )
     )
 
 
+def _asked(guard: GuardOptions | None, experts: int, lanes: int) -> tuple[Any, ...]:
+    """The last arguments of run_clock."""
+    if guard is None:
+        return ()
+    admission = _Admission(guard, experts, lanes)
+    return admission.admit, 0.0, admission.in_vain
+
+
 class _Admission:
-    """What ``stream`` asks before each batch, on the clock's time."""
+    """What ``stream`` asks before each batch, and at each of its layers, on the clock's time."""
 
     def __init__(self, options: GuardOptions, experts: int, lanes: int) -> None:
         self._experts, self._seconds = experts, 0.0
         self._counts: tuple[int, int, int, int, int, float, float] = (0, 0, 0, 0, 0, 0.0, 0.0)
         self._state = AnnouncingState(None, options, lanes, lambda: self._counts, lambda: self._seconds)
 
-    def __call__(self, seconds: float, *counts: Any) -> tuple[int, bool]:
+    def admit(self, seconds: float, *counts: Any) -> tuple[int, bool]:
         self._seconds, self._counts = seconds, counts
         return self._state.room(self._experts), self._state.early
+
+    def in_vain(self, seconds: float, *counts: Any) -> bool:
+        self._seconds, self._counts = seconds, counts
+        return self._state.in_vain()
 
 
 def record_routing(model: nn.Module, batches: Iterable[dict[str, Any]], predictor: Predictor | None = None) -> Routing:

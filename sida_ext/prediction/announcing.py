@@ -1,7 +1,8 @@
 """Whether what a predictor names of whole batches is worth reading ahead, judged while it runs.
 
-``stream`` and the prefill of ``generate`` ask before each batch; one is announced as a whole, or not at all. Two guards
-(:mod:`~sida_ext.prediction.lookahead_guard`) have to agree:
+``stream`` and the prefill of ``generate`` ask before each batch; one is announced as a whole, or not at all, and taken
+back at the layer at which it is known to be in vain. Two guards (:mod:`~sida_ext.prediction.lookahead_guard`) have to
+agree:
 
 - Of the experts that are *named*, at least half have to be wanted (a third where the disk rests most of the time).
   Those that are not are read in vain or keep a place, and what is wanted is evicted for them.
@@ -32,6 +33,8 @@ __all__ = ["AnnounceStats", "AnnouncingState"]
 
 # Of the pressure: from which on the next layer is read early, and below which it no longer is.
 EARLY_FROM, EARLY_UNTIL = 0.35, 0.25
+# Of a batch's time that its layers waited for, below which there is nothing to win by reading early.
+WAITED = 0.05
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class AnnouncingState:
         self._at: float | None = None  # of the last look
         self._lock = threading.Lock()
         self._admitted = self._refused = 0
-        self.early = True
+        self.early = False
 
     def begin(self, shared: bool) -> None:
         """Batches follow one another from now on.
@@ -128,6 +131,18 @@ class AnnouncingState:
         with self._lock:
             self._worth.observe(self._now(), seconds, tokens, predicting)
 
+    def in_vain(self) -> bool:
+        """Whether what has come of the batch under way is enough to rest at once; then it rests, and who asks takes
+        back what is announced. To be asked at each of its MoE layers: a batch of a large model that is announced for
+        nothing reads as much as it computes."""
+        with self._lock:
+            right, wrong, useful, wasted = self._fresh(self._counts())[:4]
+            of_names, of_reads = self._slownesses()
+            if not (self.names.is_hopeless(right, wrong, of_names) or self.reads.is_hopeless(useful, wasted, of_reads)):
+                return False
+            self._look(asked=0)
+            return self._state() == "resting"
+
     def judge(self) -> None:
         """A batch is done, and no other follows at once."""
         with self._lock:
@@ -139,19 +154,28 @@ class AnnouncingState:
 
     def _look(self, asked: int = 1) -> None:
         now, counts = self._now(), self._counts()
-        # Counters that were set back begin at 0 again.
-        fresh: list[Any] = [n - old if n >= old else n for n, old in zip(counts, self._last, strict=True)]
-        right, wrong, useful, wasted, loads, read, stall = fresh
+        right, wrong, useful, wasted, loads, read, stall = self._fresh(counts)
         self.pace.observe(loads, read, stall, None if self._at is None else now - self._at)
+        waited = 0.0 if self._at is None or now <= self._at else stall / (now - self._at)
         self._last, self._at = counts, now
         pressure, each = self.pace.pressure, self.pace.read_seconds
+        of_names, of_reads = self._slownesses()
         if pressure:
-            self.early = pressure >= (EARLY_UNTIL if self.early else EARLY_FROM)
+            # Once it is read early layers wait no more, so that their waiting tells nothing of whether to go on.
+            self.early = pressure >= EARLY_UNTIL if self.early else pressure >= EARLY_FROM and waited >= WAITED
         # What was named in vain costs a read at the most: here, or where what was evicted for it is wanted.
-        self.names.observe(now, right, wrong, 0, min(pressure, 1.0), wrong * each)
-        # The guard takes one off, since a read one layer ahead may take that layer's time for nothing; here it may not.
-        slowness = pressure + 1 if pressure > 1 else pressure
-        self.reads.observe(now, useful, wasted, asked, slowness, wasted * each)
+        self.names.observe(now, right, wrong, 0, of_names, wrong * each)
+        self.reads.observe(now, useful, wasted, asked, of_reads, wasted * each)
+
+    def _fresh(self, counts: tuple[Any, ...]) -> list[Any]:
+        """What was counted since the last look; counters that were set back begin at 0 again."""
+        return [n - old if n >= old else n for n, old in zip(counts, self._last, strict=True)]
+
+    def _slownesses(self) -> tuple[float, float]:
+        """As the two guards take it. The guard takes one off, since a read one layer ahead may take that layer's time
+        for nothing; here it may not."""
+        pressure = self.pace.pressure
+        return min(pressure, 1.0), pressure + 1 if pressure > 1 else pressure
 
     def stats(self) -> AnnounceStats:
         with self._lock:

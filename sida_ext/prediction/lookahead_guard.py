@@ -22,6 +22,7 @@ so that the routers are not asked in vain.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ __all__ = ["GuardOptions", "LookaheadGuard"]
 
 # Of waste_cost, where reads take next to no time beside the layers.
 LEAST_COST = 0.5
+# Standard deviations that what is useful may lie below the least share before its window is full: with half at the
+# least, ten in vain at the beginning.
+SURE = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,7 @@ class GuardOptions:
         waste_cost: cost of a byte read in vain as a share of that of a byte read in time, where a read takes a
             layer's time; the least share of useful bytes is ``cost / (1 + cost)``. 0: waste never counts.
         margin: by how much the share must be above the least before it goes one layer further.
-        window: experts read ahead that the share is taken over. It backs off as soon as more of them were wasted than a
-            window may hold.
+        window: experts read ahead that the share is taken over. It backs off before where that many can be no chance.
         rest: seconds of the first rest. It doubles with each fall, and halves with each step up.
         longest_rest: seconds.
         loss: share of the time that reads in vain may take. A rest lasts longer than the others say where the attempt
@@ -156,9 +159,22 @@ class LookaheadGuard:
             self._rest_until(now + self.options.rest)  # nobody is to blame: the next rest is not longer
         elif self._useful + self._wasted >= self._window_bytes:
             self._decide(now, self._useful / (self._useful + self._wasted), slowness)
-        elif self._wasted > (1 - self.options.least_share(slowness)) * self._window_bytes:
-            self._back_off(now)  # whatever the rest of the window brings
+        elif self.is_hopeless(0, 0, slowness):
+            self._back_off(now)
         return self.level
+
+    def is_hopeless(self, useful: int, wasted: int, slowness: float = 0.0) -> bool:
+        """Whether with these bytes the share is below the least whatever the rest of the window brings, or too far for
+        chance, so that :meth:`observe` would back off; False while it rests."""
+        if self.state == "resting":
+            return False
+        least = self.options.least_share(slowness)
+        useful, wasted = self._useful + useful, self._wasted + wasted
+        if wasted > (1 - least) * self._window_bytes:
+            return True
+        record = self._window_bytes / self.options.window
+        judged = (useful + wasted) / record
+        return judged * least - useful / record > SURE * math.sqrt(judged * least * (1 - least))
 
     def _add(self, useful: int, wasted: int, lost: float) -> None:
         if not useful and not wasted:

@@ -7,6 +7,7 @@ queue; an end, an error and the consumer's leaving all pass through it.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -25,7 +26,6 @@ from sida_ext.experts.cuda import on_predictor
 from sida_ext.experts.runtime import Runtime, runtime_of
 from sida_ext.models.layers import swapped_layers
 from sida_ext.models.prompt_prediction import announcing_of
-from sida_ext.prediction.announcing import AnnouncingState
 from sida_ext.prediction.drift import DriftWatch
 from sida_ext.prediction.moe_facts import check_vocabulary
 from sida_ext.prediction.prefetch import WASTE_COST, PrefetchPolicy, candidates_of
@@ -53,6 +53,7 @@ class _Item:
     wanted: dict[str, list[int]] = field(default_factory=dict)  # MoE layer -> experts to read ahead
     bits: int = 0  # the same experts, where another order may be chosen
     number: int = 0
+    judged: bool = False  # something is announced, and may turn out to be in vain
     seconds: float = 0.0  # that its prediction took
     error: BaseException | None = None
 
@@ -248,21 +249,34 @@ class _HashBuilder:
             choice = most_alike(self._last, [item.bits for item in window])
         item = window.pop(choice)
         self._last = item.bits
-        item.number = self._announce(item.wanted)
+        self._announce(item)
         if not self.queue.put(item):
             self.runtime.retire(item.number)
             return False
         return True
 
-    def _announce(self, wanted: dict[str, list[int]]) -> int:
-        """Announce a batch, as far as reading ahead is worth it at present; its number."""
+    def _announce(self, item: _Item) -> None:
+        """Announce a batch, as far as reading ahead is worth it at present."""
+        wanted = item.wanted
         if self.announcing is not None:
             room = self.announcing.room(self.runtime.header.total_experts)
             wanted = dict(within_room(list(wanted.items()), room))
-            for item in [] if room else self.queue.waiting():
-                self.runtime.retire(item.number)  # announced before it was known to be in vain
+            item.judged = bool(wanted)
+            if not room:
+                self._take_back()
         self.runtime.read_early(self.announcing is None or self.announcing.early)
-        return self.runtime.announce(wanted)
+        item.number = self.runtime.announce(wanted)
+
+    def _take_back(self) -> None:
+        """What was announced before it was known to be in vain."""
+        for item in self.queue.waiting():
+            self.runtime.retire(item.number)
+
+    def judge(self, number: int) -> None:
+        """At a layer of the announced batch ``number``: it, and what waits, is taken back where it is in vain."""
+        if self.announcing is not None and self.announcing.in_vain():
+            self.runtime.retire(number)
+            self._take_back()
 
 
 def _without_predictor(batches: Iterable[dict[str, Any]]) -> Iterator[_Item]:
@@ -284,9 +298,10 @@ def _compute(
     runtime: Runtime,
     items: Iterator[_Item],
     watch: DriftWatch | None = None,
-    announcing: AnnouncingState | None = None,
+    builder: _HashBuilder | None = None,
 ) -> Iterator[Any]:
     """Outputs in the caller's order, whatever order the items come in."""
+    announcing = None if builder is None else builder.announcing
     finished: dict[int, Any] = {}
     turn = 0
     while True:
@@ -297,8 +312,11 @@ def _compute(
             return
         begin = time.monotonic()
         chosen: dict[int, torch.Tensor] | None = None if watch is None else {}
+        judge = None
+        if builder is not None and item.judged:
+            judge = functools.partial(builder.judge, item.number)
         try:
-            with at_work(), torch.no_grad(), runtime.batch(item.number, item.table, chosen):
+            with at_work(), torch.no_grad(), runtime.batch(item.number, item.table, chosen, judge=judge):
                 finished[item.position] = model(**item.batch)  # type: ignore[arg-type]
         finally:
             if item.number:
@@ -436,7 +454,7 @@ def _stream(
         builder.started.wait(JOIN_SECONDS)
         torch.set_num_threads(threads)
     try:
-        yield from _compute(model, runtime, _from_queue(queue, timeout), watch, builder.announcing)
+        yield from _compute(model, runtime, _from_queue(queue, timeout), watch, builder)
     finally:
         for item in queue.close():
             if item.number:

@@ -4,6 +4,8 @@
 #include <limits>
 #include <sstream>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace sida::test {
 namespace {
@@ -257,28 +259,44 @@ bool ResidencyModel::may_go(const Slot& slot, bool wanted_ones) const {
 }
 
 int32_t ResidencyModel::choose_unannounced(bool wanted_ones) const {
-  int32_t victim = -1;
-  double victim_wait = 0;
-  for (int32_t layer = 0; layer < options.layers; ++layer) {
-    int32_t head = -1;  // the layer's least wanted
-    for (const Slot& slot : slots) {
-      if (!may_go(slot, wanted_ones) || slot.expert / options.experts != layer) continue;
-      if (next_time(slot.expert) != no_time) continue;
-      const History& past = history[slot.expert];
-      if (head < 0 || std::tie(past.weight, past.last_use, slot.expert) <
-                          std::tie(history[head].weight, history[head].last_use, head)) {
-        head = slot.expert;
-      }
-    }
-    if (head < 0) continue;
-    const double wait = layer_clock_.wait(layer, history[head].weight);
-    if (victim < 0 || wait > victim_wait ||
-        (wait == victim_wait && history[head].last_use <= history[victim].last_use)) {
-      victim = head;
-      victim_wait = wait;
+  struct Layer {
+    int32_t head = -1;  // its least wanted
+    int64_t may_go = 0;
+  };
+  std::vector<Layer> all(static_cast<size_t>(options.layers));
+  for (const Slot& slot : slots) {
+    if (!may_go(slot, wanted_ones) || next_time(slot.expert) != no_time) continue;
+    Layer& its = all[static_cast<size_t>(slot.expert / options.experts)];
+    ++its.may_go;
+    const History& past = history[slot.expert];
+    if (its.head < 0 || std::tie(past.weight, past.last_use, slot.expert) <
+                            std::tie(history[its.head].weight, history[its.head].last_use, its.head)) {
+      its.head = slot.expert;
     }
   }
-  return victim;
+  const auto layer_of = [&](int32_t expert) { return expert / options.experts; };
+  const auto wait = [&](int32_t expert) { return layer_clock_.wait(layer_of(expert), history[expert].weight); };
+  const auto chance = [&](int32_t expert) { return layer_clock_.chance(layer_of(expert), history[expert].weight); };
+  int32_t latest = -1;
+  for (const Layer& its : all) {
+    if (its.head < 0) continue;
+    if (latest < 0 || wait(its.head) > wait(latest) ||
+        (wait(its.head) == wait(latest) && history[its.head].last_use <= history[latest].last_use)) {
+      latest = its.head;
+    }
+  }
+  if (latest < 0) return -1;
+  // Of the layers with as rare a head that are half a turn away or more, or the latest: the fullest, then the farthest.
+  const auto away = [&](int32_t expert) {
+    return layer_clock_.until_run(layer_of(expert)) / layer_clock_.turn(layer_of(expert));
+  };
+  const auto key = [&](const Layer& its) { return std::pair(its.may_go, away(its.head)); };
+  Layer victim = all[static_cast<size_t>(layer_of(latest))];
+  for (const Layer& its : all) {
+    if (its.head < 0 || chance(its.head) > chance(latest) || away(its.head) <= 0.5) continue;
+    if (key(its) > key(victim)) victim = its;
+  }
+  return victim.head;
 }
 
 int32_t ResidencyModel::choose_victim(bool wanted_ones, std::optional<Time> after) const {

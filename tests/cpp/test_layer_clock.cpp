@@ -50,6 +50,10 @@ SIDA_TEST(what_was_wanted_always_is_expected_when_its_layer_runs_and_what_was_ne
   CHECK(near(clock.wait(0, weights[0]), 1));
   CHECK(near(clock.wait(1, weights[1]), 2));
   CHECK(near(clock.wait(2, weights[2]), 3));
+  for (const int layer : {0, 1, 2}) {
+    CHECK_EQ(clock.turn(layer), 3);
+    CHECK_EQ(clock.until_run(layer), layer + 1);
+  }
   CHECK(std::isinf(clock.wait(0, never_used)));
   CHECK_EQ(clock.chance(0, never_used), 0);
 }

@@ -51,7 +51,31 @@ def test_on_the_clock_a_wrong_predictor_costs_next_to_nothing_and_an_oracle_keep
     assert on_the_clock(wrong, slots, time).seconds > 1.05 * none.seconds  # without the guard
     guarded = on_the_clock(wrong, slots, time, guard=GuardOptions())
     assert guarded.seconds <= 1.02 * none.seconds
-    assert on_the_clock(plain, slots, time, guard=GuardOptions()) == on_the_clock(plain, slots, time)
+    assert guarded.wasted_prefetches <= 20  # of the first batch; it names 60
+    oracle, unguarded = (on_the_clock(plain, slots, time, guard=guard) for guard in (GuardOptions(), None))
+    assert oracle.seconds <= min(none.seconds, 1.005 * unguarded.seconds)  # which begins to read early at once
+
+
+def test_on_the_clock_layers_that_hardly_wait_are_not_read_early():
+    # Six slots, sixteen experts a layer, and what is computed hides nearly all reads.
+    batches = [[(layer, list(range(16))) for layer in range(4)] for _ in range(40)]
+    plain, time = Routing(4, 16, batches, []), ModelledTime(0.045e-3, before=0.5e-3, compute=0.05e-3)
+    none, oracle = on_the_clock(plain, 6, time, lookahead=0), on_the_clock(plain, 6, time, guard=GuardOptions())
+    assert on_the_clock(plain, 6, time).loads > none.loads  # what reading early costs
+    assert oracle.seconds <= none.seconds and oracle.loads <= none.loads
+
+
+def test_on_the_clock_what_is_missing_lies_evenly_and_is_hidden():
+    """Half of the experts fit and all are wanted in turn. A layer computes for as long as half of its experts take to
+    be read: where each misses half, hardly anything is waited for."""
+    layers, experts = 6, 32
+    batches = [[(layer, list(range(experts))) for layer in range(layers)] for _ in range(20)]
+    time = ModelledTime(0.09e-3, before=0.0, compute=0.05e-3)
+    seconds = [
+        on_the_clock(Routing(layers, experts, batches[:count], []), layers * experts // 2, time, lookahead=0).seconds
+        for count in (10, 20)
+    ]
+    assert seconds[1] - seconds[0] <= 1.15 * 10 * layers * experts * time.compute
 
 
 class Counted:
@@ -99,6 +123,28 @@ def test_what_is_named_in_vain_counts_though_nothing_was_read_for_it():
     slack = Counted(window=10)
     assert [slack.batch(20, 0, right=9, wrong=1) for _ in range(3)][-1] == 500
     assert slack.batch(0, 0, right=4, wrong=6) == 500
+
+
+def test_a_batch_is_given_up_at_the_layer_where_it_is_known_to_be_in_vain():
+    counted = Counted()
+    assert counted.batch(0, 0) == 500
+    counted.counts = (3, 12, 0, 0, 0, 0.0, 0.0)
+    assert not counted.state.in_vain()  # may be chance
+    assert counted.state.stats().state == "open"
+    counted.counts = (3, 24, 0, 0, 0, 0.0, 0.0)
+    assert counted.state.in_vain()
+    assert counted.state.stats().state == "resting"
+    assert not counted.state.in_vain()  # said once
+    assert counted.batch(0, 0) == 0
+
+
+def test_a_batch_with_some_that_are_wrong_is_not_given_up():
+    counted = Counted()
+    counted.batch(0, 0)
+    for layer in range(1, 100):
+        counted.counts = (6 * layer, 4 * layer, 5 * layer, 3 * layer, 8 * layer, 0.0, 0.0)
+        assert not counted.state.in_vain()
+    assert counted.batch(0, 0) == 500
 
 
 def test_a_rest_is_as_long_as_the_attempt_was_expensive():
@@ -280,3 +326,21 @@ def test_a_prefill_is_not_even_predicted_while_that_is_in_vain(folder, endless):
     assert right.calls == 1  # another one is judged by what it names itself
     assert model.sida.stats().announcing.state == "open"
     model.sida.close()
+
+
+@pytest.mark.parametrize("by", ["stream", "prefill"])
+def test_the_first_batch_is_given_up_after_its_first_layers(served, endless, by):
+    """Twelve experts are named for each of four layers, all in vain: after one layer that can be no chance."""
+    given, tables = prompts_and_tables(served, 1)
+    choose, known = unwanted(served)
+    known.update(tables)
+    before = served.sida.announcing_pace()
+    if by == "stream":
+        (_,) = sida_ext.stream(served, [{"input_ids": given[0], "use_cache": False}], Named(choose), drift=False)
+    else:
+        served.sida.predictor = Named(choose)
+        with torch.no_grad():
+            served(input_ids=given[0], use_cache=False)
+    right, wrong = (after - at for after, at in zip(served.sida.announcing_pace()[:2], before[:2], strict=True))
+    assert right == 0 and 10 <= wrong <= 24
+    assert served.sida.stats().announcing.state == "resting"

@@ -68,6 +68,13 @@ sida_mutation("layers run unseen" experts/residency.cpp
               [=[clock_.run(layer, static_cast<double>(experts.size()) / options_.experts);]=] [=[]=])
 sida_mutation("what is expected soonest goes first" experts/eviction.cpp
               [=[(wait < latest ||]=] [=[((MUTANT ? wait > latest : wait < latest) ||]=])
+sida_mutation("the emptiest layer goes first" experts/eviction.cpp
+              [=[if (its.size() < found->size() ||]=]
+              [=[if ((MUTANT ? its.size() > found->size() : its.size() < found->size()) ||]=])
+sida_mutation("a full layer goes though it runs next" experts/eviction.cpp
+              [=[if (until <= 0.5 ||]=] [=[if ((!MUTANT && until <= 0.5) ||]=])
+sida_mutation("a full layer goes though its first is wanted more" experts/eviction.cpp
+              [=[|| chance(layer) > rarest) continue;]=] [=[|| (!MUTANT && chance(layer) > rarest)) continue;]=])
 sida_mutation("the clock stands still" experts/residency.cpp
               [=[state.last_use = ++tick_;]=] [=[state.last_use = tick_;]=])
 sida_mutation("an arrival is not told to the order of eviction" experts/residency.cpp
