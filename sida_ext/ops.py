@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sida_ext._load import _C  # noqa: F401  (registers the ops)
 
-__all__ = ["attention", "linear", "moe_ffn", "moe_layer", "route_top1"]
+__all__ = ["attention", "linear", "moe_ffn", "moe_layer", "rms_norm", "route_top1"]
 
 
 class _NoBackward(torch.autograd.Function):
@@ -184,6 +184,32 @@ def _linear_fake(x, weight, scale=None, bias=None):
     torch._check(x.dim() >= 1, lambda: "linear: x must have a dimension at least")
     torch._check(weight.dim() == 2, lambda: "linear: weight must have 2 dimensions")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * (x / sqrt(mean(x^2) + eps))`` over the last dimension, as ``T5LayerNorm`` and the RMS norms of
+    transformers' language models: in fp32, rounded before the weight and after it.
+
+    Args:
+        x: [..., columns] float32, bfloat16 or float16; copied if not contiguous.
+        weight: [columns] of the same dtype.
+        eps: 0 or more.
+
+    Returns:
+        [..., columns] of x's dtype. A row's bits depend on that row alone. On the CPU.
+
+    Raises:
+        ValueError, TypeError: the message names the argument, the value found and the value expected.
+        NotImplementedError: a backward, as the weights are frozen.
+    """
+    return _call(torch.ops.sida.rms_norm.default, x, weight, eps)
+
+
+@torch.library.register_fake("sida::rms_norm")
+def _rms_norm_fake(x, weight, eps):
+    torch._check(x.dim() >= 1, lambda: "rms_norm: x must have a dimension at least")
+    torch._check(weight.dim() == 1, lambda: "rms_norm: weight must have 1 dimension")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def attention(

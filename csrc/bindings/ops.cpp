@@ -2,6 +2,7 @@
 // way to register, the fake implementations and the errors of a backward, is in sida_ext/ops.py.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <functional>
 #include <optional>
 #include <string_view>
@@ -16,6 +17,7 @@
 #include "kernels/attention.h"
 #include "kernels/linear.h"
 #include "kernels/moe_ffn.h"
+#include "kernels/rms_norm.h"
 #include "kernels/route.h"
 #include "serving/cpu_serving.h"
 
@@ -203,6 +205,30 @@ Tensor attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value
   });
 }
 
+Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps) {
+  constexpr const char* op = "rms_norm";
+  RmsNormArgs args{};
+  args.dtype = dtype_of(x, op, "x", /*weights=*/false);
+  CHECK_VALUE(x.dim() >= 1, op, ": x has 0 dimensions, expected [..., columns]");
+  check_device(weight, x, op, "weight");
+  check_dims(weight, 1, op, "weight", "[columns]");
+  CHECK_TYPE(type_of(weight) == type_of(x), op, ": weight has dtype ", type_of(weight), ", expected ", type_of(x),
+             ", that of x");
+  args.columns = x.size(x.dim() - 1);
+  check_size(weight, 0, args.columns, op, "weight", "columns of x");
+  CHECK_VALUE(std::isfinite(eps) && eps >= 0, op, ": eps is ", eps, ", expected 0 or more");
+  const Tensor given = contiguous(x), factors = contiguous(weight);
+  const Tensor out = empty(shape_of(x), type_of(x), x);
+  if (x.numel() == 0) return out;
+  args.rows = x.numel() / args.columns;
+  args.x = given.const_data_ptr(), args.weight = factors.const_data_ptr(), args.out = out.mutable_data_ptr();
+  args.eps = static_cast<float>(eps);
+  return with_python_errors([&] {
+    cpu::rms_norm(args, torch_threads());
+    return out;
+  });
+}
+
 // Runs `body` as a named range of torch's profiler.
 void profiled(const char* name, const std::function<void()>& body) {
   AtenRecordFunctionHandle range = nullptr;
@@ -248,6 +274,7 @@ STABLE_TORCH_LIBRARY(sida, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor spans, float scale, Tensor? bias=None, "
       "bool causal=False) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("moe_layer(Tensor x, Tensor expert_index, Tensor gate, int handle) -> Tensor");
 }
 
@@ -256,5 +283,6 @@ STABLE_TORCH_LIBRARY_IMPL(sida, CPU, m) {
   m.impl("route_top1", TORCH_BOX(&sida::route_top1_cpu));
   m.impl("linear", TORCH_BOX(&sida::linear_cpu));
   m.impl("attention", TORCH_BOX(&sida::attention_cpu));
+  m.impl("rms_norm", TORCH_BOX(&sida::rms_norm_cpu));
   m.impl("moe_layer", TORCH_BOX(&sida::moe_layer_cpu));
 }

@@ -201,7 +201,7 @@ class ServedModel(ModelFacts):
         if joined is None or not joined.starts_together or not (self.seq2seq or self._keeps_logits):
             return [self.start(ids, new) for ids, new in zip(prompts, new_tokens, strict=True)]
         lengths = list(map(len, prompts))
-        for batch in packed_batches(lengths) if self.seq2seq else batches(lengths, self._spare):
+        for batch in packed_batches(lengths) if self.seq2seq else self._prompts_together(lengths):
             if len(batch) == 1:
                 found[batch[0]] = self.start(prompts[batch[0]], new_tokens[batch[0]])
                 continue
@@ -210,6 +210,14 @@ class ServedModel(ModelFacts):
             for place, answer in zip(batch, started, strict=True):
                 found[place] = answer
         return found
+
+    def _prompts_together(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Positions of a decoder-only model's prompts that run together. One token is a step, and takes the products of
+        one (:class:`~sida_ext.serving.shared.StepWeight`): it runs beside its like alone."""
+        single = [place for place, length in enumerate(lengths) if length == 1]
+        longer = [place for place, length in enumerate(lengths) if length > 1]
+        found = batches([lengths[place] for place in longer], self._spare)
+        return [*([single] if single else []), *([longer[place] for place in batch] for batch in found)]
 
     @torch.no_grad()
     def step(self, rows: Sequence[Row | Alone], tokens: Sequence[int]) -> Tensor:

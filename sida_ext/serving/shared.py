@@ -1,5 +1,6 @@
 """``sida serve --shared``: attention, and the matrix products that torch computes otherwise for another number of rows,
-go through kernels of ours whose results for a row depend on that row alone.
+go through kernels of ours whose results for a row depend on that row alone. So do, for the time that they take, the
+products of steps of one token a row, and the norms.
 
 The change is made to the model itself: ``generate`` of one prompt takes the same kernels. So rows keep the bits that
 they have alone while they share every call, but these are other bits than those of the model before: sums in fp32 in
@@ -8,7 +9,8 @@ another order. Nothing else of the model changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sida_ext import ops
 from sida_ext.serving.row_exact import linear_joins
 
-__all__ = ["IMPLEMENTATION", "LONG", "SharedWeight", "attend_shared", "is_long", "share_rows"]
+__all__ = ["IMPLEMENTATION", "LONG", "SharedWeight", "StepWeight", "attend_shared", "is_long", "share_rows"]
 
 IMPLEMENTATION = "sida_shared"
 
@@ -49,6 +51,19 @@ class SharedWeight(nn.Parameter):
             return func(*args, **(kwargs or {}))
 
 
+class StepWeight(SharedWeight):
+    """A matrix whose product torch computes with the same bits in any company, and ours in less time where each row
+    brings one token. What a row brings depends on the row alone; a prompt of one token is no company for longer ones.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.linear and args[0].dim() == 3 and args[0].shape[1] == 1:
+                return _linear(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return ops.linear(input, weight, None, None if bias is None else bias.float())
 
@@ -60,8 +75,8 @@ def share_rows(model: Any) -> int:
         model: on the CPU, in evaluation mode, its experts swapped or not.
 
     Returns:
-        How many matrices are computed by our kernels from now on; those whose product by torch is the same in any
-        company stay torch's.
+        How many matrices are computed by our kernels from now on: those whose product by torch depends on the company,
+        and in steps of one token a row, where ours take less time, the decoder's others.
 
     Raises:
         ValueError: the model is not on the CPU.
@@ -74,18 +89,62 @@ def share_rows(model: Any) -> int:
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._attn_implementation = IMPLEMENTATION
-    changed = 0
+    changed, texts = 0, _of_texts(model)
     for module in model.modules():
         weight = module._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.dim() != 2 or not weight.is_floating_point():
             continue
         if isinstance(module, nn.Embedding) and weight is not _head(model):
             continue
-        if not linear_joins(weight.detach(), getattr(module, "bias", None)):
-            weight.requires_grad_(False)
-            weight.__class__ = SharedWeight
-            changed += 1
+        joins = linear_joins(weight.detach(), getattr(module, "bias", None))
+        if joins and id(weight) in texts:
+            continue
+        weight.requires_grad_(False)
+        weight.__class__ = StepWeight if joins else SharedWeight
+        changed += 1
+    for module in model.modules():
+        if (eps := _rms_eps(module)) is not None:
+            module.forward = functools.partial(_rms_norm, module, eps, module.forward)
     return changed
+
+
+@torch.no_grad()
+def _rms_eps(module: nn.Module) -> float | None:
+    """What :func:`sida_ext.ops.rms_norm` takes to compute what the module computes; None if it is something else. Found
+    by trying: families name their norms as they like, and some add one to the weight."""
+    weight = module._parameters.get("weight")
+    if set(module._parameters) != {"weight"} or module._modules or weight is None or weight.dim() != 1:
+        return None
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(eps, float) or not weight.is_floating_point():
+        return None
+    rows = torch.randn(3, weight.numel(), generator=torch.Generator().manual_seed(0)) + 0.5
+    rows = (rows * torch.tensor([[30.0], [1.0], [max(eps, 1e-12) ** 0.5]])).to(weight.dtype)
+    exact = rows.double() * (rows.double().square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+    found = module(rows)
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    same = found.dtype == weight.dtype and torch.allclose(found.double(), exact, rtol=tolerance, atol=1e-6)
+    return eps if same else None
+
+
+def _rms_norm(module: Any, eps: float, own: Callable[..., Tensor], hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != module.weight.dtype:
+        return own(hidden_states)
+    return ops.rms_norm(hidden_states, module.weight, eps)
+
+
+def _of_texts(model: Any) -> set[int]:
+    """The matrices that an encoder-decoder, or a model that writes nothing, applies to its texts: their tokens come
+    together with those of others."""
+    if not model.can_generate():
+        return {id(parameter) for parameter in model.parameters()}
+    if not model.config.is_encoder_decoder:
+        return set()
+    found = [model.get_encoder()] if hasattr(model, "get_encoder") else []
+    found += [module.k for name, module in model.named_modules() if name.endswith("EncDecAttention")]
+    found += [module.v for name, module in model.named_modules() if name.endswith("EncDecAttention")]
+    head = _head(model)  # which may be the encoder's embedding too
+    return {id(parameter) for module in found for parameter in module.parameters() if parameter is not head}
 
 
 def _head(model: Any) -> Any:

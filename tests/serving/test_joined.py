@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransfor
 
 import sida_ext
 import sida_ext.serving.shared
+from sida_ext import ops
 from sida_ext.models.classification import SwitchTransformersForSequenceClassification
 from sida_ext.models.layers import swapped_layers
 from sida_ext.serving import row_exact
@@ -21,7 +22,7 @@ from sida_ext.serving.model import ServedModel
 from sida_ext.serving.packed import PackedEncoder
 from sida_ext.serving.row_exact import RowExact, linear_joins
 from sida_ext.serving.rows import SMALLEST_CAPACITY, KvPool
-from sida_ext.serving.shared import attend_shared
+from sida_ext.serving.shared import _rms_eps, attend_shared
 from tests.support.tiny_models import VOCABULARY, tiny_causal, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -126,7 +127,7 @@ def test_prompts_that_start_together_have_the_bits_they_have_alone(kind, shared,
     with model.sida:
         served = ServedModel(model, tiny_tokenizer(), "tiny", shared=shared)
         prompts = [
-            [draw.randrange(2, VOCABULARY) for _ in range(draw.choice([3, 9, 10, 12, 40, 41]))] for _ in range(9)
+            [draw.randrange(2, VOCABULARY) for _ in range(draw.choice([1, 2, 3, 9, 10, 12, 40, 41]))] for _ in range(11)
         ]
         together = served.start_all(prompts, [4] * len(prompts))
         rows = [row for _, row in together]
@@ -136,6 +137,69 @@ def test_prompts_that_start_together_have_the_bits_they_have_alone(kind, shared,
             assert torch.equal(together[place][0].float(), expected[0]), f"seed {seed}, row {place}"
             if len(expected) > 1:  # else the first token ended it
                 assert torch.equal(after[place].float(), expected[1]), f"seed {seed}, row {place}"
+
+
+@pytest.mark.parametrize("kind", ["olmoe bfloat16", "switch bfloat16"])
+def test_what_is_shared_are_the_products_of_steps_and_the_norms(kind, tmp_path, monkeypatch):
+    model = sida_ext.swap_experts(MODELS[kind](), store=tmp_path / "experts.sida")
+    prompt = [5, 6, 7, 8]
+    with model.sida:
+        served = ServedModel(model, tiny_tokenizer(), "tiny", shared=True)
+        count = sum(type(module).__name__.endswith("Norm") for module in model.modules())
+        norms, steps, others = [], [], []
+        norm, linear = ops.rms_norm, ops.linear
+
+        def count_norm(x, weight, eps):
+            norms.append(tuple(x.shape))
+            return norm(x, weight, eps)
+
+        def count_linear(x, *given):
+            (steps if x.dim() == 3 and x.shape[1] == 1 else others).append(tuple(x.shape))
+            return linear(x, *given)
+
+        monkeypatch.setattr(ops, "rms_norm", count_norm)
+        monkeypatch.setattr(ops, "linear", count_linear)
+        logits, row = served.start(prompt, 4)
+        assert len(norms) >= count > 4  # routers that are asked ahead take theirs once more
+        norms.clear(), steps.clear()
+        served.step([row, served.start(prompt, 4)[1]], [int(logits.argmax())] * 2)
+        shapes = {shape for shape in steps if shape[0] == 2}
+        width = model.config.hidden_size if kind.startswith("olmoe") else model.config.d_model
+        assert (2, 1, width) in shapes
+        assert all(parameter.__class__.__name__ != "StepWeight" for parameter in _of_the_texts(model))
+
+
+def _of_the_texts(model):
+    """Parameters that see an encoder's tokens."""
+    if not model.config.is_encoder_decoder:
+        return []
+    across = [module for name, module in model.named_modules() if name.endswith("EncDecAttention")]
+    head = model.get_output_embeddings().weight
+    found = [*model.get_encoder().parameters(), *(part.weight for module in across for part in (module.k, module.v))]
+    return [parameter for parameter in found if parameter is not head]
+
+
+@pytest.mark.parametrize("change", ["weight + 1", "mean", "eps", "another parameter"])
+def test_a_norm_that_is_something_else_keeps_its_own_function(change):
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(32) + 0.5)
+            self.eps = 1e-5
+
+        def forward(self, x):
+            if change == "mean":
+                x = x - x.mean(-1, keepdim=True)
+            eps = 1e-6 if change == "eps" else self.eps
+            weight = 1 + self.weight if change == "weight + 1" else self.weight
+            return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    norm = Norm()
+    if change == "another parameter":
+        change = ""
+        assert _rms_eps(norm) == 1e-5
+        norm.bias = torch.nn.Parameter(torch.zeros(32))
+    assert _rms_eps(norm) is None
 
 
 def test_the_model_is_as_it_was_after_a_step_that_failed(tmp_path):

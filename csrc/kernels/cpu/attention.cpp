@@ -14,20 +14,6 @@ namespace {
 // Multiply-adds below which waking other threads costs more than they save.
 constexpr int64_t serial_work = 1 << 17;
 
-const AttentionKernels& chosen() {
-  static const AttentionKernels* const table = [] {
-    [[maybe_unused]] const char* const name = instruction_set();
-#if defined(__x86_64__)
-    if (std::strcmp(name, "amx") == 0 || std::strcmp(name, "avx512") == 0) return avx512_attention();
-    if (std::strcmp(name, "avx2") == 0) return avx2_attention();
-#elif defined(__aarch64__)
-    if (std::strcmp(name, "neon") == 0) return neon_attention();
-#endif
-    return scalar_attention();
-  }();
-  return *table;
-}
-
 struct Call {
   const AttentionArgs& args;
   AttendHead attend;
@@ -47,10 +33,24 @@ struct Call {
 
 }  // namespace
 
+const AttentionKernels& attention_kernels() {
+  static const AttentionKernels* const table = [] {
+    [[maybe_unused]] const char* const name = instruction_set();
+#if defined(__x86_64__)
+    if (std::strcmp(name, "amx") == 0 || std::strcmp(name, "avx512") == 0) return avx512_attention();
+    if (std::strcmp(name, "avx2") == 0) return avx2_attention();
+#elif defined(__aarch64__)
+    if (std::strcmp(name, "neon") == 0) return neon_attention();
+#endif
+    return scalar_attention();
+  }();
+  return *table;
+}
+
 void attention(const AttentionArgs& args, const ParallelFor& parallel) {
   const int64_t tasks = args.sequences * args.heads;
   if (tasks == 0 || args.value_dim == 0) return;
-  const AttentionKernels& kernels = chosen();
+  const AttentionKernels& kernels = attention_kernels();
   int64_t scores = 0, longest = 0, turned = 0;
   for (int64_t b = 0; b < args.sequences; ++b) {
     const AttentionSpan& span = args.spans[b];

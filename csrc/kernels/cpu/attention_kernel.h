@@ -3,6 +3,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/cpu/attention_kernels.h"
+#include "kernels/cpu/rms_norm_kernel.h"
 #include "kernels/cpu/simd_math.h"
 
 namespace sida::cpu {
@@ -345,7 +346,8 @@ template <class S>
 struct AttentionTable {
   static constexpr AttentionKernels table{
       S::lanes, AttentionKernel<S, DType::f32>::together, AttentionKernel<S, DType::f32>::attend,
-      AttentionKernel<S, DType::bf16>::attend, AttentionKernel<S, DType::f16>::attend};
+      AttentionKernel<S, DType::bf16>::attend, AttentionKernel<S, DType::f16>::attend,
+      RmsNormKernel<S, DType::f32>::rows, RmsNormKernel<S, DType::bf16>::rows, RmsNormKernel<S, DType::f16>::rows};
 };
 
 }  // namespace sida::cpu

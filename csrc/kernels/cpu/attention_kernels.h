@@ -1,9 +1,11 @@
-// The attention that every instruction set provides. As for kernels.h, nothing here may have external linkage.
+// The attention, and the norms beside it, that every instruction set provides. As for kernels.h, nothing here may have
+// external linkage.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/attention.h"
+#include "kernels/rms_norm.h"
 
 namespace sida::cpu {
 
@@ -20,11 +22,18 @@ static inline bool turns_keys(const AttentionSpan& span, int64_t together) {
 // turned `dim` times the keys, each rounded up to the lanes.
 using AttendHead = void (*)(const AttentionArgs& args, int64_t sequence, int64_t head, float* memory);
 
+// Rows `first` to `last`.
+using NormaliseRows = void (*)(const RmsNormArgs& args, int64_t first, int64_t last);
+
 struct AttentionKernels {
   int64_t lanes;
   int64_t together;  // queries
   AttendHead f32, bf16, f16;
+  NormaliseRows norm_f32, norm_bf16, norm_f16;
 };
+
+// Those of the instruction set in use.
+const AttentionKernels& attention_kernels();
 
 const AttentionKernels* scalar_attention() noexcept;
 const AttentionKernels* avx2_attention() noexcept;
