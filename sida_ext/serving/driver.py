@@ -234,6 +234,8 @@ class Driver:
                 self._deliver(answers)
 
     def _held(self) -> frozenset[tuple[int, int]]:
+        if not self._scheduler.waiting:  # who comes right now is admitted by age alone
+            return frozenset()
         runtime = self.model.runtime
         with self._changed:
             wanted = self._scheduler.wants_overlap
@@ -291,6 +293,8 @@ class Driver:
         )
 
     def _join(self, joining: Sequence[tuple[int, _Running]]) -> None:
+        if not joining:
+            return
         self.counts.prompt_tokens += sum(len(running.work.ids) for _, running in joining)
         by_kind: dict[str, list[tuple[int, _Running]]] = {}
         for pair in joining:
@@ -337,14 +341,15 @@ class Driver:
             return
         for (number, running), (logits, row) in zip(starting, found, strict=True):
             assert running.work.sampling is not None
-            running.writer = Writer(self.model.tokenizer, running.work.sampling, self.model.ends)
+            running.writer = Writer(self.model.tokenizer, running.work.sampling, self.model.ends, running.job.whole)
             running.row = row
-            self._take(number, running, choose([running.writer], logits[None])[0], logits)
+            self._take(number, running, choose([running.writer], logits[None])[0], logits[None], 0)
 
-    def _take(self, number: int, running: _Running, token: int, logits: Tensor) -> None:
+    def _take(self, number: int, running: _Running, token: int, logits: Tensor, place: int) -> None:
+        """``logits`` [B, vocabulary], of which the row's is at ``place``."""
         assert running.writer is not None
         running.token = token
-        delta = running.writer.take(token, logits)
+        delta = running.writer.take(token, logits, place)
         if running.job.first_token is None:
             running.job.first_token = time.perf_counter()
         self.counts.tokens += 1
@@ -368,5 +373,5 @@ class Driver:
             return
         writers = [running.writer for _, running in going]
         tokens = choose(writers, logits)  # type: ignore[arg-type]
-        for (number, running), token, row in zip(going, tokens, logits, strict=True):
-            self._take(number, running, token, row)
+        for place, ((number, running), token) in enumerate(zip(going, tokens, strict=True)):
+            self._take(number, running, token, logits, place)

@@ -171,7 +171,7 @@ class Scheduler:
             return Step(expired, [], rows)
         if not self._running and self._waiting:
             self._began = now
-        joined = self._admit(held)
+        joined = self._admit(held) if self._waiting else []
         if joined:
             self._ended.clear()
             self._until = None  # of those that end next

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sida_ext.serving.answers import (
     ChatShape,
@@ -39,7 +40,7 @@ from sida_ext.serving.protocol import (
     RequestError,
     ScoreRequest,
 )
-from sida_ext.serving.routes import BodyRoute, invalid
+from sida_ext.serving.routes import BodyRoute, ShortWay, invalid
 from sida_ext.serving.service import ClientLeftError, Front, until_left
 
 __all__ = ["create_app"]
@@ -59,7 +60,7 @@ def create_app(service: Front) -> FastAPI:
             await service.stop()
 
     # No pages that load scripts from elsewhere: the interface is described at /openapi.json alone.
-    app = FastAPI(title="sida serve", docs_url=None, redoc_url=None, lifespan=life)
+    app = _Application(title="sida serve", docs_url=None, redoc_url=None, lifespan=life)
     app.router.route_class = BodyRoute
     app.state.service = service
     _add_errors(app)
@@ -67,15 +68,28 @@ def create_app(service: Front) -> FastAPI:
     _add_once(app, service)
     _add_watching(app, service)
     endpoints = [route.path for route in app.routes if hasattr(route, "path")]
-    app.add_middleware(Guards, settings=service.settings, metrics=service.metrics, endpoints=endpoints)
+    short = ShortWay(app.long_way, app.routes, app.exception_handlers)
+    app.front = Guards(short, service.settings, service.metrics, endpoints)
     if service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        app.front = CORSMiddleware(
+            app.front,
             allow_origins=list(service.settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", DEADLINE_HEADER],
         )
     return app
+
+
+class _Application(FastAPI):
+    """What stands before the routes stands before FastAPI as well: see :class:`~sida_ext.serving.routes.ShortWay`."""
+
+    front: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.front(scope, receive, send)
+
+    async def long_way(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
 
 
 def _answer(problem: RequestError) -> Response:

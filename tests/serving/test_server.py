@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import shutil
 import struct
@@ -332,6 +333,28 @@ def test_other_urls_and_methods(server):
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
     assert httpx.get(f"{server.url}/docs").status_code == 404
     assert "/v1/completions" in httpx.get(f"{server.url}/openapi.json").json()["paths"]
+
+
+def test_a_failure_nobody_expected_is_a_500_that_is_counted_and_the_server_goes_on(server, monkeypatch, caplog):
+    def broken(*given):
+        raise ZeroDivisionError("of the test")
+
+    def counted():
+        text = httpx.get(f"{server.url}/metrics").text
+        return [line for line in text.splitlines() if 'status="500"' in line and "/v1/completions" in line]
+
+    before = counted()
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    with monkeypatch.context() as patched:
+        patched.setattr("sida_ext.serving.server.tokens_of", broken)
+        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "hello"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "of the test" not in answer.text
+    assert "ZeroDivisionError: of the test" in caplog.text  # the log says why
+    assert len(counted()) == 1
+    assert counted() != before
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "hello", "max_tokens": 2}).status_code == 200
 
 
 def test_no_answer_names_a_path_of_the_machine(server, tmp_path_factory):
