@@ -341,7 +341,11 @@ def test_a_failure_nobody_expected_is_a_500_that_is_counted_and_the_server_goes_
 
     def counted():
         text = httpx.get(f"{server.url}/metrics").text
-        return [line for line in text.splitlines() if 'status="500"' in line and "/v1/completions" in line]
+        return [
+            line
+            for line in text.splitlines()
+            if line.startswith('sida_server_requests_total{endpoint="/v1/completions",status="500"')
+        ]
 
     before = counted()
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
