@@ -53,7 +53,7 @@ NAMES = ("none", "token table", "hash predictor", "oracle")
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 0.9)
 DISKS = (0.2, 0.5, 1.0, 2.0, 4.0)  # GB/s
 ROTATIONS = 4
-LEARNING = 3  # runs of the engine before those that count
+LEARNING = 5  # runs of the engine before those that count
 REAL_BUDGETS, REAL_DISKS = (0.1, 0.25, 0.5, 0.9), (0.2, 0.5, 0.0)
 LOOKAHEAD = "RouterLookahead"
 CONTROL = "none again"
@@ -259,7 +259,7 @@ def real_grid(
     draw = random.Random(0)
     rows = []
     for budget in REAL_BUDGETS:
-        for disk in REAL_DISKS:
+        for disk in arguments.disks:
             delay = max(0.0, 1e3 * (record / (disk * 1e9) - own / loads)) if disk else 0.0
             ways = Ways(served(arguments, f"{budget:.0%}", delay, lanes=1, ahead=True), batches, predictors)
             names = ("none", CONTROL, *predictors)
@@ -313,6 +313,7 @@ class Ways:
     def __init__(self, model: Any, batches: list[dict[str, Any]], predictors: dict[str, Any]) -> None:
         self.model, self.batches, self.predictors = model, batches, predictors
         self.states: dict[str, Any] = {}  # what judges each predictor
+        self._clocks: dict[str, OwnTime] = {}
         self._layers = swapped_layers(model)
         self._ahead = model.sida.ahead, [layer.ahead for layer in self._layers]
 
@@ -324,6 +325,12 @@ class Ways:
         for layer, ahead in zip(self._layers, asked[1], strict=True):
             layer.ahead = ahead
         sida.announcing = self.states.get(name)
+        clock = self._clocks.setdefault(name, OwnTime())
+        clock.go_on()
+        if sida.announcing is not None:
+            sida.announcing._now = clock
+        if sida.ahead is not None:
+            sida.ahead.now = clock
         slots, record = sida.slots, sida.header.record_bytes
         sida.set_budget(record)  # nothing is in memory but one expert
         sida.set_budget(slots * record)
@@ -332,9 +339,26 @@ class Ways:
         for _ in sida_ext.stream(self.model, self.batches, self.predictors.get(name), drift=False):
             pass
         seconds = time.perf_counter() - begin
+        clock.pause()
         self.states[name] = sida.announcing
         _, _, loads, lane, stall = sida.pace()
         return seconds, loads, lane, stall
+
+
+class OwnTime:
+    """Seconds that pass while a way runs: rests are not over sooner for the time that others take."""
+
+    def __init__(self) -> None:
+        self._left_out, self._paused = 0.0, time.monotonic()
+
+    def go_on(self) -> None:
+        self._left_out += time.monotonic() - self._paused
+
+    def pause(self) -> None:
+        self._paused = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._left_out
 
 
 def around_median(ordered: list[float]) -> tuple[float, float]:
@@ -403,6 +427,7 @@ def main() -> None:
     parser.add_argument("--engine", action="store_true")
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--disks", type=float, nargs="+", default=REAL_DISKS, help="of the engine's grid: GB/s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()

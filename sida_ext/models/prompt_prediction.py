@@ -46,6 +46,7 @@ def forward_prompt(runtime: Runtime, layers: list[str], model: nn.Module, *args:
         return type(model).forward(model, *args, **kwargs)
     announcing = announcing_of(runtime, runtime.predictor)
     announcing.begin(shared=runtime.ahead is not None)
+    announcing.predicts_ahead(0)
     begin = time.monotonic()
     worth = announcing.may_predict()
     room = announcing.room(runtime.header.total_experts) if worth else 0

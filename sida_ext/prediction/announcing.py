@@ -121,6 +121,11 @@ class AnnouncingState:
             self._admitted, self._refused = self._admitted + (state != "resting"), self._refused + (state == "resting")
             return {"open": most, "probing": min(most, self.names.options.window), "resting": 0}[state]
 
+    def predicts_ahead(self, batches: int) -> None:
+        """So many batches may be predicted before one is done that is computed; 0: each is predicted when it begins."""
+        with self._lock:
+            self._worth.ahead = batches
+
     def may_predict(self) -> bool:
         """Whether the next batch is to be predicted, going by what predicting took before."""
         with self._lock:

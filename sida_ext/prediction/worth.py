@@ -4,7 +4,9 @@ A predictor of a large model takes next to nothing beside it. One of a small mod
 who waits for its tables, or shares processors and interpreter with it, may lose more than reads that come in time save.
 What that costs cannot be told from the predictor's own time. So where that time is not negligible, batches go without a
 prediction by turns, and the time of a token is compared. By turns, a few batches each way, since a machine's own speed
-changes from second to second; and the longer, the less the two ways differ:
+changes from second to second; and the longer, the less the two ways differ. Where batches are predicted while others
+before them are computed, what a prediction costs falls upon those. So turns are then longer than batches are predicted
+ahead, and only batches count beside which nothing of the other way was predicted:
 
     on --it takes time--> trying, by turns --without is faster--> resting --time is up--> trying
      ^                          |
@@ -51,12 +53,15 @@ class PredictionWorth:
 
     Attributes:
         state: "on", "trying" or "resting".
+        ahead: batches that may be predicted before one is done that is computed; set by who knows.
     """
 
     def __init__(self, loss: float = 0.02, rest: float = 10.0, longest_rest: float = 300.0, tried: int = TRIED) -> None:
         self._loss, self._least, self._longest, self._tried = loss, rest, longest_rest, tried
         self._rest = rest
         self.state = "on"
+        self.ahead = 0
+        self._beside: set[bool] = set()  # which ways were asked for since a batch was done
         self._on, self._off = _Sum(), _Sum()
         self._asked = 0  # batches of the trial
         self._until = float("-inf")  # on: nothing is tried before; resting: its end
@@ -70,9 +75,13 @@ class PredictionWorth:
         if self.state == "resting" and now >= self._until:
             self._try()
         if self.state == "trying":
+            turn = self.ahead + self._tried if self.ahead else max(self._tried // 2, 1)
+            predicts = self._asked // turn % 2 == 1
             self._asked += 1
-            return (self._asked - 1) // max(self._tried // 2, 1) % 2 == 1
-        return self.state == "on"
+        else:
+            predicts = self.state == "on"
+        self._beside.add(predicts)
+        return predicts
 
     def observe(self, now: float, seconds: float, tokens: int, predicting: float | None) -> None:
         """A batch is done.
@@ -81,7 +90,11 @@ class PredictionWorth:
             seconds: that it took, with those that the model waited for its prediction.
             predicting: seconds of its prediction; None: it had none.
         """
+        alike = self._beside <= {predicting is not None}
+        self._beside.clear()
         if self.state == "trying":
+            if not alike:
+                return
             if predicting is None:
                 self._off.add(seconds, 0.0, tokens)
             else:

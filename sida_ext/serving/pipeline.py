@@ -184,6 +184,7 @@ class _HashBuilder:
         source = enumerate(batches)
         if self.announcing is not None:
             self.announcing.begin(shared=self.runtime.ahead is not None)
+            self.announcing.predicts_ahead(self.lookahead)
         try:
             # In the given order a batch is taken when there is room for it; a window is gathered before that.
             while not self.queue.closed and (self._room() > 1 or self.queue.wait_for_room()):
@@ -196,6 +197,8 @@ class _HashBuilder:
                     wanted = sum(len(experts) for experts in window[0].wanted.values())
                     self.lookahead = self._pick_lookahead(wanted)
                     self.queue.set_limit(self.lookahead)
+                    if self.announcing is not None:
+                        self.announcing.predicts_ahead(self.lookahead)
                 if len(window) >= self._room() and not self._send(window):
                     return
         finally:

@@ -67,6 +67,23 @@ def test_a_machine_whose_speed_changes_does_not_decide(on, ends):
             assert clocked.worth.state == ends, (change, factor)
 
 
+@pytest.mark.parametrize(("cost", "saved", "ends"), [(0.3, 0.1, "resting"), (0.1, 0.3, "on")])
+@pytest.mark.parametrize("ahead", [1, 2, 4, 7])
+def test_what_predicting_costs_those_before_is_not_taken_for_theirs(ahead, cost, saved, ends):
+    """Batches are predicted ``ahead`` of the one that is computed, which their predictions slow down."""
+    worth = PredictionWorth(rest=1e9, longest_rest=1e9)
+    worth.ahead = ahead
+    now, queue = 0.0, [worth.may(0.0) for _ in range(ahead)]
+    for _ in range(40 * (ahead + TRIED)):
+        beside = worth.may(now)  # while the first of the queue is computed
+        queue.append(beside)
+        predicted = queue.pop(0)
+        seconds = 1.0 + cost * beside - saved * predicted
+        now += seconds
+        worth.observe(now, seconds, 100, 0.1 if predicted else None)
+    assert worth.state == ends
+
+
 def test_attempts_take_no_more_than_their_share_of_the_time():
     clocked = Clocked(on=2.0, off=1.0)
     done = clocked.run(3000)
