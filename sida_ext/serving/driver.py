@@ -228,10 +228,11 @@ class Driver:
             self._decode(going)
             self._join(joining)
             self._count(step, time.perf_counter() - begin)
-            with self._changed:
-                answers, self._answers = self._answers, []
-            if answers:
-                self._deliver(answers)
+            if self._answers:  # by this thread; `cut` may have taken them meanwhile
+                with self._changed:
+                    answers, self._answers = self._answers, []
+                if answers:
+                    self._deliver(answers)
 
     def _held(self) -> frozenset[tuple[int, int]]:
         if not self._scheduler.waiting:  # who comes right now is admitted by age alone
@@ -353,6 +354,8 @@ class Driver:
         if running.job.first_token is None:
             running.job.first_token = time.perf_counter()
         self.counts.tokens += 1
+        if delta is None:
+            return
         if delta.finish is not None:
             self._leave(number, delta)
         else:

@@ -72,13 +72,14 @@ class Writer:
         sampling: see :class:`Sampling`.
         ends: token ids that end a text.
         whole: nobody reads the text before it is complete. Then tokens become text many at a time, which takes a
-            fraction of the time for each, unless stop strings are looked for.
+            fraction of the time for each, unless stop strings are looked for or log-probabilities wanted.
     """
 
     def __init__(self, tokenizer: Any, sampling: Sampling, ends: frozenset[int], whole: bool = False) -> None:
         self.sampling = sampling
         self.tokens: list[int] = []
-        self._at_once = READ_AT_ONCE if whole and not sampling.stops else 1
+        many = whole and not sampling.stops and sampling.logprobs is None
+        self._at_once = READ_AT_ONCE if many else 1
         self._unread: list[int] = []  # not text yet
         self._tokenizer = tokenizer
         self._ends = ends
@@ -89,15 +90,12 @@ class Writer:
         self._read = self._prefix = 0
         self._generator: torch.Generator | None = None
         self._warpers: list[Any] = []
-        if sampling.temperature > 0:
+        self.greedy = sampling.temperature == 0
+        if not self.greedy:
             self._generator = torch.Generator().manual_seed(sampling.seed)
             self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
-
-    @property
-    def greedy(self) -> bool:
-        return self._generator is None
 
     def sample(self, logits: Tensor) -> int:
         """The next token from this row's logits [vocabulary]."""
@@ -106,18 +104,26 @@ class Writer:
             scores = warper(None, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
-    def take(self, token: int, logits: Tensor, place: int = 0) -> Delta:
-        """Add the chosen token; ``logits`` [B, vocabulary]: of all rows, it was chosen from the one at ``place``."""
-        delta = Delta(tokens=1)
+    def take(self, token: int, logits: Tensor, place: int = 0) -> Delta | None:
+        """Add the chosen token.
+
+        Args:
+            logits: [B, vocabulary] of all rows; it was chosen from those at ``place``.
+
+        Returns:
+            What it adds; None if that comes with a later token, of a text that nobody reads before it is complete.
+        """
         self.tokens.append(token)
         ended = token in self._ends
+        if not ended and len(self._unread) + 1 < self._at_once and len(self.tokens) < self.sampling.new_tokens:
+            self._unread.append(token)
+            return None
+        delta = Delta(tokens=len(self._unread) + 1)
         if self.sampling.logprobs is not None and not ended:
             delta.logprobs.append(self._logprob(token, logits[place]))
-        if not ended:
-            self._unread.append(token)
-        if ended or len(self._unread) >= self._at_once or len(self.tokens) >= self.sampling.new_tokens:
-            self._held += "".join(map(self._decode, self._unread))
-            self._unread.clear()
+        unread = self._unread if ended else [*self._unread, token]
+        self._held += "".join(map(self._decode, unread))
+        self._unread.clear()
         cut = min((place for stop in self.sampling.stops if (place := self._held.find(stop)) >= 0), default=-1)
         if cut >= 0:
             delta.text, self._held, delta.finish = self._held[:cut], "", "stop"
@@ -169,6 +175,8 @@ class Writer:
 def choose(writers: Sequence[Writer], logits: Tensor) -> list[int]:
     """The next token of each row from logits [B, vocabulary]; no row's choice depends on the others."""
     tokens = logits.float().cpu().numpy().argmax(-1).tolist()  # torch's takes two to three times as long
+    if all(writer.greedy for writer in writers):
+        return tokens
     return [
         token if writer.greedy else writer.sample(logits[place])
         for place, (writer, token) in enumerate(zip(writers, tokens, strict=True))
