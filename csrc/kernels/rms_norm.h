@@ -19,8 +19,8 @@ struct RmsNormArgs {
 
 namespace cpu {
 
-// In fp32, rounded before the weight and after it, as transformers' models do. A row's bits depend on that row alone and
-// are the same on every instruction set.
+// In fp32, rounded before the weight and after it, as transformers' models do. A row's bits depend on that row alone
+// and are the same on every instruction set.
 void rms_norm(const RmsNormArgs& args, const ParallelFor& parallel);
 
 }  // namespace cpu

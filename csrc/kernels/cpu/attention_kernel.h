@@ -344,10 +344,14 @@ struct AttentionKernel {
 
 template <class S>
 struct AttentionTable {
-  static constexpr AttentionKernels table{
-      S::lanes, AttentionKernel<S, DType::f32>::together, AttentionKernel<S, DType::f32>::attend,
-      AttentionKernel<S, DType::bf16>::attend, AttentionKernel<S, DType::f16>::attend,
-      RmsNormKernel<S, DType::f32>::rows, RmsNormKernel<S, DType::bf16>::rows, RmsNormKernel<S, DType::f16>::rows};
+  static constexpr AttentionKernels table{S::lanes,
+                                          AttentionKernel<S, DType::f32>::together,
+                                          AttentionKernel<S, DType::f32>::attend,
+                                          AttentionKernel<S, DType::bf16>::attend,
+                                          AttentionKernel<S, DType::f16>::attend,
+                                          RmsNormKernel<S, DType::f32>::rows,
+                                          RmsNormKernel<S, DType::bf16>::rows,
+                                          RmsNormKernel<S, DType::f16>::rows};
 };
 
 }  // namespace sida::cpu
