@@ -10,6 +10,7 @@ another order. Nothing else of the model changes.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,8 +60,10 @@ class StepWeight(SharedWeight):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and args[0].dim() == 3 and args[0].shape[1] == 1:
-                return _linear(*args, **(kwargs or {}))
+            if func is F.linear:
+                given = args[0] if args else kwargs["input"]
+                if given.dim() == 3 and given.shape[1] == 1:
+                    return _linear(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
 
 
@@ -117,6 +120,8 @@ def _rms_eps(module: nn.Module) -> float | None:
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or not weight.is_floating_point():
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, maybe
         return None
     rows = torch.randn(3, weight.numel(), generator=torch.Generator().manual_seed(0)) + 0.5
     rows = (rows * torch.tensor([[30.0], [1.0], [max(eps, 1e-12) ** 0.5]])).to(weight.dtype)

@@ -179,7 +179,7 @@ def _of_the_texts(model):
     return [parameter for parameter in found if parameter is not head]
 
 
-@pytest.mark.parametrize("change", ["weight + 1", "mean", "eps", "another parameter"])
+@pytest.mark.parametrize("change", ["weight + 1", "mean", "eps", "a gate", "another parameter"])
 def test_a_norm_that_is_something_else_keeps_its_own_function(change):
     class Norm(torch.nn.Module):
         def __init__(self):
@@ -194,7 +194,11 @@ def test_a_norm_that_is_something_else_keeps_its_own_function(change):
             weight = 1 + self.weight if change == "weight + 1" else self.weight
             return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
-    norm = Norm()
+    class Gated(Norm):
+        def forward(self, x, gate=None):
+            return super().forward(x) if gate is None else super().forward(x) * gate
+
+    norm = Gated() if change == "a gate" else Norm()
     if change == "another parameter":
         change = ""
         assert _rms_eps(norm) == 1e-5
